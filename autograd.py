@@ -1,0 +1,1019 @@
+"""A small automatic-differentiation engine on NumPy or CuPy arrays, written to be read from top to bottom.
+
+The story of this chapter: a `Tensor` is an array that remembers how it was computed. Every operation returns a new
+Tensor together with one formula for each operand, the *vector-Jacobian product* (vjp): given the gradient of some final
+number with respect to the operation's result, it returns the gradient with respect to that operand. `grad` walks the
+remembered operations backwards, once each, applying those formulas: that is the chain rule, and all of backpropagation.
+The formulas are themselves written in Tensor operations, so a gradient can remember how *it* was computed and be
+differentiated again. TransGAN's loss needs exactly that, because it penalises the norm of a gradient.
+
+Contents
+    1. Where arrays live      xp, use_device, to_numpy
+    2. Tensor                 Tensor, Node, no_grad
+    3. Walking back           grad
+    4. Primitive operations   add ... concatenate, pixel_shuffle
+    5. Fused operations       linear, gelu, softmax, layer_norm, attention, each beside its plain composition
+    6. Checking derivatives   gradient_check
+    7. Optimisation           clip_by_global_norm, Adam
+
+Errors: every operation raises ValueError (IndexError for an index out of range) with one line naming the operation and
+the shapes it was given, and TypeError when float32 and float64 meet. The docstrings below name only what goes beyond.
+"""
+
+import contextlib
+import ctypes
+import functools
+import heapq
+import itertools
+import math
+import threading
+
+import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
+
+# --- 1. Where arrays live ---------------------------------------------------------------------------------------------
+
+xp = np  # the array library in use: numpy, or cupy after use_device found a GPU; nothing else in the project asks which
+
+
+def use_device(device="auto"):
+    """Choose where arrays live, and return the choice in words: "cpu" or the GPU's name.
+
+    device: "cpu" (NumPy), "gpu" (CuPy), or "auto", the GPU where CuPy is installed and finds one, else the CPU. Call it
+    before the first Tensor is made. Raises RuntimeError where "gpu" is asked for and there is none, ValueError for
+    any other word.
+    """
+    global xp
+    if device not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"device must be auto, cpu or gpu, not {device!r}")
+    xp = np
+    if device == "cpu":
+        return "cpu"
+    try:
+        import cupy
+
+        name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+    except Exception as error:  # CuPy raises its own classes for a missing driver, library or device
+        if device == "gpu":
+            raise RuntimeError(f"no GPU to use ({error}); install CuPy for your CUDA version or use the CPU") from None
+        return "cpu"
+    xp = cupy
+    return name
+
+
+def to_numpy(array):
+    """Copy an array (or a Tensor's) to the host: a NumPy array of the same shape and dtype."""
+    array = array.data if isinstance(array, Tensor) else array
+    return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+def keep_freed_memory():
+    """Tell glibc to keep freed arrays for the next allocation instead of returning their pages to the system.
+
+    A training step frees and allocates the same hundreds of megabytes over and over; having every page zeroed and
+    mapped again costs about a quarter of the step. M_MMAP_MAX = 0 puts large arrays on the heap, and the largest
+    M_TRIM_THRESHOLD keeps the heap's end. Does nothing where the C library is another one.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-8, 1)  # M_ARENA_MAX
+
+
+# --- 2. Tensor --------------------------------------------------------------------------------------------------------
+
+_order = itertools.count()
+
+
+class _Mode(threading.local):
+    recording = True  # whether operations remember how they were computed; each thread has its own
+
+
+_mode = _Mode()
+
+
+@contextlib.contextmanager
+def recording(enabled):
+    """Within this context operations of this thread remember how they were computed (enabled=True) or do not."""
+    before, _mode.recording = _mode.recording, enabled
+    try:
+        yield
+    finally:
+        _mode.recording = before
+
+
+def no_grad():
+    """A context in which nothing is remembered: for sampling, and for whatever must not be differentiated."""
+    return recording(False)
+
+
+class Node:
+    """One remembered operation: for each operand that needs a gradient, its Node, its shape and the vjp towards it.
+
+    A Node holds no array of its own. What a derivative needs is held by its vjp, so results that no derivative needs
+    are freed at once. `order` counts creation: operands come before results, so falling order is a topological order.
+    """
+
+    __slots__ = ("edges", "order")
+
+    def __init__(self, edges=()):
+        self.edges = edges  # ((operand's Node, operand's shape, vjp), ...); None once `grad` has let go of it
+        self.order = next(_order)
+
+
+class Tensor:
+    """An array `data` of floats, and the Node that computed it, or None if no gradient is to flow into it.
+
+    data: anything NumPy understands, or an array of either library. Float arrays keep their dtype, everything else
+    becomes float32; dtype= overrides. requires_grad=True makes a leaf whose gradient can be asked for.
+    """
+
+    __slots__ = ("data", "node")
+    __array_ufunc__ = None  # so that array * Tensor asks Tensor.__rmul__, not NumPy
+
+    def __init__(self, data, requires_grad=False, dtype=None):
+        if not isinstance(data, xp.ndarray) or dtype is not None:
+            data = xp.asarray(data, dtype=dtype or getattr(data, "dtype", np.float32))
+        if data.dtype.kind != "f":
+            data = data.astype(np.float32)
+        self.data = data
+        self.node = Node() if requires_grad else None
+
+    shape = property(lambda self: self.data.shape)
+    ndim = property(lambda self: self.data.ndim)
+    size = property(lambda self: self.data.size)
+    dtype = property(lambda self: self.data.dtype)
+    requires_grad = property(lambda self: self.node is not None)
+    T = property(lambda self: transpose(self))
+
+    def detach(self):
+        """The same array, without its history: no gradient flows back through the result."""
+        return Tensor(self.data)
+
+    def item(self):
+        """The value of a Tensor of one element as a Python float (on a GPU this waits for the device)."""
+        return float(self.data.item())
+
+    def __len__(self):
+        return len(self.data)
+
+    def __repr__(self):
+        return f"Tensor({self.data!r}{', requires_grad=True' if self.node else ''})"
+
+
+def _raw(x):
+    return x.data if isinstance(x, Tensor) else x
+
+
+def _result(data, *edges):
+    """The Tensor of an operation's result; `edges` are (operand, vjp) pairs, operands may be plain numbers or arrays."""
+    result = Tensor(data)
+    tensors = [(x, vjp) for x, vjp in edges if isinstance(x, Tensor)]
+    for x, _ in tensors:
+        if x.dtype != result.dtype:
+            raise TypeError(f"operands of {x.dtype} and {result.dtype} meet; convert one: Tensor(x.data, dtype=...)")
+    if _mode.recording:
+        kept = tuple((x.node, x.shape, vjp) for x, vjp in tensors if x.node is not None)
+        if kept:
+            result.node = Node(kept)
+    return result
+
+
+def _operation(function):
+    """Put the operation's name and the shapes it was given before whatever its arrays complain about."""
+
+    @functools.wraps(function)
+    def named(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (ValueError, IndexError, TypeError) as error:
+            if getattr(error, "named", False):
+                raise
+            operands = itertools.chain.from_iterable(x if isinstance(x, (list, tuple)) else (x,) for x in args)
+            shapes = ", ".join(str(x.shape) for x in operands if hasattr(x, "shape"))
+            kind = next(k for k in (ValueError, IndexError, TypeError) if isinstance(error, k))
+            clear = kind(f"{function.__name__} of shapes {shapes}: {error}")
+            clear.named = True
+            raise clear from None
+
+    return named
+
+
+# --- 3. Walking back --------------------------------------------------------------------------------------------------
+
+
+def grad(output, inputs, output_grad=None, create_graph=False):
+    """Gradients of `output` with respect to each of `inputs`: a list of Tensors of their shapes.
+
+    output: a Tensor of one element, or any shape with `output_grad`, a Tensor of that shape, v in v^T d(output)/d(input)
+    (then the sum over output's elements weighted by v is what is differentiated). An input that output does not depend
+    on gets zeros. create_graph=True remembers how the gradients were computed, so that they can be differentiated, and
+    keeps the graph; otherwise the graph is let go node by node, and its memory with it, while the walk goes on.
+
+    Reverse mode: visit the operations in falling order of creation, each once, when all that depends on it is done:
+        gradient of operand += vjp(gradient of result).
+    Operations that lead to none of the inputs are not visited. No recursion, so depth is not limited.
+    Raises ValueError if output needs output_grad or an input is not a leaf or result with history, RuntimeError if the
+    graph was let go by an earlier walk.
+    """
+    inputs = list(inputs)
+    if any(x.node is None for x in inputs):
+        raise ValueError("grad: every input must be a Tensor with requires_grad=True, or computed from one")
+    if output_grad is None:
+        if output.size != 1:
+            raise ValueError(f"grad: output of shape {output.shape} is not a single number; pass output_grad")
+        output_grad = Tensor(xp.ones_like(output.data))
+    if output_grad.shape != output.shape:
+        raise ValueError(f"grad: output_grad of shape {output_grad.shape} for an output of shape {output.shape}")
+
+    wanted = {x.node: None for x in inputs}
+    useful = _between(output.node, wanted)
+    waiting = [(-output.node.order, output.node)] if output.node in useful else []  # a heap: the newest node first
+    gradients = {output.node: (output_grad, False)}  # with whether its array may be written to
+    with recording(create_graph):
+        while waiting:
+            node = heapq.heappop(waiting)[1]
+            gradient, _ = gradients.pop(node)
+            if node in wanted:
+                wanted[node] = gradient
+            for operand, shape, vjp in node.edges:
+                if operand in useful:
+                    piece = unbroadcast(vjp(gradient), shape)
+                    # A vjp returns the gradient it was given, a view, or an array of its own that nobody else holds;
+                    # only the last may be added to in place, and only when the sum is not to be differentiated.
+                    fresh = not create_graph and piece.data is not gradient.data and piece.data.base is None
+                    if operand in gradients:
+                        gradients[operand] = _accumulate(gradients[operand], (piece, fresh))
+                    else:
+                        gradients[operand] = piece, fresh
+                        heapq.heappush(waiting, (-operand.order, operand))
+            if node.edges and not create_graph:
+                node.edges = None
+    found = [wanted[x.node] for x in inputs]
+    return [Tensor(xp.zeros_like(x.data)) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def _between(start, wanted):
+    """The nodes on some path from `start` down to the nodes `wanted`, both ends included."""
+    oldest = min(node.order for node in wanted)  # older nodes cannot depend on any wanted one
+    seen, stack = set(), [start]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen or node.order < oldest:
+            continue
+        if node.edges is None:
+            raise RuntimeError("grad: this graph was let go by an earlier walk; pass create_graph=True to that one")
+        seen.add(node)
+        stack.extend(operand for operand, _, _ in node.edges)
+    useful = set()
+    for node in sorted(seen, key=lambda node: node.order):
+        if node in wanted or any(operand in useful for operand, _, _ in node.edges):
+            useful.add(node)
+    return useful
+
+
+def _accumulate(total, piece):
+    """The sum of two (gradient, fresh) pairs, in the array of whichever is fresh."""
+    for (mine, fresh), (other, _) in ((total, piece), (piece, total)):
+        if fresh:
+            xp.add(mine.data, other.data, out=mine.data)
+            return mine, True
+    return total[0] + piece[0], not _mode.recording
+
+
+def unbroadcast(gradient, shape):
+    """Sum `gradient` over the axes that broadcasting had stretched, back to an operand's `shape`.
+
+    Broadcasting copies an element along an axis; the derivative of a copy is a sum over the copies. This is the only
+    place that undoes broadcasting: the formulas below may return a gradient of the result's shape.
+    """
+    if gradient.shape == shape:
+        return gradient
+    added = gradient.ndim - len(shape)
+    stretched = tuple(i for i, n in enumerate(gradient.shape) if i < added or (shape[i - added] == 1 and n != 1))
+    return reshape(reduce_sum(gradient, stretched, keepdims=True), shape)
+
+
+# --- 4. Primitive operations ------------------------------------------------------------------------------------------
+# Each is its value and, for every operand, one line: g, the gradient of the result, to the gradient of that operand.
+# Derivatives are written in terms of the operands, never of the result: a result whose history held itself would be a
+# cycle, and its memory would wait for the garbage collector.
+
+
+@_operation
+def add(a, b):
+    """a + b, elementwise with broadcasting. d(a+b) = da + db."""
+    return _result(_raw(a) + _raw(b), (a, lambda g: g), (b, lambda g: g))
+
+
+@_operation
+def subtract(a, b):
+    """a - b, elementwise with broadcasting. d(a-b) = da - db."""
+    return _result(_raw(a) - _raw(b), (a, lambda g: g), (b, lambda g: -g))
+
+
+@_operation
+def multiply(a, b):
+    """a * b, elementwise with broadcasting. d(ab) = b da + a db."""
+    return _result(_raw(a) * _raw(b), (a, lambda g: g * b), (b, lambda g: g * a))
+
+
+@_operation
+def divide(a, b):
+    """a / b, elementwise with broadcasting. d(a/b) = da/b - (a/b^2) db."""
+    return _result(_raw(a) / _raw(b), (a, lambda g: g / b), (b, lambda g: -g * a / (b * b)))
+
+
+@_operation
+def negative(x):
+    """-x, elementwise."""
+    return _result(-x.data, (x, lambda g: -g))
+
+
+@_operation
+def power(x, exponent):
+    """x ** exponent for a constant number. d(x^p) = p x^(p-1) dx."""
+    if isinstance(exponent, Tensor):
+        raise TypeError("the exponent must be a number; write exp(b * log(a)) for a ** b")
+    if exponent == 0:
+        return Tensor(xp.ones_like(x.data))  # a constant; its formula would be 0 * infinity at x = 0
+    data = x.data * x.data if exponent == 2 else x.data**exponent
+    return _result(data, (x, lambda g: g * exponent * (x if exponent == 2 else power(x, exponent - 1))))
+
+
+@_operation
+def exp(x):
+    """e^x, elementwise. d exp(x) = exp(x) dx."""
+    return _result(xp.exp(x.data), (x, lambda g: g * exp(x)))
+
+
+@_operation
+def log(x):
+    """Natural logarithm, elementwise. d log(x) = dx / x."""
+    return _result(xp.log(x.data), (x, lambda g: g / x))
+
+
+@_operation
+def sqrt(x):
+    """Square root, elementwise. d sqrt(x) = dx / (2 sqrt(x)), infinite at 0."""
+    return _result(xp.sqrt(x.data), (x, lambda g: g * 0.5 / sqrt(x)))
+
+
+@_operation
+def tanh(x):
+    """Hyperbolic tangent, elementwise. d tanh(x) = (1 - tanh(x)^2) dx."""
+    return _result(xp.tanh(x.data), (x, lambda g: g * (1.0 - tanh(x) ** 2)))
+
+
+@_operation
+def sigmoid(x):
+    """1 / (1 + e^-x), elementwise; for x < 0 as e^x / (1 + e^x), so that exp cannot overflow. d s(x) = s(x) s(-x) dx."""
+    small = xp.exp(-xp.abs(x.data))
+    data = xp.where(x.data < 0, small, 1) / (1 + small)
+    return _result(data, (x, lambda g: g * sigmoid(x) * sigmoid(-x)))
+
+
+@_operation
+def softplus(x):
+    """log(1 + e^x), elementwise, as max(x, 0) + log(1 + e^-|x|), which cannot overflow. d = sigmoid(x) dx."""
+    data = xp.maximum(x.data, 0.0) + xp.log1p(xp.exp(-xp.abs(x.data)))
+    return _result(data, (x, lambda g: g * sigmoid(x)))
+
+
+@_operation
+def relu(x):
+    """max(x, 0), elementwise; the derivative is 1 where x > 0, else 0."""
+    return _result(xp.maximum(x.data, 0.0), (x, lambda g: g * (x.data > 0)))
+
+
+@_operation
+def matmul(a, b):
+    """Matrix product (..., n, k) @ (..., k, m) -> (..., n, m); leading axes broadcast.
+
+    d(ab) = da b + a db, so the gradients are g b^T and a^T g. When b is one matrix for a whole batch, all rows of a are
+    stacked: one large product runs faster than many small ones, and b's gradient needs no sum over a batch of matrices.
+    """
+    if min(a.ndim, b.ndim) < 2:
+        raise ValueError("both operands need at least two axes")
+    if b.ndim == 2 < a.ndim:
+        rows = a.shape[:-1]
+        if a.shape[-1] != b.shape[0]:
+            raise ValueError("the last axis of the first must equal the first axis of the second")
+        data = (a.data.reshape(-1, a.shape[-1]) @ b.data).reshape(*rows, b.shape[1])
+        return _result(data, (a, lambda g: matmul(g, b.T)), (b, lambda g: matmul(_rows(a).T, _rows(g))))
+    data = xp.matmul(a.data, b.data)
+    return _result(data, (a, lambda g: matmul(g, swap_last(b))), (b, lambda g: matmul(swap_last(a), g)))
+
+
+def _rows(x):
+    return reshape(x, (-1, x.shape[-1]))  # (..., c) -> (rows, c)
+
+
+@_operation
+def reduce_sum(x, axis=None, keepdims=False):
+    """Sum over `axis` (a number, a tuple, or None for all). The gradient of a sum is spread to every summand."""
+    axes = range(x.ndim) if axis is None else normalize_axis_tuple(axis, x.ndim)
+    kept = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
+    data = x.data.sum(axis=axis, keepdims=keepdims)
+    return _result(data, (x, lambda g: broadcast_to(reshape(g, kept), x.shape)))
+
+
+@_operation
+def reduce_mean(x, axis=None, keepdims=False):
+    """Mean over `axis` (a number, a tuple, or None for all)."""
+    if not x.size:
+        raise ValueError("there is no mean of no elements")
+    total = reduce_sum(x, axis, keepdims)
+    return total * (total.size / x.size)
+
+
+@_operation
+def reduce_max(x, axis=None, keepdims=False):
+    """Largest element over `axis`. The gradient goes to it, in equal parts where several are equal."""
+    top = x.data.max(axis=axis, keepdims=True)
+    is_top = x.data == top
+    share = is_top / is_top.sum(axis=axis, keepdims=True).astype(x.dtype)
+    data = top if keepdims else x.data.max(axis=axis)
+    return _result(data, (x, lambda g: reshape(g, top.shape) * share))
+
+
+@_operation
+def broadcast_to(x, shape):
+    """Stretch axes of size 1 (and add leading ones) to `shape`, without a copy; `unbroadcast` is its derivative."""
+    return _result(xp.broadcast_to(x.data, shape), (x, lambda g: g))
+
+
+@_operation
+def reshape(x, *shape):
+    """The same elements in another shape, row by row; one size may be -1."""
+    shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    before = x.shape
+    return _result(x.data.reshape(shape), (x, lambda g: reshape(g, before)))
+
+
+@_operation
+def transpose(x, *axes):
+    """Permute the axes, axes[i] of x becoming axis i; without axes, reverse them. The derivative permutes back."""
+    axes = axes or tuple(reversed(range(x.ndim)))
+    back = tuple(sorted(range(len(axes)), key=lambda i: axes[i] % max(x.ndim, 1)))
+    return _result(x.data.transpose(axes), (x, lambda g: transpose(g, *back)))
+
+
+def swap_last(x):
+    """Transpose the last two axes: (..., n, m) -> (..., m, n)."""
+    return transpose(x, *range(x.ndim - 2), x.ndim - 1, x.ndim - 2)
+
+
+@_operation
+def getitem(x, index):
+    """x[index] for whole numbers, slices, None and ...; the gradient is laid into zeros at the same place."""
+    for part in index if isinstance(index, tuple) else (index,):
+        if not (part is None or part is Ellipsis or isinstance(part, (int, np.integer, slice))):
+            raise TypeError(f"an index may hold whole numbers, slices, None and ..., not {type(part).__name__}")
+    return _result(x.data[index], (x, lambda g: _place(g, index, x.shape)))
+
+
+@_operation
+def _place(x, index, shape):
+    data = xp.zeros(shape, x.dtype)
+    data[index] = x.data
+    return _result(data, (x, lambda g: g[index]))
+
+
+@_operation
+def concatenate(tensors, axis=0):
+    """Join Tensors along an existing axis; each gets its own part of the gradient."""
+    ends = list(itertools.accumulate(x.shape[axis] for x in tensors))
+
+    def part(i):
+        index = [slice(None)] * tensors[i].ndim
+        index[axis] = slice(ends[i] - tensors[i].shape[axis], ends[i])
+        return lambda g: g[tuple(index)]
+
+    data = xp.concatenate([x.data for x in tensors], axis=axis)
+    return _result(data, *((x, part(i)) for i, x in enumerate(tensors)))
+
+
+for _name, _function in {"add": add, "sub": subtract, "mul": multiply, "truediv": divide, "matmul": matmul}.items():
+    setattr(Tensor, f"__{_name}__", _function)
+    setattr(Tensor, f"__r{_name}__", lambda b, a, _function=_function: _function(a, b))
+Tensor.__neg__, Tensor.__pow__, Tensor.__getitem__ = negative, power, getitem
+Tensor.sum, Tensor.mean, Tensor.max, Tensor.reshape, Tensor.transpose = (
+    reduce_sum, reduce_mean, reduce_max, reshape, transpose)  # fmt: skip
+
+
+@_operation
+def pixel_shuffle(x, factor):
+    """(B, C*r*r, H, W) -> (B, C, H*r, W*r) with r = factor: channels become resolution.
+
+    out[b, c, h*r + i, w*r + j] = x[b, c*r*r + i*r + j, h, w] (Shi et al. 2016, eq. 4, in PyTorch's order of channels);
+    the paper's UpScale between the generator's stages.
+    """
+    batch, channels, height, width = x.shape
+    if channels % factor**2:
+        raise ValueError(f"{channels} channels do not divide by factor^2 = {factor**2}")
+    x = reshape(x, batch, channels // factor**2, factor, factor, height, width)
+    x = transpose(x, 0, 1, 4, 2, 5, 3)  # (B, C, H, r, W, r)
+    return reshape(x, batch, channels // factor**2, height * factor, width * factor)
+
+
+@_operation
+def pixel_unshuffle(x, factor):
+    """(B, C, H*r, W*r) -> (B, C*r*r, H, W): the inverse of `pixel_shuffle`."""
+    batch, channels, height, width = x.shape
+    if height % factor or width % factor:
+        raise ValueError(f"{height}x{width} does not divide by factor {factor}")
+    x = reshape(x, batch, channels, height // factor, factor, width // factor, factor)
+    x = transpose(x, 0, 1, 3, 5, 2, 4)  # (B, C, r, r, H, W)
+    return reshape(x, batch, channels * factor**2, height // factor, width // factor)
+
+
+# --- 5. Fused operations ----------------------------------------------------------------------------------------------
+# What a step spends its time in. Each computes on bare arrays what its composition of primitives, written beside it,
+# defines; the tests hold the two equal in value, first and second derivative. A vjp here has two forms: on arrays when
+# the walk is not recorded, in Tensor operations when its result is to be differentiated again.
+
+
+@_operation
+def linear(x, weight, bias=None):
+    """x @ weight + bias: (..., k), (k, m), (m,) -> (..., m), the sum written into the product's own array."""
+    if x.shape[-1:] != weight.shape[:1] or (bias is not None and bias.shape != weight.shape[1:]):
+        raise ValueError("expected (..., k), (k, m) and (m,)")
+    data = x.data.reshape(-1, x.shape[-1]) @ weight.data
+    if bias is not None:
+        data += bias.data
+    return _result(
+        data.reshape(*x.shape[:-1], -1),
+        (x, lambda g: linear(g, weight.T)),
+        (weight, lambda g: matmul(_rows(x).T, _rows(g))),
+        (bias, lambda g: g),
+    )
+
+
+# The normal distribution: its density phi(x) = exp(-x^2/2) / sqrt(2 pi), its cumulative Phi(x) = (1 + erf(x/sqrt 2)) / 2.
+_CACHE = 1 << 15  # elements in a piece of an elementwise chain: a few arrays of it stay in a core's cache
+
+
+def _pieces(kernel, results, *arrays):
+    """`results` new arrays from kernel(*arrays), elementwise: in cache-sized pieces on the CPU, at once on a GPU."""
+    made = [xp.empty(arrays[0].shape, arrays[0].dtype) for _ in range(results)]
+    flat, flat_made = [a.reshape(-1) for a in arrays], [a.reshape(-1) for a in made]
+    step = _CACHE if xp is np else max(made[0].size, 1)
+    for i in range(0, made[0].size, step):
+        for piece, values in zip(flat_made, kernel(*(a[i : i + step] for a in flat)), strict=True):
+            piece[i : i + step] = values
+    return made
+
+
+def _normal(x):
+    """Phi(x) and phi(x) of an array. NumPy has no erf: float64 asks math.erf for every element, slow and exact, and
+    float32 uses Abramowitz and Stegun 7.1.26, whose error of 1.5e-7 is float32's own, and which shares phi's exp."""
+    density = xp.exp(x * x * -0.5)
+    if xp is not np:
+        from cupyx.scipy.special import erf
+
+        cdf = 0.5 + 0.5 * erf(x * math.sqrt(0.5))
+    elif x.dtype == np.float64:
+        erf = np.fromiter(map(math.erf, (x * math.sqrt(0.5)).flat), np.float64, x.size).reshape(x.shape)
+        cdf = 0.5 + 0.5 * erf
+    else:
+        t = np.abs(x)
+        t *= 0.3275911 * math.sqrt(0.5)
+        t += 1
+        np.reciprocal(t, out=t)
+        cdf = t * (0.5 * 1.061405429)  # Horner's rule in t
+        for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+            cdf += 0.5 * coefficient
+            cdf *= t
+        cdf *= density  # 1 - Phi(|x|)
+        np.subtract(0.5, cdf, out=cdf)
+        np.copysign(cdf, x, out=cdf)
+        cdf += 0.5
+    density *= 1 / math.sqrt(2 * math.pi)
+    return cdf, density
+
+
+@_operation
+def normal_cdf(x):
+    """Phi(x), elementwise: the probability that a standard normal number is below x. d Phi(x) = phi(x) dx."""
+    return _result(
+        _pieces(lambda x: _normal(x)[:1], 1, x.data)[0],
+        (x, lambda g: g * exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))),
+    )
+
+
+def gelu_composed(x):
+    """GELU as its definition reads: x Phi(x)."""
+    return x * normal_cdf(x)
+
+
+@_operation
+def gelu(x):
+    """Gaussian error linear unit in its exact form, x Phi(x), elementwise (Hendrycks and Gimpel 2016).
+
+    Its derivatives: x Phi(x)  ->  Phi(x) + x phi(x)  ->  (2 - x^2) phi(x), using phi'(x) = -x phi(x). The first comes
+    almost free with the value, so it is kept for the way back.
+    """
+    if not (_mode.recording and x.requires_grad):
+        return Tensor(_pieces(_gelu_kernel, 1, x.data)[0])
+    value, slope = _pieces(lambda x: _gelu_kernel(x, with_slope=True), 2, x.data)
+    return _result(value, (x, lambda g: g * (_gelu_slope(x, slope) if _mode.recording else slope)))
+
+
+def _gelu_kernel(x, with_slope=False):
+    cdf, density = _normal(x)
+    if not with_slope:
+        cdf *= x
+        return (cdf,)
+    density *= x
+    density += cdf
+    cdf *= x
+    return cdf, density
+
+
+@_operation
+def _gelu_slope(x, slope):
+    """The array `slope` = Phi(x) + x phi(x) as an operation on x, with its derivative (2 - x^2) phi(x)."""
+
+    def vjp(g):
+        if _mode.recording:
+            return g * (2.0 - x * x) * exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))
+        return Tensor(_pieces(_gelu_curvature_kernel, 1, x.data, g.data)[0])
+
+    return _result(slope, (x, vjp))
+
+
+def _gelu_curvature_kernel(x, g):
+    square = x * x
+    density = xp.exp(square * -0.5)
+    density *= 1 / math.sqrt(2 * math.pi)
+    xp.subtract(2.0, square, out=square)
+    density *= square
+    density *= g
+    return (density,)
+
+
+def softmax_composed(x):
+    """Softmax as its definition reads: exp(x) / sum exp(x). Overflows for large x, which `softmax` does not."""
+    weights = exp(x)
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+@_operation
+def softmax(x, mask=None):
+    """exp(x) / sum exp(x) over the last axis: (..., n) -> (..., n), rows that sum to 1.
+
+    The row's maximum is subtracted first, which cancels in the quotient and keeps exp from overflowing. mask: a boolean
+    array that broadcasts to x's shape, False where an element is to get weight 0, as if its x were -inf (the paper's
+    locality-aware initialization); a row with nothing left is all zeros.
+    dx = p (g - sum(p g)), row by row, with p the result.
+    """
+    p = x.data if mask is None else xp.where(mask, x.data, -xp.inf).astype(x.dtype)
+    if p.shape != x.shape:
+        raise ValueError(f"the mask, of shape {mask.shape}, must broadcast to x")
+    p = p - _finite(p.max(axis=-1, keepdims=True))
+    xp.exp(p, out=p)
+    p /= _positive(p.sum(axis=-1, keepdims=True))
+
+    def vjp(g):
+        if _mode.recording:
+            y = softmax(x, mask)
+            return y * (g - (g * y).sum(axis=-1, keepdims=True))
+        inner = (g.data * p).sum(axis=-1, keepdims=True)
+        return Tensor((g.data - inner) * p)
+
+    return _result(p, (x, vjp))
+
+
+def _finite(top):
+    return xp.maximum(top, xp.finfo(top.dtype).min)  # a row's maximum, also where the whole row is masked (-inf)
+
+
+def _positive(total):
+    return xp.maximum(total, xp.finfo(total.dtype).tiny)  # a row's sum, also where the whole row is masked (0)
+
+
+def layer_norm_composed(x, weight, bias, eps=1e-5):
+    """Layer norm as its definition reads."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    variance = (centred * centred).mean(axis=-1, keepdims=True)
+    return centred / sqrt(variance + eps) * weight + bias
+
+
+@_operation
+def layer_norm(x, weight, bias, eps=1e-5):
+    """Layer normalization over the last axis: (..., C), (C,), (C,) -> (..., C) (Ba et al. 2016).
+
+    h = (x - mean(x)) r with r = (mean((x - mean(x))^2) + eps)^-1/2, and the result is h weight + bias.
+    With u = g weight, and means over the last axis:  dx = r (u - mean(u) - h mean(u h)).
+    """
+    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+        raise ValueError("weight and bias must have the shape of x's last axis")
+    h, r = _normalize(x.data, eps)
+    data = h * weight.data
+    data += bias.data
+
+    def vjp_x(g):
+        if _mode.recording:
+            return _normalize_vjp(x, eps, h, r, g * weight)
+        return Tensor(_normalize_vjp_arrays(h, r, g.data * weight.data))
+
+    def vjp_weight(g):
+        return g * (_normalized(x, eps, h, r) if _mode.recording else h)
+
+    return _result(data, (x, vjp_x), (weight, vjp_weight), (bias, lambda g: g))
+
+
+def _row_sum(x):
+    """(..., C) -> (..., 1), as a product with a vector of ones: BLAS sums rows several times faster than ufuncs do."""
+    return xp.matmul(x, xp.ones((x.shape[-1], 1), x.dtype))
+
+
+def _normalize(x, eps):
+    """The arrays h (..., C) and r (..., 1) of `layer_norm`."""
+    width = x.shape[-1]
+    h = x - _row_sum(x) / width
+    r = xp.einsum("...i,...i->...", h, h)[..., None]
+    r *= 1 / width
+    r += eps
+    xp.sqrt(r, out=r)
+    xp.reciprocal(r, out=r)
+    h *= r
+    return h, r
+
+
+def _normalize_vjp_arrays(h, r, u):
+    width = u.shape[-1]
+    inner = xp.einsum("...i,...i->...", h, u)[..., None]
+    inner *= 1 / width
+    dx = h * inner
+    xp.subtract(u, dx, out=dx)
+    dx -= _row_sum(u) / width
+    dx *= r
+    return dx
+
+
+def _normalize_vjp(x, eps, h, r, u):
+    """dx of `layer_norm` in Tensor operations, so that it can be differentiated: h and r are operations on x again."""
+    h, r = _normalized(x, eps, h, r), _inverse_deviation(x, eps, h, r)
+    return r * (u - u.mean(axis=-1, keepdims=True) - h * (u * h).mean(axis=-1, keepdims=True))
+
+
+@_operation
+def _normalized(x, eps, h, r):
+    """The array h of `layer_norm` as an operation on x."""
+
+    def vjp(g):
+        if _mode.recording:
+            return _normalize_vjp(x, eps, h, r, g)
+        return Tensor(_normalize_vjp_arrays(h, r, g.data))
+
+    return _result(h, (x, vjp))
+
+
+@_operation
+def _inverse_deviation(x, eps, h, r):
+    """The array r of `layer_norm` as an operation on x. dr = -r^2 h dx / C."""
+
+    def vjp(g):
+        if _mode.recording:
+            return g * _inverse_deviation(x, eps, h, r) ** 2 * _normalized(x, eps, h, r) * (-1 / x.shape[-1])
+        return Tensor(g.data * r * r * (-1 / x.shape[-1]) * h)
+
+    return _result(r, (x, vjp))
+
+
+def attention_composed(qkv, num_heads, mask=None):
+    """Multi-head attention as its definition reads: softmax(q k^T / sqrt(D)) v for each head, then heads side by side."""
+    batch, tokens, width = qkv.shape
+    head = width // 3 // num_heads
+    q, k, v = (qkv.reshape(batch, tokens, 3, num_heads, head).transpose(2, 0, 3, 1, 4)[i] for i in range(3))
+    scores = matmul(q * head**-0.5, swap_last(k))  # (B, H, N, N)
+    out = matmul(softmax(scores, mask), v)  # (B, H, N, D)
+    return out.transpose(0, 2, 1, 3).reshape(batch, tokens, width // 3)
+
+
+@_operation
+def attention(qkv, num_heads, mask=None):
+    """Scaled dot-product self-attention of `num_heads` heads: (B, N, 3C) -> (B, N, C), D = C / num_heads.
+
+    qkv holds query, key and value of every token side by side. mask: boolean (N, N), True where query i may see key j.
+    The (N, N) scores never exist whole. Forward, a block of query rows at a time: s = q k^T, p = exp(s - L) with L the
+    logarithm of the row's sum of exp(s), out = p v. On the way back each block of p is computed again from q, k and L:
+        dv = p^T g,   ds = p (g v^T - sum(g out)),   dq = ds k,   dk = ds^T q     (all but dv times D^-1/2),
+    where sum(g out) over the head equals the sum(p dp) of softmax's derivative. If that is to be differentiated itself,
+    the engine differentiates the composition instead. (Vaswani et al. 2017, eq. 1; blocks after Dao et al. 2022.)
+    """
+    batch, tokens, width = qkv.shape
+    if width % (3 * num_heads):
+        raise ValueError(f"the last axis must hold q, k and v of {num_heads} heads, so divide by {3 * num_heads}")
+    if mask is not None and mask.shape != (tokens, tokens):
+        raise ValueError(f"the mask, of shape {mask.shape}, must be ({tokens}, {tokens})")
+    q, k, v = _split_heads(qkv.data, num_heads)  # (B*H, N, D) each
+    k = _swap_copy(k)  # (B*H, D, N)
+    out, log_sum = xp.empty_like(q), xp.empty((*q.shape[:2], 1), q.dtype)
+    for heads, rows in _blocks(*q.shape[:2]):
+        p = xp.matmul(q[heads, rows], k[heads])  # (heads, rows, N)
+        if mask is not None:
+            p += _mask_bias(mask[rows], p.dtype)
+        top = _finite(p.max(axis=-1, keepdims=True))
+        p -= top
+        xp.exp(p, out=p)
+        total = _positive(_row_sum(p))
+        out[heads, rows] = xp.matmul(p, v[heads]) / total
+        log_sum[heads, rows] = top + xp.log(total)
+    out = _join_heads(out[None], batch, num_heads)
+
+    def vjp(g):
+        if _mode.recording:
+            return grad(attention_composed(qkv, num_heads, mask), [qkv], g, create_graph=True)[0]
+        return Tensor(_attention_vjp(qkv.data, num_heads, mask, out, log_sum, g.data))
+
+    return _result(out, (qkv, vjp))
+
+
+def _attention_vjp(qkv, num_heads, mask, out, log_sum, g):
+    """d qkv (B, N, 3C) from g (B, N, C). Subtracting a number from each row of a product is left to the product:
+    q k^T - L = [q, -L] [k, 1]^T, which saves a pass over the scores, and likewise g v^T - sum(g out)."""
+    q, k, v = _split_heads(qkv, num_heads)  # (B*H, N, D) each
+    (inner,) = _split_heads(g * out, num_heads, parts=1)
+    (g,) = _split_heads(g, num_heads, parts=1)
+    one = xp.ones_like(log_sum)  # (B*H, N, 1)
+    q_shifted, k_one = xp.concatenate([q, -log_sum], axis=-1), _swap_copy(xp.concatenate([k, one], axis=-1))
+    g_shifted, v_one = xp.concatenate([g, -_row_sum(inner)], axis=-1), _swap_copy(xp.concatenate([v, one], axis=-1))
+    result = xp.zeros((3, *q.shape), q.dtype)
+    dq, dk, dv = result
+    for heads, rows in _blocks(*q.shape[:2]):
+        p = xp.matmul(q_shifted[heads, rows], k_one[heads])  # (heads, rows, N)
+        if mask is not None:
+            p += _mask_bias(mask[rows], p.dtype)
+        xp.exp(p, out=p)
+        dv[heads] += xp.matmul(p.swapaxes(1, 2), g[heads, rows])
+        ds = xp.matmul(g_shifted[heads, rows], v_one[heads])
+        ds *= p
+        dq[heads, rows] = xp.matmul(ds, k[heads])
+        dk[heads] += xp.matmul(ds.swapaxes(1, 2), q[heads, rows])
+    dq *= q.shape[-1] ** -0.5  # q came scaled already, so dk needs nothing
+    return _join_heads(result, len(out), num_heads)
+
+
+def _swap_copy(x):
+    return xp.ascontiguousarray(x.swapaxes(-1, -2))  # small products run twice as fast on a right side that lies in rows
+
+
+def _mask_bias(mask, dtype):
+    return xp.where(mask, 0, -xp.inf).astype(dtype)
+
+
+def _split_heads(x, num_heads, parts=3):
+    """(B, N, parts*C) -> (parts, B*H, N, D); of three parts the first, the query, is scaled by D^-1/2."""
+    batch, tokens, width = x.shape
+    x = x.reshape(batch, tokens, parts, num_heads, -1).transpose(2, 0, 3, 1, 4)
+    x = xp.ascontiguousarray(x).reshape(parts, batch * num_heads, tokens, -1)
+    if parts == 3:
+        x[0] *= x.shape[-1] ** -0.5
+    return x
+
+
+def _join_heads(x, batch, num_heads):
+    """(parts, B*H, N, D) -> (B, N, parts*C)."""
+    parts, _, tokens, head = x.shape
+    x = x.reshape(parts, batch, num_heads, tokens, head).transpose(1, 3, 0, 2, 4)
+    return xp.ascontiguousarray(x).reshape(batch, tokens, -1)
+
+
+_SCORES = 1 << 17  # of them in a block on the CPU: half a megabyte, in a core's cache together with its product
+
+
+def _blocks(heads, tokens):
+    """Slices (heads, rows) that cover all scores, each at most _SCORES of them on a CPU or 2^28 on a GPU."""
+    budget = _SCORES if xp is np else 1 << 28
+    rows = min(tokens, max(1, budget // tokens))
+    group = min(heads, max(1, budget // (rows * tokens)))
+    for h in range(0, heads, group):
+        for r in range(0, tokens, rows):
+            yield slice(h, h + group), slice(r, r + rows)
+
+
+# --- 6. Checking derivatives ------------------------------------------------------------------------------------------
+
+
+def gradient_check(function, inputs, order=2, step=1e-5, coordinates=100, seed=0):
+    """The largest relative error of `grad` against central differences, over all derivatives up to `order`.
+
+    function: takes Tensors like `inputs` and returns a Tensor of any shape; inputs: float64 arrays. The result y is
+    made one number, f = sum(w (y + y^2/2)) with random w, so that the gradient arriving at the function depends on its
+    inputs too. Order 1 compares df/dx_i with (f(x_i + step) - f(x_i - step)) / (2 step) at every coordinate, or at
+    `coordinates` random ones of each input. The next order is the same check of the function x -> sum(u df/dx), u random.
+    Errors are relative to the largest derivative, or to 1 where all are smaller; below 1e-6 is agreement in float64.
+    Raises TypeError for inputs that are not float64: their rounding would hide the difference.
+    """
+    inputs = [xp.asarray(x) for x in inputs]
+    if any(x.dtype != np.float64 for x in inputs):
+        raise TypeError("gradient_check: inputs must be float64")
+    rng = np.random.default_rng(seed)
+
+    def number(*tensors):
+        y = function(*tensors)
+        w = xp.asarray(np.random.default_rng(seed + 1).standard_normal(y.shape))
+        return ((y + y * y * 0.5) * w).sum()
+
+    directions = [xp.asarray(rng.standard_normal(x.shape)) for x in inputs]
+
+    def slope(of):
+        def directional(*tensors):
+            gradients = grad(of(*tensors), tensors, create_graph=True)
+            return sum(((g * u).sum() for g, u in zip(gradients, directions, strict=True)), start=Tensor(0.0, dtype=float))
+
+        return directional
+
+    worst = 0.0
+    for _ in range(order):
+        worst = max(worst, _first_order_error(number, inputs, step, coordinates, rng))
+        number = slope(number)
+    return worst
+
+
+def _first_order_error(number, inputs, step, coordinates, rng):
+    exact = [to_numpy(g) for g in grad(*_call(number, inputs))]
+    worst = 0.0
+    for i, x in enumerate(inputs):
+        chosen = rng.permutation(x.size)[:coordinates]
+        differences = np.empty(len(chosen))
+        for at, coordinate in enumerate(chosen):
+            values = []
+            for sign in (1, -1):
+                moved = x.copy()
+                moved.reshape(-1)[coordinate] += sign * step
+                values.append(_call(number, [*inputs[:i], moved, *inputs[i + 1 :]])[0].item())
+            differences[at] = (values[0] - values[1]) / (2 * step)
+        if len(chosen):
+            error = np.abs(exact[i].reshape(-1)[chosen] - differences).max() / max(1.0, np.abs(differences).max())
+            worst = max(worst, float(error) if np.isfinite(error) else math.inf)
+    return worst
+
+
+def _call(number, inputs):
+    tensors = [Tensor(x, requires_grad=True) for x in inputs]
+    return number(*tensors), tensors
+
+
+# --- 7. Optimisation --------------------------------------------------------------------------------------------------
+
+
+def clip_by_global_norm(gradients, max_norm):
+    """The factor that scales gradients (a list of Tensors) to a joint Euclidean norm of at most max_norm, and that norm.
+
+    min(1, max_norm / (norm + 1e-6)), the form PyTorch uses. Both are 0-d arrays that stay on the device. The factor is
+    for `Adam.step` to apply, which reads the gradients anyway.
+    """
+    squares = [xp.vdot(g.data, g.data) for g in gradients]
+    norm = xp.sqrt(functools.reduce(xp.add, squares))
+    return xp.minimum(1.0, max_norm / (norm + 1e-6)).astype(gradients[0].dtype), norm
+
+
+class Adam:
+    """Adam (Kingma and Ba 2014, algorithm 1) on a list of Tensors, updated in place.
+
+        m = b1 m + (1-b1) g,   v = b2 v + (1-b2) g^2,   p -= rate  m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps)
+
+    With b1 = 0, the paper's choice, m is the gradient itself and is not kept. What a checkpoint needs: the moments m and
+    v, lists of arrays in the parameters' order, and the step count t.
+    """
+
+    def __init__(self, parameters, betas=(0.0, 0.99), eps=1e-8):
+        self.parameters, self.betas, self.eps, self.t = list(parameters), betas, eps, 0
+        self.m = [xp.zeros_like(p.data) for p in self.parameters] if betas[0] else []
+        self.v = [xp.zeros_like(p.data) for p in self.parameters]
+
+    def step(self, gradients, learning_rate, scale=1.0, map=map):
+        """One update with `scale` times the gradients, Tensors in the parameters' order.
+
+        map: where to run the update of each parameter, the built-in or a pool's.
+        """
+        self.t += 1
+        b1, b2 = self.betas
+        rate = learning_rate / (1 - b1**self.t)
+        correction = 1 / math.sqrt(1 - b2**self.t)
+
+        def update(i, gradient):
+            g, v = gradient.data * scale, self.v[i]
+            work = g * g
+            work *= 1 - b2
+            v *= b2
+            v += work
+            if b1:
+                m = self.m[i]
+                m *= b1
+                g *= 1 - b1
+                m += g
+                g = m
+            xp.sqrt(v, out=work)
+            work *= correction
+            work += self.eps
+            xp.divide(g, work, out=work)
+            work *= rate
+            self.parameters[i].data -= work
+
+        list(map(update, range(len(self.parameters)), gradients))
