@@ -1,0 +1,883 @@
+"""TransGAN: a GAN made of two transformers and no convolution (Jiang, Chang and Wang, arXiv 2102.07074), from scratch.
+
+The story of this chapter: a generator grows a picture out of noise, as 8x8 tokens, then 16x16, then 32x32; a
+discriminator cuts pictures into patches and says how real they look. Both are stacks of the same transformer block. The
+discriminator learns to score real pictures above generated ones, the generator to be scored high, and a penalty on the
+norm of the discriminator's gradient keeps the game fair. Every operation used here is derived in autograd.py.
+
+Contents
+    1. Building blocks        Linear, LayerNorm, Attention, MLP, Block
+    2. The two networks       upscale, Generator, Discriminator, SIZES
+    3. Losses                 gradient_penalty, discriminator_loss, generator_loss
+    4. Training               Options, Trainer: one step of each network, moving average, checkpoints
+    5. Watching it learn      sliced_wasserstein, Log, train
+    6. Command line           summary, main
+
+In comments on shapes: B batch, N tokens, C width (embed_dim), H and W height and width in tokens or pixels, Z latent_dim.
+"""
+
+import os
+
+for _library in ("OPENBLAS", "MKL", "VECLIB"):  # before NumPy loads its BLAS: the threads are ours, see Trainer.update
+    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+
+import argparse
+import csv
+import dataclasses
+import functools
+import json
+import math
+import sys
+import time
+import zipfile
+import zlib
+from concurrent import futures
+from pathlib import Path
+
+import numpy as np
+
+import autograd as ag
+import data
+from autograd import Tensor, grad
+from data import UserError
+
+# --- 1. Building blocks -----------------------------------------------------------------------------------------------
+
+
+class Module:
+    """A part of a network: its parameters are the Tensors, Modules and lists of Modules among its attributes."""
+
+    def parameters(self):
+        """All parameters by name, in the order they were set: {"blocks.0.mlp.expand.weight": Tensor, ...}."""
+        found = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                found[name] = value
+            for part, module in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                if isinstance(module, Module):
+                    prefix = name if part is None else f"{name}.{part}"
+                    found.update({f"{prefix}.{inner}": x for inner, x in module.parameters().items()})
+        return found
+
+
+class Init:
+    """Draws the parameters' first values from `rng`, a NumPy generator, in `dtype`.
+
+    linear="uniform": weights and biases from U(-1/sqrt(k), 1/sqrt(k)) for k inputs, as the authors' generator has them;
+    linear="normal": truncated normal weights of deviation 0.02 and zero biases, as their discriminator.
+    """
+
+    def __init__(self, rng, linear, dtype=np.float32):
+        self.rng, self.linear_rule, self.dtype = rng, linear, dtype
+
+    def parameter(self, values):
+        return Tensor(values, requires_grad=True, dtype=self.dtype)
+
+    def truncated_normal(self, *shape):
+        """Normal, mean 0, deviation 0.02, drawn again beyond two deviations."""
+        values = self.rng.standard_normal(shape)
+        while (outside := np.abs(values) > 2).any():
+            values[outside] = self.rng.standard_normal(outside.sum())
+        return self.parameter(0.02 * values)
+
+    def linear(self, inputs, outputs):
+        """The weight (inputs, outputs) and bias (outputs,) of a linear layer."""
+        if self.linear_rule == "normal":
+            return self.truncated_normal(inputs, outputs), self.parameter(np.zeros(outputs))
+        bound = inputs**-0.5
+        weight = self.rng.uniform(-bound, bound, (inputs, outputs))
+        return self.parameter(weight), self.parameter(self.rng.uniform(-bound, bound, outputs))
+
+
+class Linear(Module):
+    """x W + b: (..., inputs) -> (..., outputs)."""
+
+    def __init__(self, inputs, outputs, init, bias=True):
+        self.weight, self.bias = init.linear(inputs, outputs)
+        if not bias:
+            self.bias = None
+
+    def __call__(self, x):
+        return ag.linear(x, self.weight, self.bias)
+
+
+class LayerNorm(Module):
+    """Layer normalization with weight and bias over the last axis, eps 1e-5: (..., C) -> (..., C)."""
+
+    def __init__(self, embed_dim, init):
+        self.weight, self.bias = init.parameter(np.ones(embed_dim)), init.parameter(np.zeros(embed_dim))
+
+    def __call__(self, x):
+        return ag.layer_norm(x, self.weight, self.bias)
+
+
+class Attention(Module):
+    """Multi-head self-attention: (B, N, C) -> (B, N, C). One matrix without bias makes q, k and v."""
+
+    def __init__(self, embed_dim, num_heads, init):
+        self.num_heads = num_heads
+        self.qkv = Linear(embed_dim, 3 * embed_dim, init, bias=False)
+        self.projection = Linear(embed_dim, embed_dim, init)
+
+    def __call__(self, x, mask=None):
+        qkv = self.qkv(x)  # (B, N, 3C)
+        return self.projection(ag.attention(qkv, self.num_heads, mask))  # (B, N, C)
+
+
+class MLP(Module):
+    """Two linear layers with an exact GELU between, four times as wide inside: (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, embed_dim, init, ratio=4):
+        self.expand = Linear(embed_dim, ratio * embed_dim, init)
+        self.reduce = Linear(ratio * embed_dim, embed_dim, init)
+
+    def __call__(self, x):
+        return self.reduce(ag.gelu(self.expand(x)))  # (B, N, C) -> (B, N, 4C) -> (B, N, C)
+
+
+class Block(Module):
+    """The transformer encoder block of the paper's figure 2, normalised before each part:
+
+    x += Attention(LayerNorm(x));  x += MLP(LayerNorm(x)).     (B, N, C) -> (B, N, C)
+    """
+
+    def __init__(self, embed_dim, num_heads, init):
+        self.norm1, self.attention = LayerNorm(embed_dim, init), Attention(embed_dim, num_heads, init)
+        self.norm2, self.mlp = LayerNorm(embed_dim, init), MLP(embed_dim, init)
+
+    def __call__(self, x, mask=None):
+        x = x + self.attention(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+# --- 2. The two networks ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The dimensions of a pair of networks (the paper's table of model sizes; `tiny` is ours, for a laptop)."""
+
+    embed_dim: int  # the generator's width at its first stage; also latent_dim
+    depths: tuple  # its blocks per stage
+    disc_embed_dim: int = 384
+    disc_depth: int = 7
+
+
+SIZES = {
+    "tiny": Size(128, (2, 1, 1), 128, 3),
+    "S": Size(384, (5, 2, 2)),
+    "M": Size(512, (5, 2, 2)),
+    "L": Size(768, (5, 2, 2)),
+    "XL": Size(1024, (5, 4, 2)),
+}
+NUM_HEADS = 4
+
+
+def upscale(x):
+    """The paper's UpScale: tokens (B, H*W, C) -> (B, 2H*2W, C/4), twice the resolution for a quarter of the width."""
+    batch, tokens, width = x.shape
+    side = math.isqrt(tokens)
+    x = x.transpose(0, 2, 1).reshape(batch, width, side, side)  # (B, C, H, W)
+    x = ag.pixel_shuffle(x, 2)  # (B, C/4, 2H, 2W)
+    return x.reshape(batch, width // 4, 4 * tokens).transpose(0, 2, 1)  # (B, 4HW, C/4)
+
+
+class Generator(Module):
+    """Noise (B, Z) -> pictures (B, 3, image_size, image_size), aimed at [-1, 1] but not forced into it (section 3.2).
+
+    One stage per entry of `depths`, each at twice the resolution and a quarter of the width of the one before; the first
+    starts from image_size / 2^(stages - 1) tokens a side. latent_dim Z equals embed_dim. Raises ValueError if width or
+    picture do not divide that way.
+    """
+
+    def __init__(self, image_size, embed_dim, depths, rng, num_heads=NUM_HEADS, dtype=np.float32):
+        stages = len(depths)
+        self.start, self.latent_dim = image_size >> stages - 1, embed_dim
+        if self.start << stages - 1 != image_size or not self.start:
+            raise ValueError(f"a picture of {image_size} pixels cannot be doubled up to in {stages} stages")
+        if embed_dim % (num_heads * 4 ** (stages - 1)):
+            raise ValueError(f"embed_dim {embed_dim} must divide by {num_heads} heads times 4^{stages - 1}")
+        init = Init(rng, "uniform", dtype)
+        self.project = Linear(embed_dim, self.start**2 * embed_dim, init)
+        self.stages = []
+        for k, depth in enumerate(depths):
+            self.stages.append(Stage(self.start << k, embed_dim >> 2 * k, depth, num_heads, init))
+        self.to_rgb = Linear(embed_dim >> 2 * (stages - 1), 3, init)
+
+    def __call__(self, z):
+        batch = len(z)
+        x = self.project(z).reshape(batch, self.start**2, self.latent_dim)  # (B, Z) -> (B, 8*8, C)
+        for k, stage in enumerate(self.stages):
+            if k:
+                x = upscale(x)  # (B, HW, C) -> (B, 4HW, C/4)
+            x = stage(x)
+        x = self.to_rgb(x)  # (B, 32*32, C/16) -> (B, 32*32, 3)
+        side = math.isqrt(x.shape[1])
+        return x.transpose(0, 2, 1).reshape(batch, 3, side, side)
+
+
+class Stage(Module):
+    """One resolution of the generator: a learnable position is added to each token, then the blocks follow."""
+
+    def __init__(self, side, embed_dim, depth, num_heads, init):
+        self.position = init.truncated_normal(1, side * side, embed_dim)
+        self.blocks = [Block(embed_dim, num_heads, init) for _ in range(depth)]
+
+    def __call__(self, x):
+        x = x + self.position  # (B, N, C)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Discriminator(Module):
+    """Pictures (B, 3, image_size, image_size) -> one logit each, (B,): high for real (section 3.2).
+
+    A picture is cut into patches, each projected to a token; a learnable [cls] token in front collects the judgement.
+    Raises ValueError if patches do not tile the picture.
+    """
+
+    def __init__(self, image_size, patch_size, embed_dim, depth, rng, num_heads=NUM_HEADS, dtype=np.float32):
+        if image_size % patch_size:
+            raise ValueError(f"patches of {patch_size} pixels do not tile a picture of {image_size}")
+        self.patch_size = patch_size
+        init = Init(rng, "normal", dtype)
+        self.embed = Linear(3 * patch_size**2, embed_dim, init)
+        self.cls = init.truncated_normal(1, 1, embed_dim)
+        self.position = init.truncated_normal(1, 1 + (image_size // patch_size) ** 2, embed_dim)
+        self.blocks = [Block(embed_dim, num_heads, init) for _ in range(depth)]
+        self.norm = LayerNorm(embed_dim, init)
+        self.head = Linear(embed_dim, 1, init)
+
+    def __call__(self, pictures):
+        batch, _, height, width = pictures.shape
+        p = self.patch_size
+        x = pictures.reshape(batch, 3, height // p, p, width // p, p).transpose(0, 2, 4, 1, 3, 5)
+        x = x.reshape(batch, -1, 3 * p * p)  # (B, N, 3pp)
+        x = self.embed(x)  # (B, N, C)
+        cls = ag.broadcast_to(self.cls, (batch, *self.cls.shape[1:]))
+        x = ag.concatenate([cls, x], axis=1) + self.position  # (B, 1+N, C)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x[:, 0])  # (B, C), the [cls] token
+        return self.head(x).reshape(batch)
+
+
+# --- 3. Losses --------------------------------------------------------------------------------------------------------
+
+LOSSES = ("wgangp-eps", "hinge", "standard")
+
+
+def slope_norm(discriminator, x):
+    """||d D(x) / dx||_2 of every picture: (B, 3, H, W) array -> Tensor (B,).
+
+    The gradient is taken with its history, because its norm is part of the loss: a second derivative.
+    """
+    x = Tensor(x, requires_grad=True)
+    (slope,) = grad(discriminator(x).sum(), [x], create_graph=True)  # (B, 3, H, W)
+    # sqrt has no derivative at 0; a summand far below rounding makes it 0 there instead of 0 * infinity
+    return ag.sqrt((slope * slope).sum(axis=(1, 2, 3)) + 1e-24)
+
+
+def gradient_penalty(norms, target=1.0):
+    """(10 / target^2) mean (norm - target)^2: (B,) -> one number (Gulrajani et al. 2017, eq. 3, with their weight 10)."""
+    return ((norms - target) ** 2).mean() * (10.0 / target**2)
+
+
+def discriminator_scores(discriminator, real, fake, mix, loss):
+    """All that the discriminator's loss asks of each sample: Tensor (2 or 3, B).
+
+    Rows: D(real), D(fake) and, for wgangp-eps, the slope's norm at mix * real + (1 - mix) * fake.
+    real, fake: (B, 3, H, W) arrays; mix: (B, 1, 1, 1) array in [0, 1].
+    """
+    rows = [discriminator(Tensor(ag.xp.concatenate([real, fake]))).reshape(2, len(real))]
+    if loss == "wgangp-eps":
+        rows.append(slope_norm(discriminator, mix * real + (1 - mix) * fake).reshape(1, len(real)))
+    return ag.concatenate(rows)
+
+
+def discriminator_loss(scores, loss):
+    """The discriminator's loss from `discriminator_scores` (2 or 3, B): (loss, penalty or None), each one number.
+
+    wgangp-eps: mean D(fake) - mean D(real) + gradient_penalty + 0.001 (mean D(real))^2   (the authors' code)
+    hinge:      mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake))
+    standard:   sigmoid cross-entropy with real as 1 and fake as 0: mean softplus(-D(real)) + mean softplus(D(fake))
+    Raises ValueError for another loss.
+    """
+    on_real, on_fake = scores[0], scores[1]  # (B,) each
+    if loss == "wgangp-eps":
+        penalty = gradient_penalty(scores[2])
+        return on_fake.mean() - on_real.mean() + penalty + 1e-3 * on_real.mean() ** 2, penalty
+    if loss == "hinge":
+        return ag.relu(1.0 - on_real).mean() + ag.relu(1.0 + on_fake).mean(), None
+    if loss == "standard":
+        return ag.softplus(-on_real).mean() + ag.softplus(on_fake).mean(), None
+    raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
+
+
+def generator_loss(scores, loss):
+    """The generator's loss from D(G(z)), a Tensor (1, B): one number.
+
+    -mean D(G(z)), and for the standard loss mean softplus(-D(G(z))): cross-entropy with the fakes called real.
+    """
+    return ag.softplus(-scores).mean() if loss == "standard" else -scores.mean()
+
+
+# --- 4. Training ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Options:
+    """What defines a run: the same options, on the same kind of machine, give the same run. See --help for each."""
+
+    dataset: str = "cifar10"
+    size: str = "S"
+    image_size: int = 32
+    patch_size: int = 4
+    loss: str = "wgangp-eps"
+    steps: int = 500_000
+    batch_size: int = 32
+    gen_batch_size: int = 64
+    disc_steps: int = 5
+    learning_rate: float = 1e-4
+    ema_decay: float = 0.999
+    seed: int = 0
+
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+MAX_NORM = 5.0  # the norm to which each network's gradient is clipped
+
+
+class Trainer:
+    """Both networks, their optimisers, the generator's moving average, and how many generator steps were done.
+
+    pictures: bytes (N, 3, image_size, image_size). All that is random in a step is drawn from a generator seeded by
+    (seed, step), so the random state of a run is those two numbers. Raises UserError for a batch larger than the data,
+    ValueError for an image_size or patch_size that the networks cannot have.
+    """
+
+    def __init__(self, options, pictures, threads=None, dtype=np.float32):
+        size, seed = SIZES[options.size], options.seed
+        self.options, self.dtype, self.step = options, dtype, 0
+        self.threads = min(threads or CORES, options.batch_size, options.gen_batch_size) if ag.xp is np else 1
+        self.map = futures.ThreadPoolExecutor(self.threads).map if self.threads > 1 else map
+        self.batches = data.Batches(pictures, options.batch_size, seed)
+        rng = np.random.default_rng((seed, 0))
+        self.generator = Generator(options.image_size, size.embed_dim, size.depths, rng, dtype=dtype)
+        self.discriminator = Discriminator(
+            options.image_size, options.patch_size, size.disc_embed_dim, size.disc_depth, rng, dtype=dtype
+        )
+        self.gen_parameters = self.generator.parameters()
+        self.disc_parameters = self.discriminator.parameters()
+        self.average = {name: p.data.copy() for name, p in self.gen_parameters.items()}
+        self.gen_adam = ag.Adam(self.gen_parameters.values())
+        self.disc_adam = ag.Adam(self.disc_parameters.values())
+
+    def train_step(self):
+        """One step: `disc_steps` updates of the discriminator, then one of the generator, then the moving average.
+
+        Returns the last losses and penalty as 0-d arrays on the device, so that nothing waits for them.
+        """
+        options = self.options
+        rng = np.random.default_rng((options.seed, 1, self.step))
+        rate = options.learning_rate * (1 - self.step / options.steps)  # linear decay to 0 over the run
+        for i in range(options.disc_steps):
+            real = self.batches[self.step * options.disc_steps + i]  # (B, 3, H, W)
+            losses = self.discriminator_step(real, rate, rng)
+        losses |= self.generator_step(rate, rng)
+        self.update_average()
+        self.step += 1
+        return losses
+
+    def discriminator_step(self, real, rate, rng):
+        """Update the discriminator on real pictures, (B, 3, H, W), and as many generated ones."""
+        batch, name = len(real), self.options.loss
+        flipped = rng.random(batch) < 0.5
+        real[flipped] = real[flipped, :, :, ::-1]
+        mix = rng.random((batch, 1, 1, 1))
+
+        def scores(real, noise, mix):
+            with ag.no_grad():
+                fake = self.generator(Tensor(noise)).data
+            return discriminator_scores(self.discriminator, real, fake, mix, name)
+
+        inputs = [real, self.noise(batch, rng), mix]
+        loss, penalty = self.update(scores, inputs, discriminator_loss, self.disc_parameters, self.disc_adam, rate)
+        return {"disc_loss": loss.data, "penalty": None if penalty is None else penalty.data}
+
+    def generator_step(self, rate, rng):
+        """Update the generator through the discriminator's judgement of a batch of its pictures."""
+
+        def scores(noise):
+            return self.discriminator(self.generator(Tensor(noise))).reshape(1, -1)
+
+        def loss(scores, name):
+            return generator_loss(scores, name), None
+
+        inputs = [self.noise(self.options.gen_batch_size, rng)]
+        loss, _ = self.update(scores, inputs, loss, self.gen_parameters, self.gen_adam, rate)
+        return {"gen_loss": loss.data}
+
+    def update(self, scores, inputs, loss, parameters, adam, rate):
+        """Move `parameters` down the gradient of loss(scores(*inputs)); returns what `loss` returns.
+
+        The batch is shared out among threads, each with its share of every input, because NumPy's elementwise operations
+        run on one core. Scores are numbers per sample, so shares do not meet before the loss. With s the joined scores
+            d loss / d parameters = sum over shares of (d loss / d s_share) (d s_share / d parameters):
+        each thread computes its scores, the loss joins them and says what its derivative is towards each share, and each
+        thread carries that back to the parameters. Then the joint norm is clipped, and Adam takes its step.
+        """
+        threads, parameters = self.threads, list(parameters.values())
+        shares = zip(*(np.array_split(x, threads) for x in inputs), strict=True)
+        shares = [[self.array(x) for x in share] for share in shares if len(share[0])]
+        parts = list(self.map(lambda share: scores(*share), shares))
+        leaves = [Tensor(part.data, requires_grad=True) for part in parts]
+        values = loss(ag.concatenate(leaves, axis=1), self.options.loss)
+        towards = grad(values[0], leaves)
+        gradients = list(self.map(lambda pair: grad(pair[0], parameters, pair[1]), zip(parts, towards, strict=True)))
+        total = list(self.map(lambda pieces: functools.reduce(ag.add, pieces), zip(*gradients, strict=True)))
+        factor, _ = ag.clip_by_global_norm(total, MAX_NORM)
+        adam.step(total, rate, factor, self.map)
+        return values
+
+    def update_average(self):
+        """average = decay * average + (1 - decay) * weights, for every weight of the generator."""
+        decay = self.options.ema_decay
+        for name, p in self.gen_parameters.items():
+            average = self.average[name]
+            average *= decay
+            average += (1 - decay) * p.data
+
+    def array(self, values):
+        """A NumPy array as an array on the device, in the networks' dtype."""
+        return ag.xp.asarray(values.astype(self.dtype))
+
+    def noise(self, count, rng):
+        """z ~ N(0, I): (count, Z)."""
+        return rng.standard_normal((count, self.generator.latent_dim))
+
+    def sample(self, z):
+        """Pictures that the averaged generator makes of noise (n, Z): NumPy (n, 3, H, W), about [-1, 1]."""
+        own = {name: p.data for name, p in self.gen_parameters.items()}
+        for name, p in self.gen_parameters.items():
+            p.data = self.average[name]
+        try:
+            with ag.no_grad():
+                parts = [self.generator(Tensor(self.array(z[i : i + 64]))).data for i in range(0, len(z), 64)]
+            return np.concatenate([ag.to_numpy(part) for part in parts])
+        finally:
+            for name, p in self.gen_parameters.items():
+                p.data = own[name]
+
+    def _state(self):
+        """Every array that training changes, by the name it has in a checkpoint."""
+        state = {}
+        for network, parameters, adam in (
+            ("generator", self.gen_parameters, self.gen_adam),
+            ("discriminator", self.disc_parameters, self.disc_adam),
+        ):
+            state |= {f"{network}/{name}": p.data for name, p in parameters.items()}
+            for moment, arrays in (("m", adam.m), ("v", adam.v)):
+                state |= {f"{network}/adam.{moment}/{name}": x for name, x in zip(parameters, arrays, strict=False)}
+        return state | {f"average/{name}": x for name, x in self.average.items()}
+
+    def save(self, path):
+        """Write a checkpoint: all arrays of training, the step and the options, from which the random state follows."""
+        arrays = {name: ag.to_numpy(x) for name, x in self._state().items()}
+        part = path.with_name(path.name + ".part")
+        with part.open("wb") as file:
+            np.savez(file, options=json.dumps(dataclasses.asdict(self.options)), step=self.step, **arrays)
+        os.replace(part, path)
+
+    def load(self, path):
+        """Take a checkpoint's arrays and step. Raises UserError if it does not fit these networks."""
+        with open_checkpoint(path) as saved:
+            state = self._state()
+            for name, x in state.items():
+                if name not in saved or saved[name].shape != x.shape or saved[name].dtype != x.dtype:
+                    raise UserError(f"{path} does not fit: {name} should be {x.dtype} of shape {x.shape}")
+            for name, x in state.items():
+                x[...] = ag.xp.asarray(saved[name])
+            self.step = int(saved["step"])
+        self.gen_adam.t, self.disc_adam.t = self.step, self.step * self.options.disc_steps
+
+
+class open_checkpoint:
+    """Within this context, a checkpoint's arrays by name; whatever is wrong with the file becomes a UserError."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        try:
+            self.file = np.load(self.path, allow_pickle=False)
+            if not isinstance(self.file, np.lib.npyio.NpzFile) or not {"options", "step"} <= set(self.file):
+                raise ValueError("it lacks options or step")
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"cannot resume from {self.path}: {error}; name a run's folder") from None
+        return self.file
+
+    def __exit__(self, kind, error, _):
+        self.file.close()
+        if kind and issubclass(kind, (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)):
+            raise UserError(f"{self.path} is damaged: {error}; resume from another run") from None
+
+
+# --- 5. Watching it learn ---------------------------------------------------------------------------------------------
+
+GRID = 64  # pictures in a sample grid
+JUDGED = 512  # pictures on each side of the distance
+PATIENCE = 600  # seconds that training may go without a sample grid and a checkpoint
+
+
+def sliced_wasserstein(a, b, directions=256, seed=0):
+    """How far two sets of as many pictures lie apart, (n, ...) NumPy arrays each: 0 for the same set, without unit.
+
+    The sliced 1-Wasserstein distance of the pixels (Rabin et al. 2011): along a random direction of unit length the
+    best match of two sets pairs them in order, so the distance there is mean |sort(a) - sort(b)|; averaged over
+    `directions`. It sees colours, brightness and coarse layout, needs no other network, and says nothing about detail.
+    """
+    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+    lines = np.random.default_rng(seed).standard_normal((a.shape[1], directions)).astype(np.float32)
+    lines /= np.linalg.norm(lines, axis=0)
+    return float(np.abs(np.sort(a @ lines, axis=0) - np.sort(b @ lines, axis=0)).mean())
+
+
+class Log:
+    """Writes log.csv, a row a step, and shows progress: one live line on a terminal, now and then a line elsewhere.
+
+    Losses arrive as arrays on the device and are read a few at a time, so that a step need not wait for them.
+    """
+
+    FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "distance", "pictures_per_second", "seconds")
+
+    def __init__(self, path, step, steps):
+        self.first, self.steps = step, steps
+        kept, self.earlier = [], 0.0
+        if step and path.exists():  # a resumed run: the rows up to its checkpoint
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
+            self.earlier = float(kept[-1]["seconds"]) if kept else 0.0
+        self.file = path.open("w", newline="")
+        self.writer = csv.DictWriter(self.file, self.FIELDS, restval="")
+        self.writer.writeheader()
+        self.writer.writerows(kept)
+        self.live, self.waiting, self.distance = sys.stdout.isatty(), [], None
+        self.start = self.shown = self.last = time.monotonic()
+
+    def add(self, step, losses, pictures, distance=None):
+        """Remember a step: its losses, how many real pictures it used, and the distance where it was measured."""
+        now = time.monotonic()
+        row = {"step": step, "pictures_per_second": pictures / max(now - self.last, 1e-9), "distance": distance}
+        self.waiting.append(row | losses | {"seconds": self.earlier + now - self.start})
+        self.last = now
+        self.distance = self.distance if distance is None else distance
+        if now - self.shown > (0.5 if self.live else 10) or step in (self.first, self.first + 1, self.steps):
+            self.show()
+
+    def show(self):
+        """Write the rows that wait and show the newest."""
+        for row in self.waiting:
+            numbers = {k: v if isinstance(v, int) else f"{float(v):.6g}" for k, v in row.items() if v is not None}
+            self.writer.writerow(numbers)
+        if not self.waiting:
+            return
+        self.file.flush()
+        self.shown = time.monotonic()
+        row, parts = self.waiting[-1], []
+        for name, label in (("disc_loss", "D"), ("gen_loss", "G"), ("penalty", "penalty")):
+            if row.get(name) is not None:
+                parts.append(f"{label} {float(row[name]):.3f}")
+        if self.distance is not None:
+            parts.append(f"distance {self.distance:.3f}")
+        step, elapsed = row["step"], self.shown - self.start
+        left = elapsed / max(step - self.first, 1) * (self.steps - step)
+        speed = (sum(r["pictures_per_second"] for r in self.waiting) / len(self.waiting)) if step > self.first else 0
+        parts += [f"{speed:.0f} pictures/s", f"{clock(elapsed)} elapsed"]
+        parts += [f"{clock(left)} left"] if step > self.first else []
+        line = f"step {step}/{self.steps}  " + "  ".join(parts)
+        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+        self.waiting.clear()
+
+    def close(self):
+        """Write what waits, and leave the live line standing."""
+        self.show()
+        if self.live:
+            print()
+        self.file.close()
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def train(trainer, out, sample_every, save_every):
+    """Train until `trainer.options.steps`, writing samples, log and checkpoints into the folder `out`.
+
+    sample_every, save_every: generator steps between sample grids and between checkpoints; both are also made whenever
+    PATIENCE seconds have passed without a grid, because a step of the large sizes takes a CPU half a minute.
+    """
+    options = trainer.options
+    rng = np.random.default_rng((options.seed, 2))
+    noise = trainer.noise(JUDGED, rng)
+    real = trainer.batches.pictures
+    real = data.scale(real[rng.choice(len(real), JUDGED, replace=len(real) < JUDGED)])
+    log = Log(out / "log.csv", trainer.step, options.steps)
+
+    looked = time.monotonic()
+
+    def look():
+        nonlocal looked
+        looked = time.monotonic()
+        pictures = trainer.sample(noise)
+        data.save_grid(pictures[:GRID], out / "samples" / f"step-{trainer.step:06d}.png")
+        return sliced_wasserstein(pictures, real)
+
+    try:
+        if trainer.step == 0:
+            log.add(0, {}, 0, look())
+        while trainer.step < options.steps:
+            losses = trainer.train_step()
+            step, last = trainer.step, trainer.step == options.steps
+            late = time.monotonic() - looked > PATIENCE
+            distance = look() if last or late or step % sample_every == 0 else None
+            log.add(step, losses, options.batch_size * options.disc_steps, distance)
+            if last or late or step % save_every == 0:
+                log.show()
+                trainer.save(out / "checkpoint.npz")
+    finally:
+        log.close()
+
+
+# --- 6. Command line --------------------------------------------------------------------------------------------------
+
+DEFAULTS = {  # what --dataset decides where nothing else is said
+    "cifar10": {"size": "S", "image_size": 32, "steps": 500_000},
+    "shapes": {"size": "tiny", "image_size": 16, "steps": 600, "disc_steps": 2, "learning_rate": 5e-4,
+               "gen_batch_size": 32, "ema_decay": 0.99},
+}  # fmt: skip
+
+
+def summary(options):
+    """Both networks as a table, one line each stage: tokens, width, blocks, parameters, multiply-adds a picture."""
+    size = SIZES[options.size]
+    rows, totals = [("network", "stage", "tokens", "width", "blocks", "parameters", "multiply-adds")], []
+
+    def block(tokens, width, blocks):  # qkv, projection and the MLP's two layers; q k^T and p v
+        return blocks * (12 * width**2 + 10 * width), blocks * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+    def add(network, stage, tokens, width, blocks, parameters, operations):
+        rows.append((network, stage, tokens, width, blocks, f"{parameters:,}", f"{operations:,}"))
+        totals.append((network, parameters, operations))
+
+    width = size.embed_dim
+    side = options.image_size >> len(size.depths) - 1
+    add("generator", "noise", side**2, width, "", (width + 1) * side**2 * width, side**2 * width**2)
+    for k, depth in enumerate(size.depths):
+        tokens, stage_width = (side << k) ** 2, width >> 2 * k
+        parameters, operations = block(tokens, stage_width, depth)
+        name = f"{side << k}x{side << k}"
+        add("generator", name, tokens, stage_width, depth, parameters + tokens * stage_width, operations)
+    add("generator", "RGB", tokens, 3, "", 3 * stage_width + 3, tokens * stage_width * 3)
+
+    patch, width, depth = options.patch_size, size.disc_embed_dim, size.disc_depth
+    patches = (options.image_size // patch) ** 2
+    inputs = 3 * patch**2
+    add("discriminator", "patches", patches, width, "", (inputs + 1) * width, patches * inputs * width)
+    parameters, operations = block(1 + patches, width, depth)
+    positions = (patches + 2) * width
+    add("discriminator", "blocks", 1 + patches, width, depth, parameters + positions, operations)
+    add("discriminator", "head", 1, width, "", 3 * width + 1, width)
+    for network in ("generator", "discriminator"):
+        parts = [t[1:] for t in totals if t[0] == network]
+        rows.append((network, "total", "", "", "", *(f"{sum(column):,}" for column in zip(*parts, strict=True))))
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    align = "<<>>>>>"
+    return "\n".join("  ".join(f"{x!s:{a}{w}}" for x, a, w in zip(row, align, widths, strict=True)) for row in rows)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and exits with 2."""
+
+    def error(self, message):
+        self.exit(2, f"transgan: {message}; see --help\n")
+
+
+def whole(least, most=2**31):
+    """An argument type: a whole number of at least `least`."""
+
+    def convert(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} must be from {least} to {most}")
+        return value
+
+    return convert
+
+
+def fraction(text):
+    """An argument type: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} must be from 0 to 1")
+    return value
+
+
+def make_parser():
+    """The command line. Options that define the run have no default here: `choose_options` knows where theirs is."""
+    parser = Parser(
+        prog="transgan.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train TransGAN, a GAN made of two transformers, and watch it learn.\n\n"
+        "  python transgan.py                       built-in pictures of shapes, minutes on a laptop\n"
+        "  python transgan.py --dataset cifar10     the paper's size S on CIFAR-10 (170 MB, downloaded once)\n"
+        "  python transgan.py --resume runs/NAME    go on where a run was stopped",
+        epilog="A run's folder holds samples/ (grids of the same noise, over time), log.csv (a row a step; distance is\n"
+        "the sliced Wasserstein distance between generated and real pictures) and checkpoint.npz.",
+    )
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--dataset", choices=DEFAULTS, help="pictures to learn (default: shapes, drawn by the program)")
+    what.add_argument("--size", choices=SIZES, help="networks: the paper's S, M, L, XL, or tiny for a laptop "
+                      "(default: tiny for shapes, else S)")  # fmt: skip
+    what.add_argument("--image-size", type=whole(8, 256), metavar="N",
+                      help="pixels a side, for shapes (default: 16; CIFAR-10 has 32)")  # fmt: skip
+    what.add_argument("--patch-size", type=whole(1, 256), metavar="N",
+                      help="pixels a side of the discriminator's patches (default: an eighth of the picture)")  # fmt: skip
+    how = parser.add_argument_group("how to train; the defaults are the paper's, and smaller for shapes")
+    how.add_argument("--loss", choices=LOSSES, help="the adversarial loss (default: wgangp-eps)")
+    how.add_argument("--steps", type=whole(1), metavar="N",
+                     help="generator steps (default: 500000; for shapes 600)")  # fmt: skip
+    how.add_argument("--batch-size", type=whole(1), metavar="N",
+                     help="real pictures a discriminator step (default: 32)")  # fmt: skip
+    how.add_argument("--gen-batch-size", type=whole(1), metavar="N",
+                     help="generated pictures a generator step (default: 64; for shapes 32)")  # fmt: skip
+    how.add_argument("--disc-steps", type=whole(1), metavar="N",
+                     help="discriminator steps a generator step (default: 5; for shapes 2)")  # fmt: skip
+    how.add_argument("--learning-rate", type=fraction, metavar="R",
+                     help="Adam's rate at the start; it falls to 0 in a line (default: 1e-4; for shapes 5e-4)")  # fmt: skip
+    how.add_argument("--ema-decay", type=fraction, metavar="R", help="decay of the generator's moving average, which "
+                     "makes the samples (default: 0.999; for shapes 0.99)")  # fmt: skip
+    how.add_argument("--seed", type=whole(0), metavar="N", help="of everything random (default: 0)")
+    where = parser.add_argument_group("where")
+    where.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR",
+                       help="where data sets are kept (default: data)")  # fmt: skip
+    where.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/DATASET-SIZE)")
+    where.add_argument("--resume", type=Path, metavar="DIR",
+                       help="go on with the run in DIR, with its own options; only --steps may change them")  # fmt: skip
+    where.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto",
+                       help="gpu needs CuPy (default: auto, the GPU if there is one)")  # fmt: skip
+    where.add_argument("--threads", type=whole(1, 1024), metavar="N", help="CPU threads that share a batch; another "
+                       "number gives the same run up to rounding (default: all cores)")  # fmt: skip
+    watch = parser.add_argument_group("how often to look")
+    watch.add_argument("--sample-every", type=whole(1), metavar="N", default=100,
+                       help="steps between sample grids and distances (default: 100, and every 10 minutes)")  # fmt: skip
+    watch.add_argument("--save-every", type=whole(1), metavar="N", default=100,
+                       help="steps between checkpoints (default: 100, and every 10 minutes)")  # fmt: skip
+    watch.add_argument("--summary", action="store_true", help="print the networks as a table, and stop")
+    return parser
+
+
+def choose_options(args):
+    """(Options, the run's folder) of parsed arguments: the checkpoint's when resuming, else the data set's defaults."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if getattr(args, f.name) is not None}
+    if args.resume:
+        saved = read_options(args.resume / "checkpoint.npz")
+        for name, value in given.items():
+            if name != "steps" and value != getattr(saved, name):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"the run in {args.resume} has {flag} {getattr(saved, name)}; leave out {flag} {value}")
+        return dataclasses.replace(saved, **given), args.out or args.resume
+    dataset = given.setdefault("dataset", "shapes")
+    chosen = DEFAULTS[dataset] | given
+    chosen.setdefault("patch_size", max(1, chosen["image_size"] // 8))  # the paper's grid of 8x8 patches
+    options = Options(**chosen)
+    doubled = 1 << len(SIZES[options.size].depths) - 1
+    if options.image_size % doubled:
+        raise UserError(f"--image-size {options.image_size} must divide by {doubled}: the picture doubles between stages")
+    if options.image_size % options.patch_size:
+        raise UserError(f"--patch-size {options.patch_size} does not divide --image-size {options.image_size}")
+    return options, args.out or Path("runs") / f"{dataset}-{options.size}"
+
+
+def read_options(path):
+    """The Options in a checkpoint. Raises UserError if they are not such as this program writes."""
+    with open_checkpoint(path) as saved:
+        try:
+            options = Options(**json.loads(str(saved["options"])))
+        except (TypeError, ValueError):
+            raise UserError(f"{path} holds options of another version; start a new run") from None
+    reference = Options()
+    for field in dataclasses.fields(Options):
+        value = getattr(options, field.name)
+        if type(value) is not type(getattr(reference, field.name)):
+            raise UserError(f"{path}: its option {field.name} is {value!r}; start a new run")
+    if options.dataset not in DEFAULTS or options.size not in SIZES or options.loss not in LOSSES:
+        raise UserError(f"{path}: it names a data set, size or loss that there is not; start a new run")
+    return options
+
+
+def prepare_folder(out, resume):
+    """Make the run's folder, and refuse one that holds another run."""
+    if out != resume and (out / "checkpoint.npz").exists():
+        raise UserError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
+    try:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        (out / "log.csv").open("a").close()
+    except OSError as error:
+        raise UserError(f"cannot write in {out}: {error.strerror}; choose another --out") from None
+
+
+def run(args):
+    """What the command line asks for. Raises UserError."""
+    options, out = choose_options(args)
+    if args.summary:
+        print(summary(options))
+        return
+    try:
+        device = ag.use_device(args.device)
+    except RuntimeError as error:
+        raise UserError(str(error)) from None
+    ag.keep_freed_memory()
+    prepare_folder(out, args.resume)
+    pictures = data.load_pictures(options.dataset, args.data_dir, options.image_size)
+    trainer = Trainer(options, pictures, args.threads)
+    if args.resume:
+        trainer.load(args.resume / "checkpoint.npz")
+        if trainer.step >= options.steps:
+            raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {trainer.step}")
+    threads = f", {trainer.threads} threads" if device == "cpu" else ""
+    print(f"TransGAN-{options.size} on {options.dataset} {options.image_size}x{options.image_size}, "
+          f"{len(pictures):,} pictures, {device}{threads}, into {out}", flush=True)  # fmt: skip
+    train(trainer, out, args.sample_every, args.save_every)
+    print(f"done: {out / 'samples' / f'step-{trainer.step:06d}.png'}")
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    args = make_parser().parse_args(argv)
+    try:
+        run(args)
+        return 0
+    except UserError as error:
+        message = str(error)
+    except MemoryError:
+        message = "not enough memory for this; lower --batch-size and --gen-batch-size, or choose a smaller --size"
+    except OSError as error:
+        message = f"{error.filename or 'writing'}: {error.strerror or error}; free some space or choose another --out"
+    except KeyboardInterrupt:
+        print("\nstopped; go on from the last checkpoint with --resume", file=sys.stderr)
+        return 130
+    print(f"transgan: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
