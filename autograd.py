@@ -870,7 +870,7 @@ def _split_heads(x, num_heads, parts=3):
     """(B, N, parts*C) -> (parts, B*H, N, D); of three parts the first, the query, is scaled by D^-1/2."""
     batch, tokens, width = x.shape
     x = x.reshape(batch, tokens, parts, num_heads, -1).transpose(2, 0, 3, 1, 4)
-    x = xp.ascontiguousarray(x).reshape(parts, batch * num_heads, tokens, -1)
+    x = x.copy().reshape(parts, batch * num_heads, tokens, -1)
     if parts == 3:
         x[0] *= x.shape[-1] ** -0.5
     return x

@@ -9,6 +9,7 @@ Contents
     4. Batches and grids      load_pictures, Batches, save_grid
 """
 
+import contextlib
 import hashlib
 import http.client
 import io
@@ -95,7 +96,8 @@ def download(url, path, md5):
             "or train without a download: --dataset shapes"
         ) from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def check_md5(path, md5, source):

@@ -345,6 +345,7 @@ class Options:
 
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREAD_SHARE = 1 << 15  # elements of a layer worth a thread of their own: with fewer, handing over costs what it saves
 MAX_NORM = 5.0  # the norm to which each network's gradient is clipped
 
 
@@ -359,7 +360,9 @@ class Trainer:
     def __init__(self, options, pictures, threads=None, dtype=np.float32):
         size, seed = SIZES[options.size], options.seed
         self.options, self.dtype, self.step = options, dtype, 0
-        self.threads = min(threads or CORES, options.batch_size, options.gen_batch_size) if ag.xp is np else 1
+        elements = options.batch_size * (options.image_size // options.patch_size) ** 2 * size.disc_embed_dim
+        threads = threads or min(CORES, max(1, elements // THREAD_SHARE))
+        self.threads = min(threads, options.batch_size, options.gen_batch_size) if ag.xp is np else 1
         self.map = futures.ThreadPoolExecutor(self.threads).map if self.threads > 1 else map
         self.batches = data.Batches(pictures, options.batch_size, seed)
         rng = np.random.default_rng((seed, 0))
@@ -499,6 +502,8 @@ class Trainer:
             for name, x in state.items():
                 x[...] = ag.xp.asarray(saved[name])
             self.step = int(saved["step"])
+            if self.step < 0:
+                raise ValueError(f"its step is {self.step}")
         self.gen_adam.t, self.disc_adam.t = self.step, self.step * self.options.disc_steps
 
 
@@ -519,7 +524,7 @@ class open_checkpoint:
 
     def __exit__(self, kind, error, _):
         self.file.close()
-        if kind and issubclass(kind, (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)):
+        if kind and issubclass(kind, (ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)):
             raise UserError(f"{self.path} is damaged: {error}; resume from another run") from None
 
 
@@ -555,9 +560,12 @@ class Log:
         self.first, self.steps = step, steps
         kept, self.earlier = [], 0.0
         if step and path.exists():  # a resumed run: the rows up to its checkpoint
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
-            self.earlier = float(kept[-1]["seconds"]) if kept else 0.0
+            try:
+                with path.open(newline="") as file:
+                    kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                self.earlier = float(kept[-1]["seconds"]) if kept else 0.0
+            except (ValueError, KeyError, TypeError, csv.Error) as error:
+                raise UserError(f"{path} is not a log of this program ({error}); move it away to go on without") from None
         self.file = path.open("w", newline="")
         self.writer = csv.DictWriter(self.file, self.FIELDS, restval="")
         self.writer.writeheader()
@@ -655,8 +663,8 @@ def train(trainer, out, sample_every, save_every):
 
 DEFAULTS = {  # what --dataset decides where nothing else is said
     "cifar10": {"size": "S", "image_size": 32, "steps": 500_000},
-    "shapes": {"size": "tiny", "image_size": 16, "steps": 600, "disc_steps": 2, "learning_rate": 5e-4,
-               "gen_batch_size": 32, "ema_decay": 0.99},
+    "shapes": {"size": "tiny", "image_size": 16, "steps": 1600, "disc_steps": 2, "learning_rate": 5e-4,
+               "batch_size": 16, "gen_batch_size": 16, "ema_decay": 0.99},
 }  # fmt: skip
 
 
@@ -750,15 +758,15 @@ def make_parser():
     what.add_argument("--image-size", type=whole(8, 256), metavar="N",
                       help="pixels a side, for shapes (default: 16; CIFAR-10 has 32)")  # fmt: skip
     what.add_argument("--patch-size", type=whole(1, 256), metavar="N",
-                      help="pixels a side of the discriminator's patches (default: an eighth of the picture)")  # fmt: skip
+                      help="pixels a side of the discriminator's patches (default: 4)")  # fmt: skip
     how = parser.add_argument_group("how to train; the defaults are the paper's, and smaller for shapes")
     how.add_argument("--loss", choices=LOSSES, help="the adversarial loss (default: wgangp-eps)")
     how.add_argument("--steps", type=whole(1), metavar="N",
-                     help="generator steps (default: 500000; for shapes 600)")  # fmt: skip
+                     help="generator steps (default: 500000; for shapes 1600)")  # fmt: skip
     how.add_argument("--batch-size", type=whole(1), metavar="N",
-                     help="real pictures a discriminator step (default: 32)")  # fmt: skip
+                     help="real pictures a discriminator step (default: 32; for shapes 16)")  # fmt: skip
     how.add_argument("--gen-batch-size", type=whole(1), metavar="N",
-                     help="generated pictures a generator step (default: 64; for shapes 32)")  # fmt: skip
+                     help="generated pictures a generator step (default: 64; for shapes 16)")  # fmt: skip
     how.add_argument("--disc-steps", type=whole(1), metavar="N",
                      help="discriminator steps a generator step (default: 5; for shapes 2)")  # fmt: skip
     how.add_argument("--learning-rate", type=fraction, metavar="R",
@@ -775,7 +783,7 @@ def make_parser():
     where.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto",
                        help="gpu needs CuPy (default: auto, the GPU if there is one)")  # fmt: skip
     where.add_argument("--threads", type=whole(1, 1024), metavar="N", help="CPU threads that share a batch; another "
-                       "number gives the same run up to rounding (default: all cores)")  # fmt: skip
+                       "number gives the same run up to rounding (default: as many as pay)")  # fmt: skip
     watch = parser.add_argument_group("how often to look")
     watch.add_argument("--sample-every", type=whole(1), metavar="N", default=100,
                        help="steps between sample grids and distances (default: 100, and every 10 minutes)")  # fmt: skip
@@ -794,17 +802,20 @@ def choose_options(args):
             if name != "steps" and value != getattr(saved, name):
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"the run in {args.resume} has {flag} {getattr(saved, name)}; leave out {flag} {value}")
-        return dataclasses.replace(saved, **given), args.out or args.resume
+        return check_options(dataclasses.replace(saved, **given)), args.out or args.resume
     dataset = given.setdefault("dataset", "shapes")
-    chosen = DEFAULTS[dataset] | given
-    chosen.setdefault("patch_size", max(1, chosen["image_size"] // 8))  # the paper's grid of 8x8 patches
-    options = Options(**chosen)
+    options = check_options(Options(**DEFAULTS[dataset] | given))
+    return options, args.out or Path("runs") / f"{dataset}-{options.size}"
+
+
+def check_options(options):
+    """The options, if the networks can have them. Raises UserError otherwise."""
     doubled = 1 << len(SIZES[options.size].depths) - 1
     if options.image_size % doubled:
         raise UserError(f"--image-size {options.image_size} must divide by {doubled}: the picture doubles between stages")
     if options.image_size % options.patch_size:
         raise UserError(f"--patch-size {options.patch_size} does not divide --image-size {options.image_size}")
-    return options, args.out or Path("runs") / f"{dataset}-{options.size}"
+    return options
 
 
 def read_options(path):
@@ -814,10 +825,9 @@ def read_options(path):
             options = Options(**json.loads(str(saved["options"])))
         except (TypeError, ValueError):
             raise UserError(f"{path} holds options of another version; start a new run") from None
-    reference = Options()
     for field in dataclasses.fields(Options):
-        value = getattr(options, field.name)
-        if type(value) is not type(getattr(reference, field.name)):
+        value, least = getattr(options, field.name), 0 if field.name in ("seed", "learning_rate", "ema_decay") else 1
+        if type(value) is not type(field.default) or (not isinstance(value, str) and not value >= least):
             raise UserError(f"{path}: its option {field.name} is {value!r}; start a new run")
     if options.dataset not in DEFAULTS or options.size not in SIZES or options.loss not in LOSSES:
         raise UserError(f"{path}: it names a data set, size or loss that there is not; start a new run")

@@ -1,0 +1,1721 @@
+"""The project's promises, as properties: python -m pytest
+
+Every derivative is held against central differences in float64, in first and second order, over drawn shapes; every fused
+operation against its composition; the whole of training against PyTorch, where PyTorch is installed. On a machine with a
+GPU and CuPy the same tests run there.
+
+Contents
+    1. Setting up             device, hypothesis profiles, what tests draw
+    2. Primitive operations   first and second derivatives, extreme values, errors
+    3. Fused operations       derivatives, and equality with their compositions
+    4. The engine             deep graphs, many paths, memory, modes, gradient_check, Adam
+    5. The networks           pixel shuffle, derivatives of whole networks, parameter counts, losses
+    6. Training               resuming to the bit, threads, a rehearsal of the GPU
+    7. Data                   archives, pickles, downloads, drawn shapes, grids
+    8. Command line           what a person can get wrong
+    9. Parity with PyTorch    outputs, gradients, five training steps
+"""
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import hashlib
+import http.server
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import tracemalloc
+import types
+import warnings
+from pathlib import Path
+
+import transgan  # before NumPy: it decides how many threads NumPy's matrix products use
+
+import numpy as np  # isort: skip
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, mutually_broadcastable_shapes
+from PIL import Image
+
+import autograd as ag
+import data
+from autograd import Tensor, grad, gradient_check
+from data import UserError
+
+# --- 1. Setting up ----------------------------------------------------------------------------------------------------
+
+DEVICE = ag.use_device("auto")
+on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="about the CPU")
+_common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("local", max_examples=100, **_common)
+settings.register_profile("ci", max_examples=100, derandomize=True, **_common)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+AGREES = 1e-6  # largest relative error of a derivative against central differences in float64
+seeds = st.integers(0, 2**32 - 1)
+scales = st.sampled_from([0.1, 1.0, 3.0])
+shapes = array_shapes(min_dims=0, max_dims=4, min_side=1, max_side=4)
+
+
+def normal(seed, *shapes, scale=1.0):
+    """A list of float64 arrays of these shapes, drawn from a normal distribution."""
+    rng = np.random.default_rng(seed)
+    return [np.asarray(scale * rng.standard_normal(shape)) for shape in shapes]
+
+
+def check(function, inputs, order=2, **options):
+    """Hold derivatives up to `order` against central differences, at a few random coordinates of each input."""
+    inputs = [ag.xp.asarray(x) for x in inputs]
+    before = [x.copy() for x in inputs]
+    assert gradient_check(function, inputs, order=order, **({"coordinates": 5} | options)) < AGREES
+    for x, untouched in zip(inputs, before, strict=True):
+        assert (x == untouched).all()  # nothing was computed in place of an input
+
+
+def tensors(*arrays):
+    return [Tensor(ag.xp.asarray(x), requires_grad=True) for x in arrays]
+
+
+def close(a, b, tolerance=1e-10):
+    np.testing.assert_allclose(ag.to_numpy(a), ag.to_numpy(b), rtol=tolerance, atol=tolerance)
+
+
+# --- 2. Primitive operations ------------------------------------------------------------------------------------------
+
+ELEMENTWISE = {  # the operation, and what brings normal numbers into its domain and away from kinks
+    "negative": (ag.negative, None),
+    "exp": (ag.exp, lambda x: x / 3),  # the check adds up squares: beyond e^5 their rounding is all it would see
+    "log": (ag.log, lambda x: np.abs(x) + 0.1),
+    "sqrt": (ag.sqrt, lambda x: np.abs(x) + 0.1),
+    "tanh": (ag.tanh, None),
+    "sigmoid": (ag.sigmoid, None),
+    "softplus": (ag.softplus, None),
+    "relu": (ag.relu, lambda x: x + np.copysign(0.01, x)),
+    "normal_cdf": (ag.normal_cdf, None),
+    "gelu": (ag.gelu, None),
+    "reciprocal": (lambda x: x**-1, lambda x: np.abs(x) + 0.5),
+    "constant": (lambda x: x**0, None),
+    "identity": (lambda x: x**1, None),
+    "square": (lambda x: x**2, None),
+    "cube": (lambda x: x**3, None),
+    "to the 1.5": (lambda x: x**1.5, lambda x: np.abs(x) + 0.1),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+@given(shape=shapes, seed=seeds, scale=scales)
+def test_elementwise_derivatives(name, shape, seed, scale):
+    function, prepare = ELEMENTWISE[name]
+    (x,) = normal(seed, shape, scale=scale)
+    check(function, [prepare(x) if prepare else x])
+
+
+BINARY = {"add": ag.add, "subtract": ag.subtract, "multiply": ag.multiply, "divide": ag.divide}
+
+
+@pytest.mark.parametrize("name", BINARY)
+@given(drawn=mutually_broadcastable_shapes(num_shapes=2, max_dims=4, max_side=4), seed=seeds, scale=scales)
+@example(drawn=types.SimpleNamespace(input_shapes=((3, 1, 2), (5, 1))), seed=0, scale=1.0)
+@example(drawn=types.SimpleNamespace(input_shapes=((), (2, 3))), seed=0, scale=1.0)
+def test_binary_derivatives_with_broadcasting(name, drawn, seed, scale):
+    a, b = normal(seed, *drawn.input_shapes, scale=scale)
+    check(BINARY[name], [a, np.abs(b) + 0.5 if name == "divide" else b])
+
+
+@pytest.mark.parametrize("name", BINARY)
+@given(shape=shapes, seed=seeds, number=st.floats(0.5, 3))
+def test_binary_derivatives_with_numbers_arrays_and_the_same_tensor_twice(name, shape, seed, number):
+    x, array = normal(seed, shape, shape)
+    x, array, function = np.abs(x) + 0.5, ag.xp.asarray(np.abs(array) + 0.5), BINARY[name]
+    for call in (lambda x: function(x, number), lambda x: function(number, x), lambda x: function(x, x)):
+        check(call, [x])
+    check(lambda x: function(x, array) * function(array, x), [x])
+
+
+@given(shape=array_shapes(min_dims=1, max_dims=4, max_side=4), seed=seeds, keepdims=st.booleans(), draw=st.data())
+@pytest.mark.parametrize("name", ["sum", "mean", "max"])
+def test_reduction_derivatives(name, shape, seed, keepdims, draw):
+    (x,) = normal(seed, shape)
+    one = st.integers(-len(shape), len(shape) - 1)
+    several = st.sets(st.integers(0, len(shape) - 1)).map(tuple)
+    axis = draw.draw(st.one_of(st.none(), one, several))
+    check(lambda x: getattr(x, name)(axis=axis, keepdims=keepdims), [x])
+    result = getattr(Tensor(ag.xp.asarray(x)), name)(axis=axis, keepdims=keepdims)
+    close(result, getattr(x, name)(axis=axis, keepdims=keepdims))
+
+
+def test_max_shares_its_gradient_among_equals():
+    (x,) = tensors([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]])
+    (g,) = grad(x.max(axis=1).sum(), [x])
+    close(g, [[0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3]], 1e-6)
+
+
+@given(shape=array_shapes(min_dims=1, max_dims=4, max_side=4), seed=seeds, draw=st.data())
+def test_transpose_and_reshape_derivatives(shape, seed, draw):
+    (x,) = normal(seed, shape)
+    axes = draw.draw(st.permutations(range(len(shape))))
+    signed = [a - len(shape) if draw.draw(st.booleans()) else a for a in axes]
+    check(lambda x: ag.exp(x.transpose(*signed)).reshape(-1) * ag.exp(x.reshape(x.size)), [x])
+    close(Tensor(ag.xp.asarray(x)).transpose(*signed), x.transpose(axes))
+    close(Tensor(ag.xp.asarray(x)).T, x.T)
+
+
+@given(shape=array_shapes(min_dims=1, max_dims=3, max_side=5), seed=seeds, draw=st.data())
+def test_getitem_derivatives(shape, seed, draw):
+    (x,) = normal(seed, shape)
+    index = []
+    for n in shape[: draw.draw(st.integers(0, len(shape)))]:
+        index.append(draw.draw(st.one_of(st.integers(-n, n - 1), st.slices(n))))
+    index.insert(draw.draw(st.integers(0, len(index))), None)
+    index += draw.draw(st.sampled_from([[], [Ellipsis]]))
+    check(lambda x: x[tuple(index)], [x])
+    close(Tensor(ag.xp.asarray(x))[tuple(index)], x[tuple(index)])
+
+
+@given(shape=array_shapes(min_dims=1, max_dims=3, max_side=4), seed=seeds, count=st.integers(1, 3), draw=st.data())
+def test_concatenate_derivatives(shape, seed, count, draw):
+    axis = draw.draw(st.integers(-len(shape), len(shape) - 1))
+    sizes = draw.draw(st.lists(st.integers(1, 3), min_size=count, max_size=count))
+    drawn = [(*shape[: axis % len(shape)], n, *shape[axis % len(shape) + 1 :]) for n in sizes]
+    arrays = normal(seed, *drawn)
+    check(lambda *parts: ag.concatenate(parts, axis), arrays)
+    check(lambda x: ag.concatenate([x, x * 2], axis), arrays[:1])
+
+
+@given(drawn=mutually_broadcastable_shapes(num_shapes=1, base_shape=(2, 3, 1, 4), max_dims=4, max_side=4), seed=seeds)
+def test_broadcast_to_derivatives(drawn, seed):
+    assume(len(drawn.result_shape) <= 4)
+    (x,) = normal(seed, drawn.input_shapes[0])
+    check(lambda x: ag.broadcast_to(x, drawn.result_shape), [x])
+
+
+@given(
+    drawn=mutually_broadcastable_shapes(signature="(n,k),(k,m)->(n,m)", max_dims=3, max_side=3), seed=seeds, scale=scales
+)
+@example(drawn=types.SimpleNamespace(input_shapes=((2, 3, 4, 5), (5, 2))), seed=0, scale=1.0)
+@example(drawn=types.SimpleNamespace(input_shapes=((4, 5), (2, 1, 5, 3))), seed=0, scale=1.0)
+@example(drawn=types.SimpleNamespace(input_shapes=((2, 1, 3, 4), (5, 4, 2))), seed=0, scale=1.0)
+def test_matmul_derivatives_with_any_leading_axes(drawn, seed, scale):
+    a, b = normal(seed, *drawn.input_shapes, scale=scale)
+    check(ag.matmul, [a, b])
+    close(Tensor(ag.xp.asarray(a)) @ Tensor(ag.xp.asarray(b)), a @ b)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_extreme_values_stay_finite_and_right(dtype):
+    """At logits of 10^4 and more, where the textbook formulas overflow or divide 0 by 0, values and slopes are exact."""
+    big = ag.xp.asarray(np.array([-3e4, -100, -40, 0, 40, 100, 3e4], dtype))
+    tiny = np.finfo(dtype).tiny
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        warnings.filterwarnings("ignore", "underflow")
+        (x,) = tensors(big)
+        for function, values, slopes in (
+            (ag.sigmoid, [0, math.exp(-100), math.exp(-40), 0.5, 1, 1, 1], [0, math.exp(-100), math.exp(-40), 0.25, 0, 0, 0]),
+            (ag.softplus, [0, math.exp(-100), math.exp(-40), math.log(2), 40, 100, 3e4], [0, 0, 0, 0.5, 1, 1, 1]),
+            (ag.tanh, [-1, -1, -1, 0, 1, 1, 1], [0, 0, 0, 1, 0, 0, 0]),
+            (ag.gelu, [0, 0, 0, 0, 40, 100, 3e4], [0, 0, 0, 0.5, 1, 1, 1]),
+            (ag.relu, [0, 0, 0, 0, 40, 100, 3e4], [0, 0, 0, 0, 1, 1, 1]),
+        ):
+            y = function(x)
+            (slope,) = grad(y.sum(), [x], create_graph=True)
+            (curvature,) = grad(slope.sum(), [x]) if slope.requires_grad else (slope,)
+            np.testing.assert_allclose(ag.to_numpy(y), values, rtol=1e-6, atol=tiny)
+            np.testing.assert_allclose(ag.to_numpy(slope), slopes, rtol=1e-6, atol=1e-16)
+            assert np.isfinite(ag.to_numpy(curvature)).all()
+        y = ag.softmax(x)
+        close(y, [0, 0, 0, 0, 0, 0, 1], 1e-7)
+        (slope,) = grad((y * y).sum(), [x], create_graph=True)
+        assert np.isfinite(ag.to_numpy(slope)).all()
+        assert np.isfinite(ag.to_numpy(grad((slope * slope).sum(), [x])[0])).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: t(2, 3) + t(4), r"add of shapes \(2, 3\), \(4,\)"),
+        (lambda t: 1.0 - t(2) * t(3), r"multiply of shapes \(2,\), \(3,\)"),
+        (lambda t: t(2, 3) @ t(4, 5), r"matmul of shapes \(2, 3\), \(4, 5\)"),
+        (lambda t: t(2, 3) @ t(3), r"matmul of shapes \(2, 3\), \(3,\): both operands need at least two axes"),
+        (lambda t: t(7, 2, 3) @ t(4, 5), r"matmul of shapes \(7, 2, 3\), \(4, 5\)"),
+        (lambda t: t(6).reshape(4, 2), r"reshape of shapes \(6,\)"),
+        (lambda t: t(6).transpose(1, 0), r"transpose of shapes \(6,\)"),
+        (lambda t: t(6).sum(axis=1), r"reduce_sum of shapes \(6,\)"),
+        (lambda t: t(0).mean(), r"reduce_mean of shapes \(0,\): there is no mean of no elements"),
+        (lambda t: ag.concatenate([t(2, 3), t(2, 4)]), r"concatenate of shapes \(2, 3\), \(2, 4\)"),
+        (lambda t: ag.broadcast_to(t(2), (3,)), r"broadcast_to of shapes \(2,\)"),
+        (lambda t: ag.linear(t(2, 3), t(4, 5)), r"linear of shapes \(2, 3\), \(4, 5\)"),
+        (lambda t: ag.softmax(t(2, 3), ag.xp.ones((2, 4), bool)), r"softmax of shapes \(2, 3\), \(2, 4\)"),
+        (lambda t: ag.layer_norm(t(2, 3), t(2), t(3)), r"layer_norm of shapes \(2, 3\), \(2,\), \(3,\)"),
+        (lambda t: ag.attention(t(1, 2, 9), 2), r"attention of shapes \(1, 2, 9\).*2 heads"),
+        (lambda t: ag.attention(t(1, 2, 6), 2, ag.xp.ones((3, 3), bool)), r"attention .*\(3, 3\), must be \(2, 2\)"),
+        (lambda t: ag.pixel_shuffle(t(1, 6, 2, 2), 2), r"pixel_shuffle of shapes \(1, 6, 2, 2\).*6 channels"),
+        (lambda t: ag.pixel_unshuffle(t(1, 3, 3, 2), 2), r"pixel_unshuffle of shapes \(1, 3, 3, 2\)"),
+    ],
+)
+def test_errors_name_the_operation_and_the_shapes(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call(lambda *shape: Tensor(ag.xp.ones(shape)))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_are_clear_too():
+    x = Tensor(ag.xp.ones((2, 3)), requires_grad=True)
+    with pytest.raises(IndexError, match=r"getitem of shapes \(2, 3\)"):
+        x[5]
+    with pytest.raises(TypeError, match="an index may hold"):
+        x[[0, 1]]
+    with pytest.raises(TypeError, match="the exponent must be a number"):
+        x**x
+    with pytest.raises(TypeError, match="float32 and float64 meet"):
+        Tensor(ag.xp.ones(3, np.float32)) * Tensor(ag.xp.ones(3, np.float64))
+
+
+# --- 3. Fused operations ----------------------------------------------------------------------------------------------
+
+
+def check_same(fused, composed, arrays, tolerance=1e-9):
+    """Two functions agree in value, in first derivative both with and without a recorded graph, and in second."""
+    upstream = None
+    results = []
+    for function in (fused, composed):
+        inputs = tensors(*arrays)
+        y = function(*inputs)
+        upstream = ag.xp.asarray(normal(1, y.shape)[0]) if upstream is None else upstream
+        first = grad(y, inputs, Tensor(upstream), create_graph=True)
+        second = grad(sum((g * g * 0.5).sum() for g in first), inputs)
+        bare = grad(function(*inputs), inputs, Tensor(upstream))
+        results.append([y, *first, *bare, *second])
+    for a, b in zip(*results, strict=True):
+        size = max(1.0, float(abs(ag.to_numpy(b)).max()))
+        np.testing.assert_allclose(ag.to_numpy(a) / size, ag.to_numpy(b) / size, rtol=0, atol=tolerance)
+
+
+masks = st.sampled_from(["none", "some", "whole rows", "all"])
+
+
+def draw_mask(kind, shape, seed):
+    """A boolean mask whose last axis are the keys: none of them hidden, some, all of some rows, or all of every row."""
+    if kind == "none":
+        return None
+    mask = np.random.default_rng(seed).random(shape) < 0.6
+    if kind == "whole rows":
+        mask[..., ::2, :] = False
+    return ag.xp.asarray(mask & (kind != "all"))
+
+
+@given(shape=array_shapes(min_dims=2, max_dims=4, max_side=5), seed=seeds, scale=st.sampled_from([0.1, 1, 10]), mask=masks)
+@example(shape=(2, 1), seed=0, scale=1, mask="some")
+def test_softmax_derivatives(shape, seed, scale, mask):
+    (x,) = normal(seed, shape, scale=scale)
+    mask = draw_mask(mask, shape[-2:], seed)
+    check(lambda x: ag.softmax(x, mask), [x])
+    y = ag.to_numpy(ag.softmax(Tensor(ag.xp.asarray(x)), mask))
+    seen = np.ones(shape, bool) if mask is None else np.broadcast_to(ag.to_numpy(mask), shape)
+    assert (y[~seen] == 0).all()
+    np.testing.assert_allclose(y.sum(-1), seen.any(-1), atol=1e-12)
+    if mask is None:
+        check_same(ag.softmax, ag.softmax_composed, [x])
+
+
+@given(shape=array_shapes(min_dims=1, max_dims=4, max_side=6), seed=seeds, scale=scales)
+@example(shape=(3, 1), seed=0, scale=1.0)
+def test_layer_norm_derivatives(shape, seed, scale):
+    x, weight, bias = normal(seed, shape, shape[-1:], shape[-1:], scale=scale)
+    check(ag.layer_norm, [x, weight, bias], step=2e-6)
+    check_same(ag.layer_norm, ag.layer_norm_composed, [x, weight, bias])
+
+
+@given(rows=st.integers(1, 4), seed=seeds, offset=st.sampled_from([0.0, 5.0, -300.0]))
+def test_layer_norm_of_constant_and_offset_rows(rows, seed, offset):
+    (x,) = normal(seed, (rows, 6))
+    x[0] = 1.0
+    y = ag.to_numpy(ag.layer_norm(*(Tensor(ag.xp.asarray(a)) for a in (x + offset, np.ones(6), np.zeros(6)))))
+    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(y, expected, atol=1e-8)
+
+
+@given(shape=shapes, seed=seeds, scale=st.sampled_from([0.1, 1.0, 10.0]))
+def test_gelu_equals_its_composition(shape, seed, scale):
+    check_same(ag.gelu, ag.gelu_composed, normal(seed, shape, scale=scale))
+
+
+def test_gelu_in_float32_is_exact_to_float32s_precision():
+    x = np.linspace(-12, 12, 20001)
+    exact = np.array([0.5 * v * math.erfc(-v / math.sqrt(2)) for v in x])
+    value = ag.to_numpy(ag.gelu(Tensor(ag.xp.asarray(x.astype(np.float32)))))
+    assert np.abs(value - exact).max() < 8e-7
+    (leaf,) = tensors(x.astype(np.float32))
+    slope = grad(ag.gelu(leaf).sum(), [leaf])[0]
+    exact = [0.5 * math.erfc(-v / math.sqrt(2)) + v * math.exp(-v * v / 2) / math.sqrt(2 * math.pi) for v in x]
+    assert np.abs(ag.to_numpy(slope) - exact).max() < 5e-7
+
+
+@given(leading=array_shapes(min_dims=0, max_dims=3, max_side=3), k=st.integers(1, 5), m=st.integers(1, 5), seed=seeds)
+def test_linear_derivatives(leading, k, m, seed):
+    x, weight, bias = normal(seed, (*leading, k), (k, m), (m,))
+    check(ag.linear, [x, weight, bias])
+    check(ag.linear, [x, weight])
+    if leading:
+        check_same(ag.linear, lambda x, w, b: x @ w + b, [x, weight, bias])
+
+
+@given(
+    batch=st.integers(1, 2), tokens=st.integers(1, 5), heads=st.integers(1, 3), width=st.integers(1, 3), seed=seeds,
+    scale=st.sampled_from([0.3, 1.0, 3.0]), mask=masks, block=st.sampled_from([1, 3, 8, 1 << 17]),
+)  # fmt: skip
+@example(batch=1, tokens=1, heads=1, width=2, seed=0, scale=1.0, mask="none", block=1)  # all axes but two of size 1
+def test_attention_derivatives(batch, tokens, heads, width, seed, scale, mask, block):
+    (qkv,) = normal(seed, (batch, tokens, 3 * heads * width), scale=scale)
+    mask = draw_mask(mask, (tokens, tokens), seed)
+    with pytest.MonkeyPatch.context() as patch:  # small blocks, so that scores really are taken piece by piece
+        patch.setattr(ag, "_SCORES", block)
+        check(lambda x: ag.attention(x, heads, mask), [qkv])
+        check_same(lambda x: ag.attention(x, heads, mask), lambda x: ag.attention_composed(x, heads, mask), [qkv])
+
+
+def test_attention_of_large_logits_stays_finite():
+    (qkv,) = normal(0, (2, 9, 24), scale=1e3)
+    (x,) = tensors(qkv.astype(np.float32))
+    out = ag.attention(x, 2)
+    (g,) = grad((out * out).sum(), [x])
+    assert np.isfinite(ag.to_numpy(out)).all()
+    assert np.isfinite(ag.to_numpy(g)).all()
+
+
+# --- 4. The engine ----------------------------------------------------------------------------------------------------
+
+
+def test_deep_graphs_do_not_recurse():
+    """20,000 operations in a row: first and second derivative, and the freeing of the graph, need no deep stack."""
+    (x,) = tensors([0.5])
+    y = x
+    for _ in range(20_000):
+        y = y * 0.9999
+    (g,) = grad(y, [x], create_graph=True)
+    close(g, [0.9999**20_000])
+    y = x
+    for _ in range(3_000):
+        y = ag.tanh(y) * 1.1
+    (g,) = grad(y, [x], create_graph=True)
+    (h,) = grad(g, [x])
+    assert np.isfinite(h.item())
+    del y, g
+
+
+def test_each_node_is_visited_once():
+    """2^400 paths lead through this graph; walking each of them would never end."""
+    (x,) = tensors([1.0])
+    y = x
+    for _ in range(400):
+        y = (y + y) * 0.5
+    close(grad(y, [x])[0], [1.0])
+
+
+def test_a_gradient_is_summed_over_all_uses_without_touching_others():
+    """Accumulating in place must not write into an array that something else still holds."""
+    (a,) = normal(0, (3, 4))
+
+    def function(x):
+        y = x * 2
+        z = y + x  # the gradient of z is handed to y and x unchanged
+        return z * y + ag.exp(z) + y.reshape(4, 3).transpose(1, 0).reshape(3, 4) + x[:, ::-1] + z
+
+    check(function, [a])
+    (x,) = tensors(a)
+    upstream = Tensor(ag.xp.ones((3, 4)))
+    first = grad(function(x), [x], upstream)[0]
+    close(upstream, np.ones((3, 4)))
+    close(first, grad(function(x), [x], upstream, create_graph=True)[0])
+
+
+def test_inputs_in_the_middle_unused_inputs_and_repeated_inputs():
+    x, unused = tensors([2.0], np.ones((2, 2)))
+    middle = x * x
+    gradients = grad(middle**3, [middle, x, unused, x])
+    close(gradients[0], [48.0])
+    close(gradients[1], [192.0])
+    close(gradients[2], np.zeros((2, 2)))
+    close(gradients[3], [192.0])
+
+
+def test_grad_says_what_is_wrong():
+    (x,) = tensors([1.0, 2.0])
+    with pytest.raises(ValueError, match=r"output of shape \(2,\) is not a single number"):
+        grad(x * 2, [x])
+    with pytest.raises(ValueError, match="output_grad of shape"):
+        grad(x * 2, [x], Tensor(ag.xp.ones(3)))
+    with pytest.raises(ValueError, match="requires_grad=True"):
+        grad((x * 2).sum(), [Tensor(ag.xp.ones(2))])
+    y = (x * 2).sum()
+    grad(y, [x])
+    with pytest.raises(RuntimeError, match="let go"):
+        grad(y, [x])
+    y = (x * x).sum()
+    close(grad(y, [x], create_graph=True)[0], grad(y, [x])[0])
+
+
+def test_no_grad_and_detach_remember_nothing():
+    (x,) = tensors([3.0])
+    with ag.no_grad():
+        assert not (x * x).requires_grad
+        with ag.recording(True):
+            assert (x * x).requires_grad
+    assert (x * x).requires_grad
+    close(grad(x * x.detach(), [x])[0], [3.0])
+
+
+def test_modes_belong_to_their_thread():
+    seen = []
+    with ag.no_grad():
+        thread = threading.Thread(target=lambda: seen.append((tensors([1.0])[0] * 2).requires_grad))
+        thread.start()
+        thread.join()
+    assert seen == [True]
+
+
+@on_cpu
+def test_memory_falls_while_walking_back():
+    """A chain holds an array for each operation on the way forward, and next to nothing more on the way back."""
+    size, depth = 100_000, 50
+    (x,) = tensors(np.ones(size) * 0.1)
+    tracemalloc.start()
+    y = x
+    for _ in range(depth):
+        y = ag.exp(y * 0.1)
+    loss = y.sum()
+    del y
+    forward, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    grad(loss, [x])
+    now, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    array = size * 8
+    assert forward > depth * array
+    assert peak < forward + 6 * array
+    assert now < 4 * array
+
+
+def test_float32_by_default_float64_on_request():
+    assert Tensor([1, 2]).dtype == np.float32
+    assert Tensor(np.arange(3)).dtype == np.float32
+    assert Tensor([1.0], dtype=np.float64).dtype == np.float64
+    for dtype in (np.float32, np.float64):
+        x = Tensor(ag.xp.ones((2, 4, 12), dtype), requires_grad=True)
+        weight = Tensor(ag.xp.ones(4, dtype))
+        y = ag.gelu(ag.layer_norm(ag.attention(x * 0.5 + 1, 2), weight, weight)) ** 2
+        y = ag.softmax(y).mean() + ag.sqrt(ag.softplus(ag.sigmoid(y))).max()
+        (g,) = grad(y, [x], create_graph=True)
+        assert y.dtype == g.dtype == grad((g * g).sum(), [x])[0].dtype == dtype
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_gradient_check_finds_a_wrong_derivative(order):
+    """A derivative that is off by a thousandth, or one that is right but not differentiable again, is reported."""
+
+    def wrong(x):
+        vjp = (lambda g: g * 1.001) if order == 1 else (lambda g: Tensor(g.data * 3 * x.data * x.data))
+        return ag._result(x.data if order == 1 else x.data**3, (x, vjp))
+
+    (x,) = normal(0, (3,))
+    assert gradient_check(wrong, [x], order=order) > 1e-4
+    if order == 2:
+        assert gradient_check(wrong, [x], order=1) < AGREES
+    with pytest.raises(TypeError, match="float64"):
+        gradient_check(wrong, [x.astype(np.float32)])
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 0.999)])
+@given(seed=seeds, rate=st.floats(1e-4, 0.5), scale=st.floats(0.1, 2))
+def test_adam_follows_its_formula(seed, rate, scale, betas):
+    """Minimise 1/2 sum c (p - target)^2, beside algorithm 1 of the paper written out in plain Python numbers."""
+    c, target, start = (x.tolist() for x in normal(seed, 3, 3, 3))
+    (p,) = tensors(np.array(start))
+    adam, plain, m, v = ag.Adam([p], betas), list(start), [0.0] * 3, [0.0] * 3
+    for t in range(1, 8):
+        loss = ((p - ag.xp.asarray(target)) ** 2 * ag.xp.asarray(c)).sum() * 0.5
+        adam.step(grad(loss, [p]), rate, scale)
+        for i in range(3):
+            g = scale * c[i] * (plain[i] - target[i])
+            m[i] = betas[0] * m[i] + (1 - betas[0]) * g
+            v[i] = betas[1] * v[i] + (1 - betas[1]) * g * g
+            plain[i] -= rate * (m[i] / (1 - betas[0] ** t)) / (math.sqrt(v[i] / (1 - betas[1] ** t)) + 1e-8)
+    np.testing.assert_allclose(ag.to_numpy(p), plain, rtol=1e-9, atol=1e-12)
+
+
+def test_adam_finds_a_minimum():
+    (p,) = tensors(np.array([3.0, -2.0]))
+    adam = ag.Adam([p], betas=(0.9, 0.999))
+    for i in range(2000):
+        adam.step(grad(((p - ag.xp.asarray([1.0, 2.0])) ** 2).sum(), [p]), 0.05 * (1 - i / 2000))
+    close(p, [1.0, 2.0], 1e-3)
+
+
+@given(shapes=st.lists(shapes, min_size=1, max_size=4), seed=seeds, bound=st.floats(0.01, 100))
+def test_clipping_by_global_norm(shapes, seed, bound):
+    arrays = normal(seed, *shapes)
+    expected = math.sqrt(sum((x**2).sum() for x in arrays))
+    factor, norm = ag.clip_by_global_norm([Tensor(ag.xp.asarray(x)) for x in arrays], bound)
+    assert float(norm) == pytest.approx(expected)
+    assert float(factor) * expected <= bound
+    assert float(factor) == (1 if expected + 1e-6 <= bound else pytest.approx(bound / expected, rel=1e-3 / expected))
+
+
+def test_choosing_a_device():
+    with pytest.raises(ValueError, match="auto, cpu or gpu"):
+        ag.use_device("tpu")
+    if DEVICE == "cpu":
+        with pytest.raises(RuntimeError, match="no GPU to use"):
+            ag.use_device("gpu")
+    assert ag.use_device("auto") == DEVICE
+
+
+# --- 5. The networks --------------------------------------------------------------------------------------------------
+
+
+@given(batch=st.integers(1, 2), channels=st.integers(1, 3), height=st.integers(1, 3), width=st.integers(1, 3),
+       factor=st.integers(1, 3), seed=seeds)  # fmt: skip
+def test_pixel_shuffle_is_its_definition_and_has_an_inverse(batch, channels, height, width, factor, seed):
+    (x,) = normal(seed, (batch, channels * factor**2, height, width))
+    y = ag.pixel_shuffle(Tensor(ag.xp.asarray(x)), factor)
+    defined = np.empty((batch, channels, height * factor, width * factor))
+    for b, c, h, w in np.ndindex(batch, channels, height, width):
+        for i, j in np.ndindex(factor, factor):
+            defined[b, c, h * factor + i, w * factor + j] = x[b, c * factor**2 + i * factor + j, h, w]
+    close(y, defined, 0)
+    close(ag.pixel_unshuffle(y, factor), x, 0)
+    close(ag.pixel_shuffle(ag.pixel_unshuffle(y, factor), factor), defined, 0)
+    check(lambda x: ag.pixel_shuffle(x, factor), [x])
+    check(lambda x: ag.pixel_unshuffle(x, factor), [defined])
+
+
+def test_upscale_puts_each_token_into_four_neighbours_around_its_place():
+    x = np.arange(2 * 9 * 8, dtype=np.float32).reshape(2, 9, 8)  # 3x3 tokens of width 8
+    y = ag.to_numpy(transgan.upscale(Tensor(ag.xp.asarray(x))))  # 6x6 tokens of width 2
+    assert y.shape == (2, 36, 2)
+    for b, row, column, i, j, c in np.ndindex(2, 3, 3, 2, 2, 2):
+        assert y[b, (2 * row + i) * 6 + 2 * column + j, c] == x[b, row * 3 + column, 4 * c + 2 * i + j]
+
+
+def as_function(network, call, seed, scale=0.4):
+    """(function, arrays): call(network) as a function of all the network's parameters, which start at random values.
+
+    Values as large as these, unlike those of training, make every derivative large enough to be seen.
+    """
+    parameters = network.parameters()
+
+    def function(*values):
+        for name, value in zip(parameters, values, strict=True):
+            *path, last = name.split(".")
+            setattr(functools.reduce(lambda m, p: m[int(p)] if p.isdigit() else getattr(m, p), path, network), last, value)
+        return call(network)
+
+    return function, normal(seed, *(p.shape for p in parameters.values()), scale=scale)
+
+
+def small_generator():
+    """Its stages are 64, 16 and 4 wide: in layer norms of width 2 differences are too coarse to check by."""
+    return transgan.Generator(8, 64, (1, 1, 1), np.random.default_rng(0), num_heads=2, dtype=np.float64)
+
+
+def small_discriminator():
+    return transgan.Discriminator(8, 4, 8, 2, np.random.default_rng(1), num_heads=2, dtype=np.float64)
+
+
+LAYERS = {
+    "linear": (lambda init: transgan.Linear(3, 5, init), 3),
+    "linear without bias": (lambda init: transgan.Linear(3, 5, init, bias=False), 3),
+    "layer norm": (lambda init: transgan.LayerNorm(4, init), 4),
+    "attention": (lambda init: transgan.Attention(4, 2, init), 4),
+    "mlp": (lambda init: transgan.MLP(3, init), 3),
+    "block": (lambda init: transgan.Block(4, 2, init), 4),
+    "stage": (lambda init: transgan.Stage(2, 4, 2, 2, init), 4),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@settings(max_examples=5)
+@given(seed=seeds, batch=st.integers(1, 2))
+def test_layer_derivatives(name, seed, batch):
+    make, width = LAYERS[name]
+    layer = make(transgan.Init(np.random.default_rng(seed), "uniform", np.float64))
+    parameters = len(layer.parameters())
+    (x,) = normal(seed, (batch, 4, width))
+    holder = []
+    function, values = as_function(layer, lambda layer: layer(holder[0]), seed)
+
+    def of_input_and_parameters(x, *values):
+        holder[:] = [x]
+        return function(*values)
+
+    assert len(values) == parameters > 0
+    check(of_input_and_parameters, [x, *values], coordinates=3)
+
+
+def test_generator_derivatives():
+    z = Tensor(ag.xp.asarray(normal(3, (2, 64))[0]))
+    check(*as_function(small_generator(), lambda g: g(z), seed=4), coordinates=2)
+
+
+def test_discriminator_derivatives():
+    x = Tensor(ag.xp.asarray(normal(3, (2, 3, 8, 8))[0]))
+    check(*as_function(small_discriminator(), lambda d: d(x), seed=4), coordinates=2)
+
+
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+def test_discriminator_loss_derivatives(loss):
+    """With wgangp-eps the first derivative is one of the penalty, so a second of the network; the second, a third."""
+    real, fake, mix = (ag.xp.asarray(x) for x in normal(5, (2, 3, 8, 8), (2, 3, 8, 8), (2, 1, 1, 1)))
+
+    def call(discriminator):
+        scores = transgan.discriminator_scores(discriminator, real, fake, mix, loss)
+        return transgan.discriminator_loss(scores, loss)[0]
+
+    check(*as_function(small_discriminator(), call, seed=6), coordinates=2, step=3e-6)
+
+
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+def test_generator_loss_derivatives(loss):
+    z = Tensor(ag.xp.asarray(normal(7, (2, 64))[0]))
+    discriminator = small_discriminator()
+    function, values = as_function(discriminator, lambda d: None, seed=8)
+    function(*(Tensor(ag.xp.asarray(x)) for x in values))
+
+    def call(generator):
+        return transgan.generator_loss(discriminator(generator(z)).reshape(1, -1), loss)
+
+    check(*as_function(small_generator(), call, seed=9), coordinates=2, order=1)
+
+
+def test_losses_are_their_formulas():
+    scores = np.array([[0.5, -2.0, 3.0], [1.5, -0.5, 0.25], [0.1, 1.0, 2.5]])
+    real, fake, norms = scores
+    tensor = Tensor(ag.xp.asarray(scores))
+    loss, penalty = transgan.discriminator_loss(tensor, "wgangp-eps")
+    close(penalty, 10 * np.mean((norms - 1) ** 2))
+    close(loss, fake.mean() - real.mean() + 10 * np.mean((norms - 1) ** 2) + 1e-3 * real.mean() ** 2)
+    hinge = np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean()
+    close(transgan.discriminator_loss(tensor, "hinge")[0], hinge)
+    standard = -np.log(1 / (1 + np.exp(-real))).mean() - np.log(1 - 1 / (1 + np.exp(-fake))).mean()
+    close(transgan.discriminator_loss(tensor, "standard")[0], standard)
+    for loss in ("wgangp-eps", "hinge"):
+        close(transgan.generator_loss(tensor[1:2], loss), -fake.mean())
+    close(transgan.generator_loss(tensor[1:2], "standard"), -np.log(1 / (1 + np.exp(-fake))).mean())
+    close(transgan.gradient_penalty(Tensor(ag.xp.asarray(norms)), target=2.0), 2.5 * np.mean((norms - 2) ** 2))
+    with pytest.raises(ValueError, match="loss must be one of wgangp-eps, hinge, standard"):
+        transgan.discriminator_loss(tensor, "mse")
+
+
+def test_a_flat_discriminator_has_a_finite_penalty_gradient():
+    """Where D does not depend on its picture the slope is 0, and the norm there has no derivative: not a NaN."""
+    (x,) = normal(0, (2, 3, 8, 8))
+    (w,) = tensors(0.0)
+    norms = transgan.slope_norm(lambda pictures: (pictures * w).sum(axis=(1, 2, 3)), ag.xp.asarray(x))
+    assert np.isfinite(ag.to_numpy(grad(transgan.gradient_penalty(norms), [w])[0])).all()
+
+
+COUNTS = {"S": 18_639_531, "M": 33_083_619, "L": 74_318_163, "XL": 133_592_515}  # paper.md's table of sizes
+
+
+def count(network):
+    return sum(p.size for p in network.parameters().values())
+
+
+class Zeros:
+    """Stands in for a random generator where only shapes matter."""
+
+    standard_normal = staticmethod(np.zeros)
+
+    def uniform(self, low, high, shape):
+        return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize("size", transgan.SIZES)
+def test_parameter_counts_to_the_last_one(size):
+    dimensions = transgan.SIZES[size]
+    generator = count(transgan.Generator(32, dimensions.embed_dim, dimensions.depths, Zeros()))
+    discriminator = count(transgan.Discriminator(32, 4, dimensions.disc_embed_dim, dimensions.disc_depth, Zeros()))
+    if size != "tiny":
+        assert (generator, discriminator) == (COUNTS[size], 12_458_497)
+    totals = re.findall(r"total +([\d,]+)", transgan.summary(transgan.Options(size=size)))
+    assert [int(total.replace(",", "")) for total in totals] == [generator, discriminator]
+
+
+def test_summary_counts_multiply_adds_as_a_forward_pass_makes_them(monkeypatch):
+    made, linear, attention = [], ag.linear, ag.attention
+
+    def counting_linear(x, weight, bias=None):
+        made.append(x.size * weight.shape[1])
+        return linear(x, weight, bias)
+
+    def counting_attention(qkv, num_heads, mask=None):
+        batch, tokens, width = qkv.shape
+        made.append(2 * batch * tokens**2 * width // 3)  # q k^T and p v
+        return attention(qkv, num_heads, mask)
+
+    monkeypatch.setattr(ag, "linear", counting_linear)
+    monkeypatch.setattr(ag, "attention", counting_attention)
+    size, totals = transgan.SIZES["tiny"], []
+    with ag.no_grad():
+        transgan.Generator(16, size.embed_dim, size.depths, Zeros())(Tensor(ag.xp.zeros((1, 128), np.float32)))
+        totals.append(sum(made))
+        made.clear()
+        pictures = Tensor(ag.xp.zeros((1, 3, 16, 16), np.float32))
+        transgan.Discriminator(16, 4, size.disc_embed_dim, size.disc_depth, Zeros())(pictures)
+        totals.append(sum(made))
+    table = transgan.summary(transgan.Options(size="tiny", image_size=16, patch_size=4))
+    assert [int(x.replace(",", "")) for x in re.findall(r"total .* ([\d,]+)$", table, re.M)] == totals
+
+
+@given(seed=st.integers(0, 100))
+@settings(max_examples=3)
+def test_initial_values(seed):
+    normal_rule = transgan.Init(np.random.default_rng(seed), "normal")
+    weight, bias = (ag.to_numpy(x) for x in normal_rule.linear(400, 300))
+    assert weight.dtype == np.float32
+    assert np.abs(weight).max() <= 0.04
+    assert (bias == 0).all()
+    assert weight.std() == pytest.approx(0.02 * 0.8796, rel=0.02)  # a normal cut at two deviations keeps 0.8796 of its own
+    weight, bias = (ag.to_numpy(x) for x in transgan.Init(np.random.default_rng(seed), "uniform").linear(400, 300))
+    for x, tolerance in ((weight, 0.02), (bias, 0.2)):
+        assert np.abs(x).max() <= 0.05
+        assert x.std() == pytest.approx(0.05 / math.sqrt(3), rel=tolerance)
+
+
+def test_networks_refuse_pictures_they_cannot_make_or_cut():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="picture of 30 pixels cannot be doubled up to in 3 stages"):
+        transgan.Generator(30, 64, (1, 1, 1), rng)
+    with pytest.raises(ValueError, match="embed_dim 40 must divide"):
+        transgan.Generator(32, 40, (1, 1, 1), rng)
+    with pytest.raises(ValueError, match="patches of 5 pixels do not tile a picture of 32"):
+        transgan.Discriminator(32, 5, 64, 1, rng)
+
+
+# --- 6. Training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Make the size `tiny` smaller still, and `shapes` a few pictures of 8x8, so that a step takes milliseconds."""
+    monkeypatch.setitem(transgan.SIZES, "tiny", transgan.Size(64, (1, 1, 1), 16, 2))
+    monkeypatch.setattr(data, "SHAPES_COUNT", 40)
+    monkeypatch.setattr(transgan, "JUDGED", 16)
+
+
+def small_trainer(threads=None, dtype=np.float32, **options):
+    chosen = {"dataset": "shapes", "size": "tiny", "image_size": 8, "patch_size": 2, "steps": 6, "disc_steps": 2,
+              "batch_size": 6, "gen_batch_size": 5, "learning_rate": 1e-3}  # fmt: skip
+    options = transgan.Options(**(chosen | options))
+    return transgan.Trainer(options, data.draw_shapes(40, options.image_size), threads, dtype)
+
+
+def state_of(trainer):
+    return {name: ag.to_numpy(x).copy() for name, x in trainer._state().items()}
+
+
+def assert_same_state(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+def test_resuming_is_exact_to_the_bit(loss, small, tmp_path):
+    """Also in the middle of an epoch: 40 pictures make 6 batches, and a step uses 2 of them."""
+    unbroken, first = small_trainer(loss=loss), small_trainer(loss=loss)
+    losses = [unbroken.train_step() for _ in range(6)]
+    for _ in range(2):
+        first.train_step()
+    first.save(tmp_path / "checkpoint.npz")
+    second = small_trainer(loss=loss)
+    second.load(tmp_path / "checkpoint.npz")
+    assert second.step == 2
+    for expected in losses[2:]:
+        for name, value in second.train_step().items():
+            assert (value is None and expected[name] is None) or float(value) == float(expected[name])
+    assert_same_state(state_of(second), state_of(unbroken))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_training_changes_every_weight_and_its_seed_decides(small):
+    before, runs = state_of(small_trainer()), []
+    for seed in (0, 0, 1):
+        trainer = small_trainer(seed=seed)
+        trainer.train_step()
+        runs.append(state_of(trainer))
+    assert_same_state(runs[0], runs[1])
+    assert any((runs[0][name] != runs[2][name]).any() for name in before)
+    assert all((runs[0][name] != before[name]).any() for name in before)
+
+
+@on_cpu
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+def test_threads_share_a_batch_without_changing_the_step(loss, small):
+    runs = []
+    for threads in (1, 2, 4):
+        trainer = small_trainer(threads, np.float64, loss=loss)
+        for _ in range(3):
+            trainer.train_step()
+        runs.append(state_of(trainer))
+    assert_same_state(runs[0], runs[1], 1e-9)
+    assert_same_state(runs[0], runs[2], 1e-9)
+
+
+def test_rate_decays_in_a_line_and_the_average_follows(small, monkeypatch):
+    trainer, rates = small_trainer(ema_decay=0.9), []
+    step = ag.Adam.step
+    monkeypatch.setattr(ag.Adam, "step", lambda self, g, rate, *rest: rates.append(rate) or step(self, g, rate, *rest))
+    average = {name: x.copy() for name, x in trainer.average.items()}
+    for _ in range(3):
+        trainer.train_step()
+        for name, p in trainer.gen_parameters.items():
+            average[name] = 0.9 * average[name] + 0.1 * p.data
+    np.testing.assert_allclose(rates, np.repeat(1e-3 * (1 - np.arange(3) / 6), 3))
+    for name, x in trainer.average.items():
+        close(x, average[name], 1e-6)
+    z = trainer.noise(3, np.random.default_rng(0))
+    own = trainer.generator(Tensor(trainer.array(z))).data
+    for name, p in trainer.gen_parameters.items():
+        p.data = trainer.average[name]
+    averaged = trainer.generator(Tensor(trainer.array(z))).data
+    sampled = trainer.sample(z)
+    close(sampled, averaged, 1e-6)
+    assert abs(sampled - ag.to_numpy(own)).max() > 1e-4
+
+
+def test_gradients_are_clipped_to_norm_5(small, monkeypatch):
+    seen = []
+    step = ag.Adam.step
+
+    def watch(self, gradients, rate, scale, *rest):
+        norm = math.sqrt(sum(float((g.data.astype(np.float64) ** 2).sum()) for g in gradients))
+        seen.append((norm, float(scale) * norm))
+        step(self, gradients, rate, scale, *rest)
+
+    monkeypatch.setattr(ag.Adam, "step", watch)
+    trainer = small_trainer()
+    for p in trainer.disc_parameters.values():
+        p.data *= 8  # a discriminator steep enough for the penalty to pull hard
+    trainer.train_step()
+    assert max(norm for norm, _ in seen) > 5
+    for norm, clipped in seen:
+        assert clipped == pytest.approx(min(5, norm), rel=1e-4)
+
+
+def test_training_brings_generated_pictures_closer(small):
+    """A hundred steps on drawn shapes take away a quarter of the distance to them that untrained pictures have."""
+    trainer = small_trainer(steps=100, disc_steps=2, learning_rate=2e-3, ema_decay=0.9, batch_size=8, gen_batch_size=8)
+    z = trainer.noise(40, np.random.default_rng(0))
+    real = data.scale(trainer.batches.pictures)
+    before = transgan.sliced_wasserstein(trainer.sample(z), real)
+    for _ in range(100):
+        trainer.train_step()
+    assert transgan.sliced_wasserstein(trainer.sample(z), real) < 0.75 * before
+
+
+@given(seed=seeds, n=st.integers(1, 20))
+def test_sliced_wasserstein_distance(seed, n):
+    a, b = (x.astype(np.float32) for x in normal(seed, (n, 1), (n, 1)))
+    assert transgan.sliced_wasserstein(a, b) == pytest.approx(np.abs(np.sort(a, 0) - np.sort(b, 0)).mean(), rel=1e-5)
+    pictures = normal(seed, (n, 3, 2, 2))[0].astype(np.float32)
+    assert transgan.sliced_wasserstein(pictures, pictures[::-1]) < 1e-6
+    assert transgan.sliced_wasserstein(pictures, pictures + 1) > 0.1
+
+
+class DeviceArray(np.ndarray):
+    """An array that refuses to meet NumPy's, and says so, as CuPy's do; a rehearsal of the GPU on the CPU."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
+        if out is not None:
+            options["out"] = tuple(to_host(x) for x in out)
+        result = getattr(ufunc, method)(*(to_host(x) for x in inputs), **options)
+        return out[0] if out is not None else to_device(result)
+
+    def __array_function__(self, function, kinds, args, options):
+        raise TypeError(f"numpy.{function.__name__} was called on an array of the device; use xp")
+
+    def __setitem__(self, index, value):
+        to_host(self)[to_host(index)] = to_host(value)
+
+    def get(self):
+        return to_host(self).copy()
+
+
+def to_host(x):
+    if isinstance(x, (tuple, list)):
+        return type(x)(to_host(y) for y in x)
+    if type(x) is np.ndarray:
+        raise TypeError("a NumPy array meets an array of the device")
+    return x.view(np.ndarray) if isinstance(x, DeviceArray) else x
+
+
+def to_device(x):
+    if isinstance(x, (tuple, list)):
+        return type(x)(to_device(y) for y in x)
+    return np.asarray(x).view(DeviceArray) if isinstance(x, (np.ndarray, np.generic)) else x
+
+
+class FakeCuPy(types.ModuleType):
+    """The part of CuPy that this project uses, computed by NumPy on DeviceArrays; `used` collects its functions' names."""
+
+    ndarray, used = DeviceArray, set()
+    cuda = types.SimpleNamespace(
+        runtime=types.SimpleNamespace(getDeviceProperties=lambda device: {"name": b"a rehearsed GPU"}),
+        Device=lambda: types.SimpleNamespace(id=0),
+    )
+
+    @staticmethod
+    def asarray(x, dtype=None):
+        return np.array(x, dtype).view(DeviceArray)
+
+    def __getattr__(self, name):
+        value = getattr(np, name)
+        if name.startswith("__") or isinstance(value, (type, float)):
+            return value
+        self.used.add(name)
+        return lambda *args, **options: to_device(
+            value(*map(to_host, args), **{k: to_host(v) for k, v in options.items()})
+        )
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rehearsal_of_a_gpu(dtype, small, monkeypatch):
+    """Every line that runs on a GPU runs here, on arrays that refuse to meet NumPy's, and comes to the same numbers."""
+
+    def trained():
+        trainer = small_trainer(1, dtype)
+        with ag.no_grad():
+            ag.softmax(Tensor(ag.xp.ones((2, 2))), ag.xp.asarray([[True, False], [False, False]]))
+        losses = [[float(x) for x in trainer.train_step().values()] for _ in range(2)]
+        return losses, state_of(trainer), trainer.sample(trainer.noise(3, np.random.default_rng(0)))
+
+    expected = trained()
+    special = types.ModuleType("cupyx.scipy.special")
+    special.erf = lambda x: to_device(np.vectorize(math.erf, otypes=[x.dtype])(to_host(x)))
+    for name, module in {"cupy": FakeCuPy("cupy"), "cupyx": types.ModuleType("cupyx"),
+                         "cupyx.scipy": types.ModuleType("cupyx.scipy"), "cupyx.scipy.special": special}.items():  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, module)
+    assert ag.use_device("auto") == "a rehearsed GPU"
+    try:
+        rehearsed = trained()
+    finally:
+        ag.use_device("cpu")
+    tolerance = 1e-9 if dtype == np.float64 else 5e-4
+    np.testing.assert_allclose(rehearsed[0], expected[0], rtol=tolerance)
+    np.testing.assert_allclose(rehearsed[2], expected[2], rtol=tolerance, atol=tolerance)
+    if dtype == np.float64:  # in float32 Adam's quotient of tiny gradients magnifies rounding
+        assert_same_state(rehearsed[1], expected[1], tolerance)
+    assert type(rehearsed[2]) is np.ndarray
+    assert {"matmul", "einsum", "concatenate", "exp", "vdot"} <= FakeCuPy.used
+
+
+def test_every_array_function_in_use_exists_in_cupy():
+    cupy = pytest.importorskip("cupy")
+    for source in ("autograd.py", "transgan.py"):
+        for name in set(re.findall(r"\bxp\.(\w+)", Path(__file__).with_name(source).read_text())):
+            assert hasattr(cupy, name), name
+
+
+# --- 7. Data ----------------------------------------------------------------------------------------------------------
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes byte strings as Python 2 wrote its strings, and numpy's names as its old releases had them."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_string(self, value):
+        value = value.encode() if isinstance(value, str) else value
+        self.write(b"T" + struct.pack("<i", len(value)) + value)
+        self.memoize(value)
+
+    dispatch[bytes] = dispatch[str] = save_string
+
+
+def python2_pickle(value):
+    out = io.BytesIO()
+    Python2Pickler(out, 2).dump(value)
+    return out.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def cifar_batch(seed, rows=8, **changes):
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (rows, 3072), dtype=np.uint8)
+    return {b"batch_label": b"b", b"labels": [int(x) for x in rng.integers(0, 10, rows)], b"data": pixels} | changes
+
+
+def cifar_files():
+    return {name: python2_pickle(cifar_batch(i)) for i, name in enumerate(data.CIFAR10_FILES)}
+
+
+def write_archive(path, files, kind=tarfile.REGTYPE):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"{data.CIFAR10_FOLDER}/{name}")
+            member.type, member.size = kind, len(content) if kind == tarfile.REGTYPE else 0
+            member.linkname = "/etc/passwd" if kind == tarfile.SYMTYPE else ""
+            tar.addfile(member, io.BytesIO(content))
+    return path.read_bytes()
+
+
+def md5(content):
+    return hashlib.md5(content).hexdigest()
+
+
+EXPECTED = np.concatenate([cifar_batch(i)[b"data"] for i in range(5)]).reshape(-1, 3, 32, 32)
+
+
+@contextlib.contextmanager
+def server(content, status=200, announced=None):
+    """Serve `content` on 127.0.0.1 under every path, saying that it has `announced` bytes: the address, and the requests."""
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content) if announced is None else announced))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{running.server_port}/cifar-10-python.tar.gz", requests
+        finally:
+            running.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def leftovers(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def test_cifar10_is_downloaded_checked_and_extracted_once(tmp_path, capsys):
+    archive = write_archive(tmp_path / "made.tar.gz", cifar_files())
+    folder = tmp_path / "data"
+    with server(archive) as (url, requests):
+        for _ in range(2):
+            np.testing.assert_array_equal(data.load_cifar10(folder, url, md5(archive)), EXPECTED)
+    assert len(requests) == 1
+    assert f"downloading {url}" in capsys.readouterr().err
+    files = [f"{data.CIFAR10_FOLDER}/{name}" for name in sorted(data.CIFAR10_FILES)]
+    assert leftovers(folder) == [data.CIFAR10_FOLDER, *files, "cifar-10-python.tar.gz"]
+
+
+def test_an_archive_or_a_folder_that_lies_there_is_used(tmp_path):
+    archive = write_archive(tmp_path / "cifar-10-python.tar.gz", cifar_files())
+    np.testing.assert_array_equal(data.load_cifar10(tmp_path, "http://127.0.0.1:9/", md5(archive)), EXPECTED)
+    (tmp_path / "cifar-10-python.tar.gz").unlink()
+    np.testing.assert_array_equal(data.load_cifar10(tmp_path, "http://127.0.0.1:9/"), EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"x" * 1000, {"announced": 5000}, "broke off after 1000 of 5000 bytes"),
+        (b"", {"announced": 5000}, "broke off after 0 of 5000 bytes"),
+        (b"<html>sorry</html>", {}, "is not the file expected"),
+        (b"gone", {"status": 404}, "Not Found"),
+        (b"", {"status": 503}, "Service Unavailable"),
+    ],
+)
+def test_a_bad_download_says_so_and_leaves_nothing(tmp_path, content, options, message):
+    with server(content, **options) as (url, _), pytest.raises(UserError, match=message) as caught:
+        data.load_cifar10(tmp_path, url)
+    assert "\n" not in str(caught.value)
+    assert leftovers(tmp_path) == []
+
+
+def test_no_server_no_address_no_folder(tmp_path):
+    for url in ("http://127.0.0.1:9/x", "http://[::1", "nonsense"):
+        with pytest.raises(UserError, match="cannot download .* --dataset shapes"):
+            data.load_cifar10(tmp_path, url)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot download"):
+        data.load_cifar10(tmp_path / "file" / "data", "http://127.0.0.1:9/x")
+
+
+def bad_archives():
+    files = cifar_files()
+    yield "truncated", lambda path: path.write_bytes(write_archive(path, files)[:-2000]), "cannot extract"
+    yield "not an archive", lambda path: path.write_bytes(b"hello" * 100), "cannot extract"
+    yield "empty", lambda path: path.write_bytes(b""), "cannot extract"
+    yield "incomplete", lambda path: write_archive(path, dict(list(files.items())[:4])), "is not CIFAR-10"
+    yield "links", lambda path: write_archive(path, files, tarfile.SYMTYPE), "not a plain file"
+    yield "folders", lambda path: write_archive(path, files, tarfile.DIRTYPE), "not a plain file"
+
+
+@pytest.mark.parametrize(("make", "message"), [pytest.param(m, t, id=n) for n, m, t in bad_archives()])
+def test_a_bad_archive_says_so_and_leaves_nothing_half_written(tmp_path, make, message):
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    make(archive)
+    with pytest.raises(UserError, match="is not the file expected") as caught:
+        data.load_cifar10(tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=message) as caught:
+        data.load_cifar10(tmp_path, md5=md5(archive.read_bytes()))
+    assert "\n" not in str(caught.value)
+    assert leftovers(tmp_path) == ["cifar-10-python.tar.gz"]
+
+
+def test_a_file_too_large_is_not_extracted(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_FILE", 100)
+    archive = write_archive(tmp_path / "cifar-10-python.tar.gz", cifar_files())
+    with pytest.raises(UserError, match="size"):
+        data.load_cifar10(tmp_path, md5=md5(archive))
+    assert leftovers(tmp_path) == ["cifar-10-python.tar.gz"]
+
+
+class Command:
+    """An object whose pickle asks for a function to be called with an argument."""
+
+    def __init__(self, function, argument):
+        self.call = function, (argument,)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: cifar_batch(0, **{"extra": x}), lambda x: {b"data": x}])
+def test_a_pickle_that_tries_to_run_code_runs_nothing(tmp_path, protocol, wrap):
+    for function, argument in ((os.mkdir, str(tmp_path / "ran")), (eval, f"__import__('os').mkdir({str(tmp_path / 'ran')!r})")):
+        (tmp_path / "batch").write_bytes(pickle.dumps(wrap(Command(function, argument)), protocol))
+        with pytest.raises(UserError, match="it asks for|is not a batch") as caught:
+            data.read_cifar10(tmp_path / "batch")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (cifar_batch(0, **{}) | {b"data": np.zeros((8, 3071), np.uint8)}, r"rows of 3072 bytes, found \(8, 3071\)"),
+        (cifar_batch(0) | {b"data": np.zeros((0, 3072), np.uint8)}, "rows of 3072 bytes"),
+        (cifar_batch(0) | {b"data": np.zeros((8, 3072), np.float32)}, "plain unsigned bytes"),
+        (cifar_batch(0) | {b"data": np.zeros((8, 3072), np.int8)}, "plain unsigned bytes"),
+        (cifar_batch(0) | {b"data": np.zeros((3072, 8), np.uint8).T}, "plain unsigned bytes"),
+        (cifar_batch(0) | {b"data": [1, 2, 3]}, "rows of 3072 bytes, found list"),
+        (cifar_batch(0) | {b"labels": [1, 2]}, "a list of 8 labels"),
+        (cifar_batch(0) | {b"labels": [0] * 7 + [10]}, "from 0 to 9"),
+        (cifar_batch(0) | {b"labels": [0] * 7 + [-1]}, "from 0 to 9"),
+        (cifar_batch(0) | {b"labels": [0] * 7 + ["cat"]}, "from 0 to 9"),
+        ({b"data": np.zeros((8, 3072), np.uint8)}, "labels"),
+        ([1, 2], "is not a batch"),
+    ],
+)
+def test_wrong_contents_say_so(tmp_path, value, message):
+    (tmp_path / "batch").write_bytes(python2_pickle(value))
+    with pytest.raises(UserError, match=message) as caught:
+        data.read_cifar10(tmp_path / "batch")
+    assert "\n" not in str(caught.value)
+
+
+def test_modern_pickles_and_missing_files(tmp_path):
+    for protocol in (3, 4):
+        (tmp_path / "batch").write_bytes(pickle.dumps(cifar_batch(3), protocol))
+        pictures = data.read_cifar10(tmp_path / "batch")
+        np.testing.assert_array_equal(pictures.reshape(8, -1), cifar_batch(3)[b"data"])
+    with pytest.raises(UserError, match="cannot read"):
+        data.read_cifar10(tmp_path / "missing")
+    (tmp_path / data.CIFAR10_FOLDER).mkdir()
+    with pytest.raises(UserError, match="cannot read"):
+        data.load_cifar10(tmp_path)
+
+
+@settings(max_examples=300)
+@given(where=st.integers(0, 400), junk=st.binary(min_size=1, max_size=4), cut=st.none() | st.integers(0, 400))
+def test_damaged_pickles_only_ever_raise_our_own_error(tmp_path_factory, where, junk, cut):
+    content = bytearray(python2_pickle({b"labels": [1], b"data": np.zeros((1, 3072), np.uint8)}))
+    content[where : where + len(junk)] = junk
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(content[:cut])
+    with contextlib.suppress(UserError):
+        assert data.read_cifar10(path).shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("image_size", [8, 16, 32])
+def test_shapes_are_deterministic_and_varied(image_size):
+    pictures = data.draw_shapes(60, image_size)
+    assert pictures.shape == (60, 3, image_size, image_size)
+    assert pictures.dtype == np.uint8
+    np.testing.assert_array_equal(pictures, data.draw_shapes(60, image_size))
+    assert len(np.unique(pictures.reshape(60, -1), axis=0)) == 60
+    assert (data.draw_shapes(60, image_size, seed=1) != pictures).any()
+    middle = pictures[:, :, image_size // 2, image_size // 2].astype(int)
+    corner = pictures[:, :, 0, 0].astype(int)
+    assert (np.abs(middle - corner).max(axis=1) > 60).mean() > 0.95  # a shape stands out from its ground
+    assert len(np.unique(corner, axis=0)) >= len(data.GROUNDS)
+
+
+@given(count=st.integers(1, 30), batch_size=st.integers(1, 30), seed=st.integers(0, 5))
+def test_batches_are_shuffled_afresh_each_epoch(count, batch_size, seed):
+    pictures = np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    if batch_size > count:
+        with pytest.raises(UserError, match="lower --batch-size"):
+            data.Batches(pictures, batch_size, seed)
+        return
+    batches = data.Batches(pictures, batch_size, seed)
+    epochs = [[np.round((batches[e * batches.per_epoch + i] + 1) * 127.5).ravel() for i in range(batches.per_epoch)]
+              for e in range(3)]  # fmt: skip
+    for epoch in epochs:
+        drawn = np.concatenate(epoch)
+        assert len(set(drawn)) == len(drawn) == count // batch_size * batch_size
+    again = data.Batches(pictures, batch_size, seed)[2 * batches.per_epoch]  # asked for out of order
+    np.testing.assert_array_equal(np.round((again + 1) * 127.5).ravel(), epochs[2][0])
+    if count == batch_size > 12:
+        assert (epochs[0][0] != epochs[1][0]).any()
+
+
+def test_scaling_and_grids_keep_every_pixel(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (10, 3, 16, 16), dtype=np.uint8)
+    scaled = data.scale(pictures)
+    assert scaled.dtype == np.float32
+    assert data.scale(np.array([0, 255], np.uint8)).tolist() == [-1, 1]
+    data.save_grid(scaled, tmp_path / "grid.png", columns=4)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == ((3 * 17 + 1) * 6, (4 * 17 + 1) * 6, 3)
+    for i, picture in enumerate(pictures):
+        top, left = 6 * (1 + i // 4 * 17), 6 * (1 + i % 4 * 17)
+        np.testing.assert_array_equal(grid[top : top + 96 : 6, left : left + 96 : 6], picture.transpose(1, 2, 0))
+    data.save_grid(np.full((1, 3, 4, 4), 7.0), tmp_path / "bright.png")
+    assert np.asarray(Image.open(tmp_path / "bright.png"))[30, 30].tolist() == [255] * 3
+    assert leftovers(tmp_path) == ["bright.png", "grid.png"]
+
+
+# --- 8. Command line --------------------------------------------------------------------------------------------------
+
+
+def run_main(*args):
+    """The exit code of the command line."""
+    try:
+        return transgan.main([str(arg) for arg in args])
+    except SystemExit as stop:
+        return stop.code
+
+
+def fails(capsys, *args):
+    """The one line on standard error with which the command line refuses, exit code 2."""
+    capsys.readouterr()
+    assert run_main(*args) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("transgan: ")
+    assert line.count("\n") == 1
+    assert line.endswith("\n")
+    return line
+
+
+TRAIN = ("--image-size", 8, "--steps", 4, "--batch-size", 4, "--gen-batch-size", 4, "--device", DEVICE and "auto")
+
+
+def read_log(out):
+    with (out / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_writes_samples_log_and_checkpoint(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out, "--sample-every", 2) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"step 4/4  D -?\d.*  G -?\d.*  penalty \d.*  distance \d.* pictures/s  0:00:\d\d elapsed  0:00:00 left", printed)
+    assert "\r" not in printed
+    assert leftovers(out) == ["checkpoint.npz", "log.csv", "samples"] + [f"samples/step-00000{i}.png" for i in (0, 2, 4)]
+    rows = read_log(out)
+    assert [row["step"] for row in rows] == list("01234")
+    assert [bool(row["distance"]) for row in rows] == [True, False, True, False, True]
+    assert all(float(row["disc_loss"]) and float(row["penalty"]) and float(row["gen_loss"]) for row in rows[1:])
+    with np.load(out / "checkpoint.npz") as saved:
+        names = set(saved)
+        assert json.loads(str(saved["options"]))["steps"] == 4
+    for prefix in ("generator/", "discriminator/", "average/", "generator/adam.v/", "discriminator/adam.v/"):
+        assert any(name.startswith(prefix) for name in names)
+
+
+def test_a_terminal_gets_one_live_line(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert run_main(*TRAIN, "--out", tmp_path / "run", "--loss", "hinge") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\r\033[K") >= 2
+    assert printed.count("\n") == 3  # the opening line, the live line left standing, and where the picture is
+    assert "penalty" not in printed
+
+
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(loss, small, tmp_path, capsys, monkeypatch):
+    arguments = (*TRAIN, "--loss", loss, "--save-every", 2)
+    assert run_main(*arguments, "--out", tmp_path / "unbroken") == 0
+    train_step = transgan.Trainer.train_step
+
+    def interrupted(self):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return train_step(self)
+
+    monkeypatch.setattr(transgan.Trainer, "train_step", interrupted)
+    assert run_main(*arguments, "--out", tmp_path / "broken") == 130
+    monkeypatch.setattr(transgan.Trainer, "train_step", train_step)
+    assert run_main("--resume", tmp_path / "broken", "--steps", 4, "--loss", loss) == 0
+    with np.load(tmp_path / "unbroken/checkpoint.npz") as a, np.load(tmp_path / "broken/checkpoint.npz") as b:
+        assert set(a) == set(b)
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+    columns = ("step", "disc_loss", "gen_loss", "penalty", "distance")
+    logs = [[[row[c] for c in columns] for row in read_log(tmp_path / run)] for run in ("unbroken", "broken")]
+    assert logs[0] == logs[1]
+    pictures = [(tmp_path / run / "samples/step-000004.png").read_bytes() for run in ("unbroken", "broken")]
+    assert pictures[0] == pictures[1]
+
+
+def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    for args, message in (
+        (["--size", "XXL"], "invalid choice: 'XXL'"),
+        (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
+        (["--loss", "mse"], "invalid choice: 'mse'"),
+        (["--steps", "many"], "'many' is not a whole number"),
+        (["--steps", "0"], "0 must be from 1"),
+        (["--learning-rate", "nan"], "must be from 0 to 1"),
+        (["--learning-rate", "fast"], "'fast' is not a number"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--image-size", "30"], "--image-size 30 must divide by 4"),
+        (["--image-size", "30", "--summary"], "--image-size 30 must divide by 4"),
+        (["--patch-size", "5"], "--patch-size 5 does not divide --image-size 16"),
+        (["--batch-size", "1000"], "lower --batch-size"),
+        (["--out", tmp_path / "file" / "run"], "choose another --out"),
+        (["--dataset", "cifar10", "--image-size", "48"], "32 pixels a side"),
+        (["--dataset", "cifar10", "--data-dir", tmp_path / "file"], "cannot download"),
+    ):
+        if "--out" not in args:
+            args = [*args, "--out", tmp_path / "run"]
+        assert message in fails(capsys, *args), args
+    if DEVICE == "cpu":
+        assert "no GPU to use" in fails(capsys, "--device", "gpu", "--out", tmp_path / "run")
+
+
+def nonsense_checkpoints(good):
+    def change(**arrays):
+        def write(path):
+            with np.load(good) as saved:
+                np.savez(path, **(dict(saved) | arrays))
+
+        return write
+
+    def options(**changes):
+        with np.load(good) as saved:
+            return change(options=json.dumps(json.loads(str(saved["options"])) | changes))
+
+    content = good.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 255
+    yield "missing", lambda path: None, "cannot resume"
+    yield "text", lambda path: path.write_text("hello"), "cannot resume"
+    yield "empty", lambda path: path.write_bytes(b""), "cannot resume"
+    yield "truncated", lambda path: path.write_bytes(content[:-5000]), "cannot resume"
+    yield "a flipped bit", lambda path: path.write_bytes(flipped), "is damaged"
+    yield "an array alone", lambda path: np.save(path.open("wb"), np.ones(3)), "cannot resume"
+    yield "other arrays", lambda path: np.savez(path, a=np.ones(3)), "lacks options or step"
+    yield "objects", change(step=np.array([{}], object)), "is damaged"
+    yield "another shape", change(**{"generator/to_rgb.bias": np.ones(4, np.float32)}), "does not fit: generator/to_rgb.bias"
+    yield "another type", change(**{"generator/to_rgb.bias": np.ones(3)}), "does not fit: generator/to_rgb.bias"
+    yield "a step of words", change(step=np.array("three")), "is damaged"
+    yield "a step too far", change(step=np.array(-1)), "is damaged"
+    yield "options of words", change(options=np.array("{}}")), "options of another version"
+    yield "unknown option", options(colour="red"), "options of another version"
+    yield "option of another type", options(steps="9"), "its option steps is '9'"
+    yield "unknown size", options(size="XXL"), "data set, size or loss"
+    yield "impossible size", options(image_size=7), "must divide by 4"
+    yield "negative batch", options(batch_size=-4), "its option batch_size is -4"
+
+
+def test_resuming_from_nonsense(small, tmp_path, capsys):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    assert run_main(*TRAIN, "--out", good) == 0
+    for name, write, message in nonsense_checkpoints(good / "checkpoint.npz"):
+        bad.mkdir(exist_ok=True)
+        checkpoint = bad / "checkpoint.npz"
+        checkpoint.unlink(missing_ok=True)
+        write(checkpoint)
+        before = checkpoint.read_bytes() if checkpoint.exists() else None
+        assert message in fails(capsys, "--resume", bad, "--steps", 9), name
+        assert (checkpoint.read_bytes() if checkpoint.exists() else None) == before, name
+    assert "leave out --size" in fails(capsys, "--resume", good, "--size", "S")
+    assert "is finished" in fails(capsys, "--resume", good)
+    assert "holds a run already" in fails(capsys, *TRAIN, "--out", good)
+    (good / "log.csv").write_bytes(b"step\n\xff\xfe")
+    assert "log.csv" in fails(capsys, "--resume", good, "--steps", 9)
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(small, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out) == 0
+    before = (out / "checkpoint.npz").read_bytes()
+
+    def full(file, **arrays):
+        file.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert "No space left on device" in fails(capsys, "--resume", out, "--steps", 6)
+    assert (out / "checkpoint.npz").read_bytes() == before
+
+
+def test_help_and_summary(capsys):
+    assert run_main("--help") == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(transgan.Options):
+        assert f"--{field.name.replace('_', '-')} " in text
+    assert run_main("--summary", "--dataset", "cifar10") == 0
+    text = capsys.readouterr().out
+    assert "18,639,531" in text
+    assert "12,458,497" in text
+
+
+def test_as_a_program():
+    program = [sys.executable, str(Path(__file__).with_name("transgan.py"))]
+    done = subprocess.run([*program, "--size", "huge"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    done = subprocess.run([*program, "--summary"], capture_output=True, text=True, check=True)
+    assert "16x16" in done.stdout
+
+
+# --- 9. Parity with PyTorch -------------------------------------------------------------------------------------------
+# The same networks in PyTorch, as functions of our parameters' names; benchmarks/step.py times itself against them.
+
+
+def torch_parameters(parameters):
+    """Our parameters as PyTorch leaves on the same device; linear weights in PyTorch's (outputs, inputs)."""
+    import torch
+
+    device = "cpu" if ag.xp is np else "cuda"
+    leaves = {}
+    for name, p in parameters.items():
+        array = ag.to_numpy(p)
+        array = array.T if is_matrix(name, array) else array
+        leaves[name] = torch.tensor(np.ascontiguousarray(array), device=device, requires_grad=True)
+    return leaves
+
+
+def is_matrix(name, array):
+    return name.endswith("weight") and array.ndim == 2
+
+
+def torch_linear(p, name, x):
+    import torch.nn.functional as F
+
+    return F.linear(x, p[name + ".weight"], p.get(name + ".bias"))
+
+
+def torch_norm(p, name, x):
+    import torch.nn.functional as F
+
+    return F.layer_norm(x, x.shape[-1:], p[name + ".weight"], p[name + ".bias"], 1e-5)
+
+
+def torch_block(p, name, x, num_heads, fused=False):
+    import torch.nn.functional as F
+
+    batch, tokens, width = x.shape
+    qkv = torch_linear(p, name + ".attention.qkv", torch_norm(p, name + ".norm1", x))
+    q, k, v = qkv.reshape(batch, tokens, 3, num_heads, width // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+    if fused:
+        out = F.scaled_dot_product_attention(q, k, v)
+    else:
+        out = ((q @ k.transpose(-2, -1)) * (width // num_heads) ** -0.5).softmax(dim=-1) @ v
+    x = x + torch_linear(p, name + ".attention.projection", out.transpose(1, 2).reshape(batch, tokens, width))
+    hidden = F.gelu(torch_linear(p, name + ".mlp.expand", torch_norm(p, name + ".norm2", x)))
+    return x + torch_linear(p, name + ".mlp.reduce", hidden)
+
+
+def torch_generator(p, z, depths, num_heads=4, fused=False):
+    import torch.nn.functional as F
+
+    x = torch_linear(p, "project", z).reshape(len(z), -1, z.shape[1])
+    for k, depth in enumerate(depths):
+        if k:
+            batch, tokens, width = x.shape
+            side = math.isqrt(tokens)
+            x = F.pixel_shuffle(x.transpose(1, 2).reshape(batch, width, side, side), 2).flatten(2).transpose(1, 2)
+        x = x + p[f"stages.{k}.position"]
+        for i in range(depth):
+            x = torch_block(p, f"stages.{k}.blocks.{i}", x, num_heads, fused)
+    x = torch_linear(p, "to_rgb", x)
+    side = math.isqrt(x.shape[1])
+    return x.transpose(1, 2).reshape(len(z), 3, side, side)
+
+
+def torch_discriminator(p, pictures, depth, patch_size, num_heads=4, fused=False):
+    import torch
+    import torch.nn.functional as F
+
+    x = F.unfold(pictures, patch_size, stride=patch_size).transpose(1, 2)  # (B, N, 3pp), channel by channel as ours
+    x = torch_linear(p, "embed", x)
+    x = torch.cat([p["cls"].expand(len(x), -1, -1), x], dim=1) + p["position"]
+    for i in range(depth):
+        x = torch_block(p, f"blocks.{i}", x, num_heads, fused)
+    return torch_linear(p, "head", torch_norm(p, "norm", x)[:, 0])[:, 0]
+
+
+def torch_discriminator_loss(discriminate, real, fake, loss, mix):
+    import torch
+    import torch.nn.functional as F
+
+    on_real, on_fake = discriminate(real), discriminate(fake)
+    if loss == "hinge":
+        return F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
+    if loss == "standard":
+        one = torch.ones_like(on_real)
+        cross_entropy = F.binary_cross_entropy_with_logits
+        return cross_entropy(on_real, one) + cross_entropy(on_fake, 0 * one)
+    x = (mix * real + (1 - mix) * fake).requires_grad_()
+    (slope,) = torch.autograd.grad(discriminate(x).sum(), x, create_graph=True)
+    penalty = 10 * ((slope.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+    return on_fake.mean() - on_real.mean() + penalty + 1e-3 * on_real.mean() ** 2
+
+
+def torch_generator_loss(on_fake, loss):
+    import torch
+    import torch.nn.functional as F
+
+    if loss == "standard":
+        return F.binary_cross_entropy_with_logits(on_fake, torch.ones_like(on_fake))
+    return -on_fake.mean()
+
+
+def assert_close_to_torch(ours, theirs, name="", tolerance=1e-8):
+    """Relative to the largest number of the array: rounding is relative to what was added up, not to what is left."""
+    ours, theirs = ag.to_numpy(ours), theirs.detach().cpu().numpy()
+    ours = ours.T if is_matrix(name, ours) else ours
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max(), err_msg=name)
+
+
+def check_gradients(loss, parameters, torch_loss, leaves):
+    import torch
+
+    assert_close_to_torch(loss, torch_loss)
+    ours = grad(loss, parameters.values())
+    for (name, g), theirs in zip(zip(parameters, ours, strict=True), torch.autograd.grad(torch_loss, leaves.values()),
+                                 strict=True):  # fmt: skip
+        assert_close_to_torch(g, theirs, name)
+
+
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+@pytest.mark.parametrize("size", ["tiny", "S"])
+def test_outputs_losses_and_all_gradients_agree_with_pytorch(size, loss):
+    torch = pytest.importorskip("torch")
+    dimensions, rng = transgan.SIZES[size], np.random.default_rng(11)
+    generator = transgan.Generator(32, dimensions.embed_dim, dimensions.depths, rng, dtype=np.float64)
+    discriminator = transgan.Discriminator(32, 4, dimensions.disc_embed_dim, dimensions.disc_depth, rng, dtype=np.float64)
+    for p in discriminator.parameters().values():
+        p.data = p.data * 3  # steep enough that hinge and penalty have something to say
+    z, real, mix = (ag.xp.asarray(x) for x in normal(12, (2, dimensions.embed_dim), (2, 3, 32, 32), (2, 1, 1, 1)))
+    g, d = torch_parameters(generator.parameters()), torch_parameters(discriminator.parameters())
+    torch_z, torch_real, torch_mix = (torch.as_tensor(ag.to_numpy(x), device=g["to_rgb.bias"].device) for x in (z, real, mix))
+
+    def discriminate(x):
+        return torch_discriminator(d, x, dimensions.disc_depth, 4)
+
+    fake, torch_fake = generator(Tensor(z)), torch_generator(g, torch_z, dimensions.depths)
+    assert_close_to_torch(fake, torch_fake)
+    assert_close_to_torch(discriminator(fake), discriminate(torch_fake))
+    ours = transgan.generator_loss(discriminator(fake).reshape(1, -1), loss)
+    check_gradients(ours, generator.parameters(), torch_generator_loss(discriminate(torch_fake), loss), g)
+    scores = transgan.discriminator_scores(discriminator, real, fake.data, mix, loss)
+    theirs = torch_discriminator_loss(discriminate, torch_real, torch_fake.detach(), loss, torch_mix)
+    check_gradients(transgan.discriminator_loss(scores, loss)[0], discriminator.parameters(), theirs, d)
+
+
+class TorchTrainer:
+    """transgan.Trainer's steps in PyTorch, from the same first weights and with the same draws."""
+
+    def __init__(self, trainer):
+        import torch
+
+        self.batches, self.options, self.size = trainer.batches, trainer.options, transgan.SIZES[trainer.options.size]
+        self.g, self.d = torch_parameters(trainer.gen_parameters), torch_parameters(trainer.disc_parameters)
+        self.average = {name: p.detach().clone() for name, p in self.g.items()}
+        self.adams = [torch.optim.Adam(p.values(), betas=(0.0, 0.99)) for p in (self.g, self.d)]
+        self.step, self.largest_norm = 0, 0.0
+
+    def tensor(self, array):
+        import torch
+
+        return torch.as_tensor(array, dtype=self.g["to_rgb.bias"].dtype, device=self.g["to_rgb.bias"].device)
+
+    def discriminate(self, x):
+        return torch_discriminator(self.d, x, self.size.disc_depth, self.options.patch_size)
+
+    def update(self, loss, parameters, adam):
+        import torch
+
+        for p, gradient in zip(parameters.values(), torch.autograd.grad(loss, parameters.values()), strict=True):
+            p.grad = gradient
+        self.largest_norm = max(self.largest_norm, torch.nn.utils.clip_grad_norm_(parameters.values(), 5.0).item())
+        adam.param_groups[0]["lr"] = self.options.learning_rate * (1 - self.step / self.options.steps)
+        adam.step()
+        return loss.item()
+
+    def train_step(self):
+        import torch
+
+        options, rng = self.options, np.random.default_rng((self.options.seed, 1, self.step))
+        for i in range(options.disc_steps):
+            real = self.batches[self.step * options.disc_steps + i]
+            flipped = rng.random(len(real)) < 0.5
+            real[flipped] = real[flipped, :, :, ::-1]
+            mix = self.tensor(rng.random((len(real), 1, 1, 1)))
+            z = self.tensor(rng.standard_normal((len(real), self.size.embed_dim)))
+            fake = torch_generator(self.g, z, self.size.depths).detach()
+            loss = torch_discriminator_loss(self.discriminate, self.tensor(real), fake, options.loss, mix)
+            disc_loss = self.update(loss, self.d, self.adams[1])
+        z = self.tensor(rng.standard_normal((options.gen_batch_size, self.size.embed_dim)))
+        loss = torch_generator_loss(self.discriminate(torch_generator(self.g, z, self.size.depths)), options.loss)
+        gen_loss = self.update(loss, self.g, self.adams[0])
+        with torch.no_grad():
+            for name, p in self.g.items():
+                self.average[name].lerp_(p, 1 - options.ema_decay)
+        self.step += 1
+        return {"disc_loss": disc_loss, "gen_loss": gen_loss}
+
+
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+def test_five_training_steps_agree_with_pytorch(loss):
+    """Penalty, clipping, Adam, decay of the rate and moving average, five discriminator steps a generator step.
+
+    At the paper's rate: at ten times that, Adam's quotients of tiny gradients magnify rounding by 10^9 within the five.
+    """
+    pytest.importorskip("torch")
+    trainer = small_trainer(
+        None, np.float64, loss=loss, image_size=16, patch_size=4, disc_steps=5, learning_rate=1e-4, ema_decay=0.9
+    )
+    peer = TorchTrainer(trainer)
+    for _ in range(5):
+        ours, theirs = trainer.train_step(), peer.train_step()
+        for name, value in theirs.items():
+            assert float(ours[name]) == pytest.approx(value, rel=1e-8), name
+    assert peer.largest_norm > 5  # clipping is part of what agrees
+    for parameters, leaves in ((trainer.gen_parameters, peer.g), (trainer.disc_parameters, peer.d),
+                               (trainer.average, peer.average)):  # fmt: skip
+        for name, p in parameters.items():
+            assert_close_to_torch(p, leaves[name], name)
