@@ -228,8 +228,8 @@ def draw_shapes(count, image_size=16, seed=0):
         to = ground * 2.2 if rng.random() < 0.5 else ground
         picture = np.broadcast_to(ground + (to - ground) * ramp, (large, large, 3)).round().astype(np.uint8)
         canvas = Image.fromarray(picture)
-        radius = large * rng.uniform(0.22, 0.34)
-        x, y = large * rng.uniform(0.4, 0.6, 2)
+        radius = large * rng.uniform(0.28, 0.38)
+        x, y = large * rng.uniform(0.44, 0.56, 2)
         box = [x - radius, y - radius, x + radius, y + radius]
         colour, draw = PALETTE[rng.integers(len(PALETTE))], ImageDraw.Draw(canvas)
         kind = rng.integers(3)

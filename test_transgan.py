@@ -1663,6 +1663,9 @@ class TorchTrainer:
 
         return torch.as_tensor(array, dtype=self.g["to_rgb.bias"].dtype, device=self.g["to_rgb.bias"].device)
 
+    def generate(self, z):
+        return torch_generator(self.g, z, self.size.depths)
+
     def discriminate(self, x):
         return torch_discriminator(self.d, x, self.size.disc_depth, self.options.patch_size)
 
@@ -1674,6 +1677,7 @@ class TorchTrainer:
         self.largest_norm = max(self.largest_norm, torch.nn.utils.clip_grad_norm_(parameters.values(), 5.0).item())
         adam.param_groups[0]["lr"] = self.options.learning_rate * (1 - self.step / self.options.steps)
         adam.step()
+        adam.zero_grad()
         return loss.item()
 
     def train_step(self):
@@ -1686,11 +1690,11 @@ class TorchTrainer:
             real[flipped] = real[flipped, :, :, ::-1]
             mix = self.tensor(rng.random((len(real), 1, 1, 1)))
             z = self.tensor(rng.standard_normal((len(real), self.size.embed_dim)))
-            fake = torch_generator(self.g, z, self.size.depths).detach()
+            fake = self.generate(z).detach()
             loss = torch_discriminator_loss(self.discriminate, self.tensor(real), fake, options.loss, mix)
             disc_loss = self.update(loss, self.d, self.adams[1])
         z = self.tensor(rng.standard_normal((options.gen_batch_size, self.size.embed_dim)))
-        loss = torch_generator_loss(self.discriminate(torch_generator(self.g, z, self.size.depths)), options.loss)
+        loss = torch_generator_loss(self.discriminate(self.generate(z)), options.loss)
         gen_loss = self.update(loss, self.g, self.adams[0])
         with torch.no_grad():
             for name, p in self.g.items():

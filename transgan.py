@@ -663,7 +663,7 @@ def train(trainer, out, sample_every, save_every):
 
 DEFAULTS = {  # what --dataset decides where nothing else is said
     "cifar10": {"size": "S", "image_size": 32, "steps": 500_000},
-    "shapes": {"size": "tiny", "image_size": 16, "steps": 1600, "disc_steps": 2, "learning_rate": 5e-4,
+    "shapes": {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "learning_rate": 5e-4,
                "batch_size": 16, "gen_batch_size": 16, "ema_decay": 0.99},
 }  # fmt: skip
 
@@ -762,7 +762,7 @@ def make_parser():
     how = parser.add_argument_group("how to train; the defaults are the paper's, and smaller for shapes")
     how.add_argument("--loss", choices=LOSSES, help="the adversarial loss (default: wgangp-eps)")
     how.add_argument("--steps", type=whole(1), metavar="N",
-                     help="generator steps (default: 500000; for shapes 1600)")  # fmt: skip
+                     help="generator steps (default: 500000; for shapes 1000)")  # fmt: skip
     how.add_argument("--batch-size", type=whole(1), metavar="N",
                      help="real pictures a discriminator step (default: 32; for shapes 16)")  # fmt: skip
     how.add_argument("--gen-batch-size", type=whole(1), metavar="N",
