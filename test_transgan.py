@@ -23,7 +23,6 @@ import functools
 import hashlib
 import http.server
 import io
-import itertools
 import json
 import math
 import os
@@ -222,7 +221,11 @@ def test_extreme_values_stay_finite_and_right(dtype):
         warnings.filterwarnings("ignore", "underflow")
         (x,) = tensors(big)
         for function, values, slopes in (
-            (ag.sigmoid, [0, math.exp(-100), math.exp(-40), 0.5, 1, 1, 1], [0, math.exp(-100), math.exp(-40), 0.25, 0, 0, 0]),
+            (
+                ag.sigmoid,
+                [0, math.exp(-100), math.exp(-40), 0.5, 1, 1, 1],
+                [0, math.exp(-100), math.exp(-40), 0.25, 0, 0, 0],
+            ),
             (ag.softplus, [0, math.exp(-100), math.exp(-40), math.log(2), 40, 100, 3e4], [0, 0, 0, 0.5, 1, 1, 1]),
             (ag.tanh, [-1, -1, -1, 0, 1, 1, 1], [0, 0, 0, 1, 0, 0, 0]),
             (ag.gelu, [0, 0, 0, 0, 40, 100, 3e4], [0, 0, 0, 0.5, 1, 1, 1]),
@@ -985,9 +988,7 @@ class FakeCuPy(types.ModuleType):
         if name.startswith("__") or isinstance(value, (type, float)):
             return value
         self.used.add(name)
-        return lambda *args, **options: to_device(
-            value(*map(to_host, args), **{k: to_host(v) for k, v in options.items()})
-        )
+        return lambda *args, **options: to_device(value(*map(to_host, args), **{k: to_host(v) for k, v in options.items()}))
 
 
 @on_cpu
@@ -1005,9 +1006,10 @@ def test_rehearsal_of_a_gpu(dtype, small, monkeypatch):
     expected = trained()
     special = types.ModuleType("cupyx.scipy.special")
     special.erf = lambda x: to_device(np.vectorize(math.erf, otypes=[x.dtype])(to_host(x)))
-    for name, module in {"cupy": FakeCuPy("cupy"), "cupyx": types.ModuleType("cupyx"),
-                         "cupyx.scipy": types.ModuleType("cupyx.scipy"), "cupyx.scipy.special": special}.items():  # fmt: skip
-        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "cupy", FakeCuPy("cupy"))
+    monkeypatch.setitem(sys.modules, "cupyx.scipy.special", special)
+    for package in ("cupyx", "cupyx.scipy"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
     assert ag.use_device("auto") == "a rehearsed GPU"
     try:
         rehearsed = trained()
@@ -1080,7 +1082,7 @@ EXPECTED = np.concatenate([cifar_batch(i)[b"data"] for i in range(5)]).reshape(-
 
 @contextlib.contextmanager
 def server(content, status=200, announced=None):
-    """Serve `content` on 127.0.0.1 under every path, saying that it has `announced` bytes: the address, and the requests."""
+    """Serve `content` on 127.0.0.1 under every path, saying that it has `announced` bytes: its address, the requests."""
     requests = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -1198,9 +1200,12 @@ class Command:
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: cifar_batch(0, **{"extra": x}), lambda x: {b"data": x}])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: cifar_batch(0, extra=x), lambda x: {b"data": x}])
 def test_a_pickle_that_tries_to_run_code_runs_nothing(tmp_path, protocol, wrap):
-    for function, argument in ((os.mkdir, str(tmp_path / "ran")), (eval, f"__import__('os').mkdir({str(tmp_path / 'ran')!r})")):
+    for function, argument in (
+        (os.mkdir, str(tmp_path / "ran")),
+        (eval, f"__import__('os').mkdir({str(tmp_path / 'ran')!r})"),
+    ):
         (tmp_path / "batch").write_bytes(pickle.dumps(wrap(Command(function, argument)), protocol))
         with pytest.raises(UserError, match="it asks for|is not a batch") as caught:
             data.read_cifar10(tmp_path / "batch")
@@ -1211,7 +1216,7 @@ def test_a_pickle_that_tries_to_run_code_runs_nothing(tmp_path, protocol, wrap):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (cifar_batch(0, **{}) | {b"data": np.zeros((8, 3071), np.uint8)}, r"rows of 3072 bytes, found \(8, 3071\)"),
+        (cifar_batch(0) | {b"data": np.zeros((8, 3071), np.uint8)}, r"rows of 3072 bytes, found \(8, 3071\)"),
         (cifar_batch(0) | {b"data": np.zeros((0, 3072), np.uint8)}, "rows of 3072 bytes"),
         (cifar_batch(0) | {b"data": np.zeros((8, 3072), np.float32)}, "plain unsigned bytes"),
         (cifar_batch(0) | {b"data": np.zeros((8, 3072), np.int8)}, "plain unsigned bytes"),
@@ -1326,7 +1331,7 @@ def fails(capsys, *args):
     return line
 
 
-TRAIN = ("--image-size", 8, "--steps", 4, "--batch-size", 4, "--gen-batch-size", 4, "--device", DEVICE and "auto")
+TRAIN = ("--image-size", 8, "--steps", 4, "--batch-size", 4, "--gen-batch-size", 4, "--device", "auto")
 
 
 def read_log(out):
@@ -1338,7 +1343,9 @@ def test_a_run_writes_samples_log_and_checkpoint(small, tmp_path, capsys):
     out = tmp_path / "run"
     assert run_main(*TRAIN, "--out", out, "--sample-every", 2) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"step 4/4  D -?\d.*  G -?\d.*  penalty \d.*  distance \d.* pictures/s  0:00:\d\d elapsed  0:00:00 left", printed)
+    assert re.search(
+        r"step 4/4  D -?\d.*  G -?\d.*  penalty \d.*  distance \d.* pictures/s  0:00:\d\d elapsed  0:00:00 left", printed
+    )
     assert "\r" not in printed
     assert leftovers(out) == ["checkpoint.npz", "log.csv", "samples"] + [f"samples/step-00000{i}.png" for i in (0, 2, 4)]
     rows = read_log(out)
@@ -1436,7 +1443,11 @@ def nonsense_checkpoints(good):
     yield "an array alone", lambda path: np.save(path.open("wb"), np.ones(3)), "cannot resume"
     yield "other arrays", lambda path: np.savez(path, a=np.ones(3)), "lacks options or step"
     yield "objects", change(step=np.array([{}], object)), "is damaged"
-    yield "another shape", change(**{"generator/to_rgb.bias": np.ones(4, np.float32)}), "does not fit: generator/to_rgb.bias"
+    yield (
+        "another shape",
+        change(**{"generator/to_rgb.bias": np.ones(4, np.float32)}),
+        "does not fit: generator/to_rgb.bias",
+    )
     yield "another type", change(**{"generator/to_rgb.bias": np.ones(3)}), "does not fit: generator/to_rgb.bias"
     yield "a step of words", change(step=np.array("three")), "is damaged"
     yield "a step too far", change(step=np.array(-1)), "is damaged"
@@ -1631,7 +1642,9 @@ def test_outputs_losses_and_all_gradients_agree_with_pytorch(size, loss):
         p.data = p.data * 3  # steep enough that hinge and penalty have something to say
     z, real, mix = (ag.xp.asarray(x) for x in normal(12, (2, dimensions.embed_dim), (2, 3, 32, 32), (2, 1, 1, 1)))
     g, d = torch_parameters(generator.parameters()), torch_parameters(discriminator.parameters())
-    torch_z, torch_real, torch_mix = (torch.as_tensor(ag.to_numpy(x), device=g["to_rgb.bias"].device) for x in (z, real, mix))
+    torch_z, torch_real, torch_mix = (
+        torch.as_tensor(ag.to_numpy(x), device=g["to_rgb.bias"].device) for x in (z, real, mix)
+    )
 
     def discriminate(x):
         return torch_discriminator(d, x, dimensions.disc_depth, 4)
