@@ -10,11 +10,11 @@ differentiated again. TransGAN's loss needs exactly that, because it penalises t
 Contents
     1. Where arrays live      xp, use_device, to_numpy
     2. Tensor                 Tensor, Node, no_grad
-    3. Walking back           grad
+    3. Walking back           grad, unbroadcast
     4. Primitive operations   add ... concatenate, pixel_shuffle
-    5. Fused operations       linear, gelu, softmax, layer_norm, attention, each beside its plain composition
+    5. Fused operations       linear, gelu, softmax, layer_norm, attention, beside the compositions they equal
     6. Checking derivatives   gradient_check
-    7. Optimisation           clip_by_global_norm, Adam
+    7. Optimisation, memory   clip_by_global_norm, Adam, keep_freed_memory
 
 Errors: every operation raises ValueError (IndexError for an index out of range) with one line naming the operation and
 the shapes it was given, and TypeError when float32 and float64 meet. The docstrings below name only what goes beyond.
@@ -33,7 +33,7 @@ from numpy.lib.array_utils import normalize_axis_tuple
 
 # --- 1. Where arrays live ---------------------------------------------------------------------------------------------
 
-xp = np  # the array library in use: numpy, or cupy after use_device found a GPU; nothing else in the project asks which
+xp = np  # the array library in use: numpy, or cupy after use_device found a GPU; only speed ever depends on which
 
 
 def use_device(device="auto"):
@@ -62,28 +62,14 @@ def use_device(device="auto"):
 
 
 def to_numpy(array):
-    """Copy an array (or a Tensor's) to the host: a NumPy array of the same shape and dtype."""
+    """An array (or a Tensor's) as a NumPy array of the same shape and dtype: a copy from a GPU, itself on the CPU."""
     array = array.data if isinstance(array, Tensor) else array
     return array.get() if hasattr(array, "get") else np.asarray(array)
 
 
-def keep_freed_memory():
-    """Tell glibc to keep freed arrays for the next allocation instead of returning their pages to the system.
-
-    A training step frees and allocates the same hundreds of megabytes over and over; having every page zeroed and
-    mapped again costs about a quarter of the step. M_MMAP_MAX = 0 puts large arrays on the heap, and the largest
-    M_TRIM_THRESHOLD keeps the heap's end. Does nothing where the C library is another one.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-8, 1)  # M_ARENA_MAX
-
-
 # --- 2. Tensor --------------------------------------------------------------------------------------------------------
 
-_order = itertools.count()
+_order = itertools.count()  # numbers the Nodes as they are made
 
 
 class _Mode(threading.local):
@@ -125,8 +111,8 @@ class Node:
 class Tensor:
     """An array `data` of floats, and the Node that computed it, or None if no gradient is to flow into it.
 
-    data: anything NumPy understands, or an array of either library. Float arrays keep their dtype, everything else
-    becomes float32; dtype= overrides. requires_grad=True makes a leaf whose gradient can be asked for.
+    data: anything that xp.asarray understands. Float arrays keep their dtype, everything else becomes float32; dtype=
+    overrides. requires_grad=True makes a leaf whose gradient can be asked for.
     """
 
     __slots__ = ("data", "node")
@@ -163,11 +149,15 @@ class Tensor:
 
 
 def _raw(x):
-    return x.data if isinstance(x, Tensor) else x
+    return x.data if isinstance(x, Tensor) else x  # an operand's array; plain numbers and arrays pass as they are
 
 
 def _result(data, *edges):
-    """The Tensor of an operation's result; `edges` are (operand, vjp) pairs, operands may be plain numbers or arrays."""
+    """The Tensor of an operation's result; `edges` are (operand, vjp) pairs.
+
+    A vjp takes the gradient of the result and returns the operand's, Tensor to Tensor. Operands that are plain numbers or
+    arrays have none to receive.
+    """
     result = Tensor(data)
     tensors = [(x, vjp) for x, vjp in edges if isinstance(x, Tensor)]
     for x, _ in tensors:
@@ -209,7 +199,8 @@ def grad(output, inputs, output_grad=None, create_graph=False):
     output: a Tensor of one element, or any shape with `output_grad`, a Tensor of that shape, v in v^T d(output)/d(input)
     (then the sum over output's elements weighted by v is what is differentiated). An input that output does not depend
     on gets zeros. create_graph=True remembers how the gradients were computed, so that they can be differentiated, and
-    keeps the graph; otherwise the graph is let go node by node, and its memory with it, while the walk goes on.
+    keeps the graph; otherwise the graph is let go node by node, and its memory with it, while the walk goes on. Gradients
+    may share memory with each other: read them, do not write into them.
 
     Reverse mode: visit the operations in falling order of creation, each once, when all that depends on it is done:
         gradient of operand += vjp(gradient of result).
@@ -218,6 +209,8 @@ def grad(output, inputs, output_grad=None, create_graph=False):
     graph was let go by an earlier walk.
     """
     inputs = list(inputs)
+    if not inputs:
+        return []
     if any(x.node is None for x in inputs):
         raise ValueError("grad: every input must be a Tensor with requires_grad=True, or computed from one")
     if output_grad is None:
@@ -240,8 +233,9 @@ def grad(output, inputs, output_grad=None, create_graph=False):
             for operand, shape, vjp in node.edges:
                 if operand in useful:
                     piece = unbroadcast(vjp(gradient), shape)
-                    # A vjp returns the gradient it was given, a view, or an array of its own that nobody else holds;
-                    # only the last may be added to in place, and only when the sum is not to be differentiated.
+                    # A vjp returns the gradient it was given, a view, or a fresh array that nobody else holds. a + b
+                    # hands one gradient to both its operands: adding to it for a would spoil it for b. So only a
+                    # fresh one may be added to in place, and only when the sum is not to be differentiated.
                     fresh = not create_graph and piece.data is not gradient.data and piece.data.base is None
                     if operand in gradients:
                         gradients[operand] = _accumulate(gradients[operand], (piece, fresh))
@@ -297,6 +291,8 @@ def unbroadcast(gradient, shape):
 
 # --- 4. Primitive operations ------------------------------------------------------------------------------------------
 # Each is its value and, for every operand, one line: g, the gradient of the result, to the gradient of that operand.
+# To find that line, write down how the result changes, d(ab) = b da + a db, multiply it by g elementwise and sum up: what
+# then stands beside da is the gradient of a. A matrix product: sum(g * (da b + a db)) = sum((g b^T) * da + (a^T g) * db).
 # Derivatives are written in terms of the operands, never of the result: a result whose history held itself would be a
 # cycle, and its memory would wait for the garbage collector.
 
@@ -394,6 +390,7 @@ def matmul(a, b):
     d(ab) = da b + a db, so the gradients are g b^T and a^T g. When b is one matrix for a whole batch, all rows of a are
     stacked: one large product runs faster than many small ones, and b's gradient needs no sum over a batch of matrices.
     """
+    a, b = (x if isinstance(x, Tensor) else Tensor(x) for x in (a, b))
     if min(a.ndim, b.ndim) < 2:
         raise ValueError("both operands need at least two axes")
     if b.ndim == 2 < a.ndim:
@@ -530,9 +527,9 @@ def pixel_unshuffle(x, factor):
 
 
 # --- 5. Fused operations ----------------------------------------------------------------------------------------------
-# What a step spends its time in. Each computes on bare arrays what its composition of primitives, written beside it,
-# defines; the tests hold the two equal in value, first and second derivative. A vjp here has two forms: on arrays when
-# the walk is not recorded, in Tensor operations when its result is to be differentiated again.
+# What a step spends its time in. Each computes on bare arrays what the composition beside it defines; the tests hold the
+# two equal in value, first and second derivative. Where speed asks for it a vjp has two forms: on arrays when the walk is
+# not recorded, in Tensor operations when its result is to be differentiated again.
 
 
 @_operation
@@ -544,14 +541,15 @@ def linear(x, weight, bias=None):
     if bias is not None:
         data += bias.data
     return _result(
-        data.reshape(*x.shape[:-1], -1),
+        data.reshape(*x.shape[:-1], weight.shape[1]),
         (x, lambda g: linear(g, weight.T)),
         (weight, lambda g: matmul(_rows(x).T, _rows(g))),
         (bias, lambda g: g),
     )
 
 
-# The normal distribution: its density phi(x) = exp(-x^2/2) / sqrt(2 pi), its cumulative Phi(x) = (1 + erf(x/sqrt 2)) / 2.
+# GELU needs the normal distribution, its density phi(x) = exp(-x^2/2) / sqrt(2 pi) and its cumulative probability
+# Phi(x) = (1 + erf(x / sqrt 2)) / 2, for every element of the widest arrays there are. So it comes in cache-sized pieces.
 _CACHE = 1 << 15  # elements in a piece of an elementwise chain: a few arrays of it stay in a core's cache
 
 
@@ -667,7 +665,7 @@ def softmax(x, mask=None):
     The row's maximum is subtracted first, which cancels in the quotient and keeps exp from overflowing. mask: a boolean
     array that broadcasts to x's shape, False where an element is to get weight 0, as if its x were -inf (the paper's
     locality-aware initialization); a row with nothing left is all zeros.
-    dx = p (g - sum(p g)), row by row, with p the result.
+    With p the result, dp = p (dx - sum(p dx)) row by row, so the gradient of x is p (g - sum(p g)).
     """
     p = x.data if mask is None else xp.where(mask, x.data, -xp.inf).astype(x.dtype)
     if p.shape != x.shape:
@@ -706,7 +704,8 @@ def layer_norm(x, weight, bias, eps=1e-5):
     """Layer normalization over the last axis: (..., C), (C,), (C,) -> (..., C) (Ba et al. 2016).
 
     h = (x - mean(x)) r with r = (mean((x - mean(x))^2) + eps)^-1/2, and the result is h weight + bias.
-    With u = g weight, and means over the last axis:  dx = r (u - mean(u) - h mean(u h)).
+    With means over the last axis, dr = -r^2 mean(h dx) and dh = r (dx - mean(dx) - h mean(h dx)): a symmetric map, so that
+    the gradient of x is the same of u = g weight,  r (u - mean(u) - h mean(h u)).
     """
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         raise ValueError("weight and bias must have the shape of x's last axis")
@@ -774,7 +773,7 @@ def _normalized(x, eps, h, r):
 
 @_operation
 def _inverse_deviation(x, eps, h, r):
-    """The array r of `layer_norm` as an operation on x. dr = -r^2 h dx / C."""
+    """The array r of `layer_norm` as an operation on x. dr = -r^2 sum(h dx) / C."""
 
     def vjp(g):
         if _mode.recording:
@@ -788,7 +787,8 @@ def attention_composed(qkv, num_heads, mask=None):
     """Multi-head attention as its definition reads: softmax(q k^T / sqrt(D)) v for each head, then heads side by side."""
     batch, tokens, width = qkv.shape
     head = width // 3 // num_heads
-    q, k, v = (qkv.reshape(batch, tokens, 3, num_heads, head).transpose(2, 0, 3, 1, 4)[i] for i in range(3))
+    qkv = qkv.reshape(batch, tokens, 3, num_heads, head).transpose(2, 0, 3, 1, 4)  # (3, B, H, N, D)
+    q, k, v = qkv[0], qkv[1], qkv[2]
     scores = matmul(q * head**-0.5, swap_last(k))  # (B, H, N, N)
     out = matmul(softmax(scores, mask), v)  # (B, H, N, D)
     return out.transpose(0, 2, 1, 3).reshape(batch, tokens, width // 3)
@@ -796,14 +796,16 @@ def attention_composed(qkv, num_heads, mask=None):
 
 @_operation
 def attention(qkv, num_heads, mask=None):
-    """Scaled dot-product self-attention of `num_heads` heads: (B, N, 3C) -> (B, N, C), D = C / num_heads.
+    """Scaled dot-product self-attention of H = num_heads heads of width D = C / H: (B, N, 3C) -> (B, N, C).
 
     qkv holds query, key and value of every token side by side. mask: boolean (N, N), True where query i may see key j.
-    The (N, N) scores never exist whole. Forward, a block of query rows at a time: s = q k^T, p = exp(s - L) with L the
-    logarithm of the row's sum of exp(s), out = p v. On the way back each block of p is computed again from q, k and L:
-        dv = p^T g,   ds = p (g v^T - sum(g out)),   dq = ds k,   dk = ds^T q     (all but dv times D^-1/2),
-    where sum(g out) over the head equals the sum(p dp) of softmax's derivative. If that is to be differentiated itself,
-    the engine differentiates the composition instead. (Vaswani et al. 2017, eq. 1; blocks after Dao et al. 2022.)
+    Scores are taken a block of rows at a time, so that many tokens never need all (B, H, N, N) of them at once:
+        s = q k^T D^-1/2,   p = exp(s - L) with L = max(s) + log(sum(exp(s - max(s)))) of the row,   out = p v.
+    On the way back each block of p is computed again from q, k and L. With g the gradient of out, the gradients are
+        of v: p^T g,   of s: e = p (g v^T - sum(g out)),   of q: e k D^-1/2,   of k: e^T q D^-1/2;
+    softmax's sum(p (g v^T)) over the keys is sum(g out) over the head's width, since out = p v. If this is to be
+    differentiated itself, the engine differentiates the composition instead, which does hold all scores.
+    (Vaswani et al. 2017, eq. 1; blocks after Dao et al. 2022.)
     """
     batch, tokens, width = qkv.shape
     if width % (3 * num_heads):
@@ -854,7 +856,7 @@ def _attention_vjp(qkv, num_heads, mask, out, log_sum, g):
         ds *= p
         dq[heads, rows] = xp.matmul(ds, k[heads])
         dk[heads] += xp.matmul(ds.swapaxes(1, 2), q[heads, rows])
-    dq *= q.shape[-1] ** -0.5  # q came scaled already, so dk needs nothing
+    dq *= q.shape[-1] ** -0.5  # the scale is part of q here, so dk has it already
     return _join_heads(result, len(out), num_heads)
 
 
@@ -869,8 +871,8 @@ def _mask_bias(mask, dtype):
 def _split_heads(x, num_heads, parts=3):
     """(B, N, parts*C) -> (parts, B*H, N, D); of three parts the first, the query, is scaled by D^-1/2."""
     batch, tokens, width = x.shape
-    x = x.reshape(batch, tokens, parts, num_heads, -1).transpose(2, 0, 3, 1, 4)
-    x = x.copy().reshape(parts, batch * num_heads, tokens, -1)
+    x = x.reshape(batch, tokens, parts, num_heads, width // parts // num_heads).transpose(2, 0, 3, 1, 4)
+    x = x.copy().reshape(parts, batch * num_heads, tokens, -1)  # from (parts, B, H, N, D)
     if parts == 3:
         x[0] *= x.shape[-1] ** -0.5
     return x
@@ -879,7 +881,7 @@ def _split_heads(x, num_heads, parts=3):
 def _join_heads(x, batch, num_heads):
     """(parts, B*H, N, D) -> (B, N, parts*C)."""
     parts, _, tokens, head = x.shape
-    x = x.reshape(parts, batch, num_heads, tokens, head).transpose(1, 3, 0, 2, 4)
+    x = x.reshape(parts, batch, num_heads, tokens, head).transpose(1, 3, 0, 2, 4)  # (B, N, parts, H, D)
     return xp.ascontiguousarray(x).reshape(batch, tokens, -1)
 
 
@@ -904,8 +906,9 @@ def gradient_check(function, inputs, order=2, step=1e-5, coordinates=100, seed=0
 
     function: takes Tensors like `inputs` and returns a Tensor of any shape; inputs: float64 arrays. The result y is
     made one number, f = sum(w (y + y^2/2)) with random w, so that the gradient arriving at the function depends on its
-    inputs too. Order 1 compares df/dx_i with (f(x_i + step) - f(x_i - step)) / (2 step) at every coordinate, or at
-    `coordinates` random ones of each input. The next order is the same check of the function x -> sum(u df/dx), u random.
+    inputs too. Order 1 compares df/dx_i with (f(x_i + step) - f(x_i - step)) / (2 step) at `coordinates` random
+    coordinates of each input. The next order is the same check of f's slope along a random direction u, the function
+    x -> sum(u df/dx), whose derivative is a second one of f.
     Errors are relative to the largest derivative, or to 1 where all are smaller; below 1e-6 is agreement in float64.
     Raises TypeError for inputs that are not float64: their rounding would hide the difference.
     """
@@ -921,9 +924,9 @@ def gradient_check(function, inputs, order=2, step=1e-5, coordinates=100, seed=0
 
     directions = [xp.asarray(rng.standard_normal(x.shape)) for x in inputs]
 
-    def slope(of):
+    def slope_of(number):
         def directional(*tensors):
-            gradients = grad(of(*tensors), tensors, create_graph=True)
+            gradients = grad(number(*tensors), tensors, create_graph=True)
             return sum(((g * u).sum() for g, u in zip(gradients, directions, strict=True)), start=Tensor(0.0, dtype=float))
 
         return directional
@@ -931,7 +934,7 @@ def gradient_check(function, inputs, order=2, step=1e-5, coordinates=100, seed=0
     worst = 0.0
     for _ in range(order):
         worst = max(worst, _first_order_error(number, inputs, step, coordinates, rng))
-        number = slope(number)
+        number = slope_of(number)
     return worst
 
 
@@ -959,7 +962,7 @@ def _call(number, inputs):
     return number(*tensors), tensors
 
 
-# --- 7. Optimisation --------------------------------------------------------------------------------------------------
+# --- 7. Optimisation, memory ------------------------------------------------------------------------------------------
 
 
 def clip_by_global_norm(gradients, max_norm):
@@ -1017,3 +1020,17 @@ class Adam:
             self.parameters[i].data -= work
 
         list(map(update, range(len(self.parameters)), gradients))
+
+
+def keep_freed_memory():
+    """Tell glibc to keep freed arrays for the next allocation instead of returning their pages to the system.
+
+    A training step frees and allocates the same hundreds of megabytes over and over; having every page zeroed and
+    mapped again costs about a quarter of the step. M_MMAP_MAX = 0 puts large arrays on the heap, and the largest
+    M_TRIM_THRESHOLD keeps the heap's end. Does nothing where the C library is another one.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-8, 1)  # M_ARENA_MAX: one heap, so that threads reuse each other's memory

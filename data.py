@@ -3,7 +3,7 @@
 Every data set becomes one array of bytes, (N, 3, H, W) in red, green, blue; only a batch is ever turned into floats.
 
 Contents
-    1. Errors                 UserError
+    1. Errors and randomness  UserError, random_stream
     2. CIFAR-10               download, load_cifar10, its archive and its pickles, which are never executed
     3. Shapes                 draw_shapes, pictures that need no download
     4. Batches and grids      load_pictures, Batches, save_grid
@@ -28,11 +28,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-# --- 1. Errors --------------------------------------------------------------------------------------------------------
+# --- 1. Errors and randomness -----------------------------------------------------------------------------------------
 
 
 class UserError(Exception):
     """Something a person can put right; its message is one line that says what is wrong and what to do."""
+
+
+def random_stream(purpose, seed, number=0):
+    """A NumPy random generator of its own for each purpose, seed (whole, at least 0) and number, such as an epoch's.
+
+    So whatever is random in a run follows from its seed and from where it stands, and no two uses share their draws.
+    Raises ValueError for a purpose that is not in the list below.
+    """
+    return np.random.default_rng((seed, ("shapes", "order", "weights", "step", "judge").index(purpose) + 1, number))
 
 
 # --- 2. CIFAR-10 ------------------------------------------------------------------------------------------------------
@@ -219,7 +228,7 @@ def draw_shapes(count, image_size=16, seed=0):
 
     The same arguments give the same pictures. Drawn four times too large and averaged down, for smooth edges.
     """
-    rng = np.random.default_rng((seed, image_size))
+    rng = random_stream("shapes", seed, image_size)
     large = 4 * image_size
     pictures = np.empty((count, 3, image_size, image_size), np.uint8)
     ramp = np.linspace(0, 1, large)[:, None, None]
@@ -276,7 +285,7 @@ class Batches:
         epoch, within = divmod(index, self.per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.pictures))
+            self._order = random_stream("order", self.seed, epoch).permutation(len(self.pictures))
         chosen = self._order[within * self.batch_size : (within + 1) * self.batch_size]
         return scale(self.pictures[chosen])
 

@@ -2,8 +2,12 @@
 
 The story of this chapter: a generator grows a picture out of noise, as 8x8 tokens, then 16x16, then 32x32; a
 discriminator cuts pictures into patches and says how real they look. Both are stacks of the same transformer block. The
-discriminator learns to score real pictures above generated ones, the generator to be scored high, and a penalty on the
-norm of the discriminator's gradient keeps the game fair. Every operation used here is derived in autograd.py.
+discriminator learns to score real pictures above generated ones, the generator to be scored high. A penalty pulls the norm
+of the discriminator's gradient towards 1, so that its score has a slope for the generator to climb, neither flat nor a
+cliff. Every operation used here stands, beside its derivative, in autograd.py.
+
+This is the paper's first version (February 2021), its plain networks and training: TransGAN x TransGAN of its table 1. The
+three tricks it adds to them, augmentation, co-training and locality-aware initialization, are not here yet.
 
 Contents
     1. Building blocks        Linear, LayerNorm, Attention, MLP, Block
@@ -13,7 +17,8 @@ Contents
     5. Watching it learn      sliced_wasserstein, Log, train
     6. Command line           summary, main
 
-In comments on shapes: B batch, N tokens, C width (embed_dim), H and W height and width in tokens or pixels, Z latent_dim.
+In comments on shapes: B batch, N tokens, C width (embed_dim), H and W height and width in tokens or pixels, Z latent_dim,
+p patch_size.
 """
 
 import os
@@ -64,7 +69,7 @@ class Init:
     """Draws the parameters' first values from `rng`, a NumPy generator, in `dtype`.
 
     linear="uniform": weights and biases from U(-1/sqrt(k), 1/sqrt(k)) for k inputs, as the authors' generator has them;
-    linear="normal": truncated normal weights of deviation 0.02 and zero biases, as their discriminator.
+    linear="normal": normal weights of deviation 0.02 and zero biases, as in their discriminator.
     """
 
     def __init__(self, rng, linear, dtype=np.float32):
@@ -73,17 +78,14 @@ class Init:
     def parameter(self, values):
         return Tensor(values, requires_grad=True, dtype=self.dtype)
 
-    def truncated_normal(self, *shape):
-        """Normal, mean 0, deviation 0.02, drawn again beyond two deviations."""
-        values = self.rng.standard_normal(shape)
-        while (outside := np.abs(values) > 2).any():
-            values[outside] = self.rng.standard_normal(outside.sum())
-        return self.parameter(0.02 * values)
+    def normal(self, *shape):
+        """Mean 0, deviation 0.02. (The authors truncate it at -2 and 2, a hundred deviations out, where nothing falls.)"""
+        return self.parameter(0.02 * self.rng.standard_normal(shape))
 
     def linear(self, inputs, outputs):
         """The weight (inputs, outputs) and bias (outputs,) of a linear layer."""
         if self.linear_rule == "normal":
-            return self.truncated_normal(inputs, outputs), self.parameter(np.zeros(outputs))
+            return self.normal(inputs, outputs), self.parameter(np.zeros(outputs))
         bound = inputs**-0.5
         weight = self.rng.uniform(-bound, bound, (inputs, outputs))
         return self.parameter(weight), self.parameter(self.rng.uniform(-bound, bound, outputs))
@@ -119,9 +121,9 @@ class Attention(Module):
         self.qkv = Linear(embed_dim, 3 * embed_dim, init, bias=False)
         self.projection = Linear(embed_dim, embed_dim, init)
 
-    def __call__(self, x, mask=None):
+    def __call__(self, x):
         qkv = self.qkv(x)  # (B, N, 3C)
-        return self.projection(ag.attention(qkv, self.num_heads, mask))  # (B, N, C)
+        return self.projection(ag.attention(qkv, self.num_heads))  # (B, N, C)
 
 
 class MLP(Module):
@@ -136,7 +138,7 @@ class MLP(Module):
 
 
 class Block(Module):
-    """The transformer encoder block of the paper's figure 2, normalised before each part:
+    """The transformer encoder block of both networks, normalised before each part:
 
     x += Attention(LayerNorm(x));  x += MLP(LayerNorm(x)).     (B, N, C) -> (B, N, C)
     """
@@ -145,8 +147,8 @@ class Block(Module):
         self.norm1, self.attention = LayerNorm(embed_dim, init), Attention(embed_dim, num_heads, init)
         self.norm2, self.mlp = LayerNorm(embed_dim, init), MLP(embed_dim, init)
 
-    def __call__(self, x, mask=None):
-        x = x + self.attention(self.norm1(x), mask)
+    def __call__(self, x):
+        x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
@@ -183,17 +185,17 @@ def upscale(x):
 
 
 class Generator(Module):
-    """Noise (B, Z) -> pictures (B, 3, image_size, image_size), aimed at [-1, 1] but not forced into it (section 3.2).
+    """Noise (B, Z) -> pictures (B, 3, image_size, image_size), aimed at [-1, 1] but not forced into it.
 
-    One stage per entry of `depths`, each at twice the resolution and a quarter of the width of the one before; the first
-    starts from image_size / 2^(stages - 1) tokens a side. latent_dim Z equals embed_dim. Raises ValueError if width or
-    picture do not divide that way.
+    The paper's memory-friendly generator. One stage per entry of `depths`, each at twice the resolution and a quarter of
+    the width of the one before; the first starts from image_size / 2^(stages - 1) tokens a side. latent_dim Z equals
+    embed_dim. Raises ValueError if width or picture do not divide that way.
     """
 
     def __init__(self, image_size, embed_dim, depths, rng, num_heads=NUM_HEADS, dtype=np.float32):
         stages = len(depths)
-        self.start, self.latent_dim = image_size >> stages - 1, embed_dim
-        if self.start << stages - 1 != image_size or not self.start:
+        self.start, self.latent_dim = image_size // 2 ** (stages - 1), embed_dim
+        if self.start * 2 ** (stages - 1) != image_size or not self.start:
             raise ValueError(f"a picture of {image_size} pixels cannot be doubled up to in {stages} stages")
         if embed_dim % (num_heads * 4 ** (stages - 1)):
             raise ValueError(f"embed_dim {embed_dim} must divide by {num_heads} heads times 4^{stages - 1}")
@@ -201,26 +203,26 @@ class Generator(Module):
         self.project = Linear(embed_dim, self.start**2 * embed_dim, init)
         self.stages = []
         for k, depth in enumerate(depths):
-            self.stages.append(Stage(self.start << k, embed_dim >> 2 * k, depth, num_heads, init))
-        self.to_rgb = Linear(embed_dim >> 2 * (stages - 1), 3, init)
+            self.stages.append(Stage(self.start * 2**k, embed_dim // 4**k, depth, num_heads, init))
+        self.to_rgb = Linear(embed_dim // 4 ** (stages - 1), 3, init)
 
     def __call__(self, z):
         batch = len(z)
-        x = self.project(z).reshape(batch, self.start**2, self.latent_dim)  # (B, Z) -> (B, 8*8, C)
+        x = self.project(z).reshape(batch, self.start**2, self.latent_dim)  # (B, Z) -> (B, N, C), N = 8*8 for CIFAR-10
         for k, stage in enumerate(self.stages):
             if k:
                 x = upscale(x)  # (B, HW, C) -> (B, 4HW, C/4)
             x = stage(x)
-        x = self.to_rgb(x)  # (B, 32*32, C/16) -> (B, 32*32, 3)
+        x = self.to_rgb(x)  # (B, HW, C/16) -> (B, HW, 3)
         side = math.isqrt(x.shape[1])
-        return x.transpose(0, 2, 1).reshape(batch, 3, side, side)
+        return x.transpose(0, 2, 1).reshape(batch, 3, side, side)  # (B, 3, H, W)
 
 
 class Stage(Module):
     """One resolution of the generator: a learnable position is added to each token, then the blocks follow."""
 
     def __init__(self, side, embed_dim, depth, num_heads, init):
-        self.position = init.truncated_normal(1, side * side, embed_dim)
+        self.position = init.normal(1, side * side, embed_dim)
         self.blocks = [Block(embed_dim, num_heads, init) for _ in range(depth)]
 
     def __call__(self, x):
@@ -231,10 +233,10 @@ class Stage(Module):
 
 
 class Discriminator(Module):
-    """Pictures (B, 3, image_size, image_size) -> one logit each, (B,): high for real (section 3.2).
+    """Pictures (B, 3, image_size, image_size) -> one logit each, (B,): high for real.
 
-    A picture is cut into patches, each projected to a token; a learnable [cls] token in front collects the judgement.
-    Raises ValueError if patches do not tile the picture.
+    The paper's discriminator with tokenized input: a picture is cut into patches, each projected to a token; a learnable
+    [cls] token in front collects the judgement. Raises ValueError if patches do not tile the picture.
     """
 
     def __init__(self, image_size, patch_size, embed_dim, depth, rng, num_heads=NUM_HEADS, dtype=np.float32):
@@ -243,8 +245,8 @@ class Discriminator(Module):
         self.patch_size = patch_size
         init = Init(rng, "normal", dtype)
         self.embed = Linear(3 * patch_size**2, embed_dim, init)
-        self.cls = init.truncated_normal(1, 1, embed_dim)
-        self.position = init.truncated_normal(1, 1 + (image_size // patch_size) ** 2, embed_dim)
+        self.cls = init.normal(1, 1, embed_dim)
+        self.position = init.normal(1, 1 + (image_size // patch_size) ** 2, embed_dim)
         self.blocks = [Block(embed_dim, num_heads, init) for _ in range(depth)]
         self.norm = LayerNorm(embed_dim, init)
         self.head = Linear(embed_dim, 1, init)
@@ -252,7 +254,8 @@ class Discriminator(Module):
     def __call__(self, pictures):
         batch, _, height, width = pictures.shape
         p = self.patch_size
-        x = pictures.reshape(batch, 3, height // p, p, width // p, p).transpose(0, 2, 4, 1, 3, 5)
+        x = pictures.reshape(batch, 3, height // p, p, width // p, p)  # rows and columns into (which patch, where in it)
+        x = x.transpose(0, 2, 4, 1, 3, 5)  # (B, H/p, W/p, 3, p, p)
         x = x.reshape(batch, -1, 3 * p * p)  # (B, N, 3pp)
         x = self.embed(x)  # (B, N, C)
         cls = ag.broadcast_to(self.cls, (batch, *self.cls.shape[1:]))
@@ -271,7 +274,8 @@ LOSSES = ("wgangp-eps", "hinge", "standard")
 def slope_norm(discriminator, x):
     """||d D(x) / dx||_2 of every picture: (B, 3, H, W) array -> Tensor (B,).
 
-    The gradient is taken with its history, because its norm is part of the loss: a second derivative.
+    A picture has no say in the others' logits, so the gradient of their sum holds each picture's own. It is taken with its
+    history, because its norm is part of the loss: the optimiser's gradient is then a second derivative.
     """
     x = Tensor(x, requires_grad=True)
     (slope,) = grad(discriminator(x).sum(), [x], create_graph=True)  # (B, 3, H, W)
@@ -352,8 +356,8 @@ MAX_NORM = 5.0  # the norm to which each network's gradient is clipped
 class Trainer:
     """Both networks, their optimisers, the generator's moving average, and how many generator steps were done.
 
-    pictures: bytes (N, 3, image_size, image_size). All that is random in a step is drawn from a generator seeded by
-    (seed, step), so the random state of a run is those two numbers. Raises UserError for a batch larger than the data,
+    pictures: bytes (N, 3, image_size, image_size). All that is random in a step follows from the seed and the step's
+    number, so the random state of a run is those two numbers. Raises UserError for a batch larger than the data,
     ValueError for an image_size or patch_size that the networks cannot have.
     """
 
@@ -365,7 +369,7 @@ class Trainer:
         self.threads = min(threads, options.batch_size, options.gen_batch_size) if ag.xp is np else 1
         self.map = futures.ThreadPoolExecutor(self.threads).map if self.threads > 1 else map
         self.batches = data.Batches(pictures, options.batch_size, seed)
-        rng = np.random.default_rng((seed, 0))
+        rng = data.random_stream("weights", seed)
         self.generator = Generator(options.image_size, size.embed_dim, size.depths, rng, dtype=dtype)
         self.discriminator = Discriminator(
             options.image_size, options.patch_size, size.disc_embed_dim, size.disc_depth, rng, dtype=dtype
@@ -382,7 +386,7 @@ class Trainer:
         Returns the last losses and penalty as 0-d arrays on the device, so that nothing waits for them.
         """
         options = self.options
-        rng = np.random.default_rng((options.seed, 1, self.step))
+        rng = data.random_stream("step", options.seed, self.step)
         rate = options.learning_rate * (1 - self.step / options.steps)  # linear decay to 0 over the run
         for i in range(options.disc_steps):
             real = self.batches[self.step * options.disc_steps + i]  # (B, 3, H, W)
@@ -424,16 +428,17 @@ class Trainer:
     def update(self, scores, inputs, loss, parameters, adam, rate):
         """Move `parameters` down the gradient of loss(scores(*inputs)); returns what `loss` returns.
 
-        The batch is shared out among threads, each with its share of every input, because NumPy's elementwise operations
-        run on one core. Scores are numbers per sample, so shares do not meet before the loss. With s the joined scores
-            d loss / d parameters = sum over shares of (d loss / d s_share) (d s_share / d parameters):
-        each thread computes its scores, the loss joins them and says what its derivative is towards each share, and each
-        thread carries that back to the parameters. Then the joint norm is clipped, and Adam takes its step.
+        In principle: values = loss(scores(*inputs), ...); total = grad(values[0], parameters); clip; Adam's step. But the
+        batch is shared out among threads, each with its share of every input, because NumPy's elementwise operations run
+        on one core. Scores are numbers per sample, so shares do not meet before the loss, and the graph is cut there:
+            d loss / d parameters = sum over shares of (d loss / d s_share) (d s_share / d parameters).
+        Each thread computes its scores; the loss is taken of copies without history, the leaves, and differentiated
+        towards each of them; and each thread carries that gradient on from its scores to the parameters.
         """
         threads, parameters = self.threads, list(parameters.values())
         shares = zip(*(np.array_split(x, threads) for x in inputs), strict=True)
         shares = [[self.array(x) for x in share] for share in shares if len(share[0])]
-        parts = list(self.map(lambda share: scores(*share), shares))
+        parts = list(self.map(lambda share: scores(*share), shares))  # (rows, B/threads) each
         leaves = [Tensor(part.data, requires_grad=True) for part in parts]
         values = loss(ag.concatenate(leaves, axis=1), self.options.loss)
         towards = grad(values[0], leaves)
@@ -567,7 +572,7 @@ class Log:
             except (ValueError, KeyError, TypeError, csv.Error) as error:
                 raise UserError(f"{path} is not a log of this program ({error}); move it away to go on without") from None
         self.file = path.open("w", newline="")
-        self.writer = csv.DictWriter(self.file, self.FIELDS, restval="")
+        self.writer = csv.DictWriter(self.file, self.FIELDS, restval="", extrasaction="ignore")
         self.writer.writeheader()
         self.writer.writerows(kept)
         self.live, self.waiting, self.distance = sys.stdout.isatty(), [], None
@@ -624,21 +629,17 @@ def clock(seconds):
 def train(trainer, out, sample_every, save_every):
     """Train until `trainer.options.steps`, writing samples, log and checkpoints into the folder `out`.
 
-    sample_every, save_every: generator steps between sample grids and between checkpoints; both are also made whenever
-    PATIENCE seconds have passed without a grid, because a step of the large sizes takes a CPU half a minute.
+    sample_every, save_every: generator steps between sample grids and between checkpoints. Either is also made when it is
+    PATIENCE seconds old, because a step of the large sizes takes a CPU half a minute.
     """
     options = trainer.options
-    rng = np.random.default_rng((options.seed, 2))
+    rng = data.random_stream("judge", options.seed)
     noise = trainer.noise(JUDGED, rng)
     real = trainer.batches.pictures
     real = data.scale(real[rng.choice(len(real), JUDGED, replace=len(real) < JUDGED)])
     log = Log(out / "log.csv", trainer.step, options.steps)
 
-    looked = time.monotonic()
-
     def look():
-        nonlocal looked
-        looked = time.monotonic()
         pictures = trainer.sample(noise)
         data.save_grid(pictures[:GRID], out / "samples" / f"step-{trainer.step:06d}.png")
         return sliced_wasserstein(pictures, real)
@@ -646,15 +647,17 @@ def train(trainer, out, sample_every, save_every):
     try:
         if trainer.step == 0:
             log.add(0, {}, 0, look())
+        sampled = saved = time.monotonic()
         while trainer.step < options.steps:
             losses = trainer.train_step()
-            step, last = trainer.step, trainer.step == options.steps
-            late = time.monotonic() - looked > PATIENCE
-            distance = look() if last or late or step % sample_every == 0 else None
+            step, last, now, distance = trainer.step, trainer.step == options.steps, time.monotonic(), None
+            if last or step % sample_every == 0 or now - sampled > PATIENCE:
+                distance, sampled = look(), now
             log.add(step, losses, options.batch_size * options.disc_steps, distance)
-            if last or late or step % save_every == 0:
+            if last or step % save_every == 0 or now - saved > PATIENCE:
                 log.show()
                 trainer.save(out / "checkpoint.npz")
+                saved = now
     finally:
         log.close()
 
@@ -663,9 +666,9 @@ def train(trainer, out, sample_every, save_every):
 
 DEFAULTS = {  # what --dataset decides where nothing else is said
     "cifar10": {"size": "S", "image_size": 32, "steps": 500_000},
-    "shapes": {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "learning_rate": 5e-4,
-               "batch_size": 16, "gen_batch_size": 16, "ema_decay": 0.99},
-}  # fmt: skip
+    "shapes": {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "batch_size": 16, "gen_batch_size": 16},
+}
+TINY_DEFAULTS = {"learning_rate": 5e-4, "ema_decay": 0.99}  # a laptop's run ends long before the paper's 0.999 forgets
 
 
 def summary(options):
@@ -681,12 +684,12 @@ def summary(options):
         totals.append((network, parameters, operations))
 
     width = size.embed_dim
-    side = options.image_size >> len(size.depths) - 1
+    side = options.image_size // 2 ** (len(size.depths) - 1)
     add("generator", "noise", side**2, width, "", (width + 1) * side**2 * width, side**2 * width**2)
     for k, depth in enumerate(size.depths):
-        tokens, stage_width = (side << k) ** 2, width >> 2 * k
+        tokens, stage_width = (side * 2**k) ** 2, width // 4**k
         parameters, operations = block(tokens, stage_width, depth)
-        name = f"{side << k}x{side << k}"
+        name = f"{side * 2**k}x{side * 2**k}"
         add("generator", name, tokens, stage_width, depth, parameters + tokens * stage_width, operations)
     add("generator", "RGB", tokens, 3, "", 3 * stage_width + 3, tokens * stage_width * 3)
 
@@ -759,7 +762,7 @@ def make_parser():
                       help="pixels a side, for shapes (default: 16; CIFAR-10 has 32)")  # fmt: skip
     what.add_argument("--patch-size", type=whole(1, 256), metavar="N",
                       help="pixels a side of the discriminator's patches (default: 4)")  # fmt: skip
-    how = parser.add_argument_group("how to train; the defaults are the paper's, and smaller for shapes")
+    how = parser.add_argument_group("how to train; the defaults are the authors', and smaller on a laptop")
     how.add_argument("--loss", choices=LOSSES, help="the adversarial loss (default: wgangp-eps)")
     how.add_argument("--steps", type=whole(1), metavar="N",
                      help="generator steps (default: 500000; for shapes 1000)")  # fmt: skip
@@ -770,10 +773,10 @@ def make_parser():
     how.add_argument("--disc-steps", type=whole(1), metavar="N",
                      help="discriminator steps a generator step (default: 5; for shapes 2)")  # fmt: skip
     how.add_argument("--learning-rate", type=fraction, metavar="R",
-                     help="Adam's rate at the start; it falls to 0 in a line (default: 1e-4; for shapes 5e-4)")  # fmt: skip
+                     help="Adam's rate at the start; it falls to 0 in a line (default: 1e-4; for tiny 5e-4)")  # fmt: skip
     how.add_argument("--ema-decay", type=fraction, metavar="R", help="decay of the generator's moving average, which "
-                     "makes the samples (default: 0.999; for shapes 0.99)")  # fmt: skip
-    how.add_argument("--seed", type=whole(0), metavar="N", help="of everything random (default: 0)")
+                     "makes the samples (default: 0.999; for tiny 0.99)")  # fmt: skip
+    how.add_argument("--seed", type=whole(0), metavar="N", help="of everything random in training (default: 0)")
     where = parser.add_argument_group("where")
     where.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR",
                        help="where data sets are kept (default: data)")  # fmt: skip
@@ -804,13 +807,16 @@ def choose_options(args):
                 raise UserError(f"the run in {args.resume} has {flag} {getattr(saved, name)}; leave out {flag} {value}")
         return check_options(dataclasses.replace(saved, **given)), args.out or args.resume
     dataset = given.setdefault("dataset", "shapes")
-    options = check_options(Options(**DEFAULTS[dataset] | given))
+    chosen = DEFAULTS[dataset] | given
+    if chosen["size"] == "tiny":
+        chosen = TINY_DEFAULTS | chosen
+    options = check_options(Options(**chosen))
     return options, args.out or Path("runs") / f"{dataset}-{options.size}"
 
 
 def check_options(options):
     """The options, if the networks can have them. Raises UserError otherwise."""
-    doubled = 1 << len(SIZES[options.size].depths) - 1
+    doubled = 2 ** (len(SIZES[options.size].depths) - 1)
     if options.image_size % doubled:
         raise UserError(f"--image-size {options.image_size} must divide by {doubled}: the picture doubles between stages")
     if options.image_size % options.patch_size:
