@@ -51,11 +51,15 @@ def use_device(device="auto"):
         return "cpu"
     try:
         import cupy
+        import cupyx.scipy.special
 
         name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+        one = cupy.ones((1, 1), np.float32)
+        cupyx.scipy.special.erf(cupy.matmul(one, one)).get()  # a GPU without its compiler or its BLAS is none to us
     except Exception as error:  # CuPy raises its own classes for a missing driver, library or device
         if device == "gpu":
-            raise RuntimeError(f"no GPU to use ({error}); install CuPy for your CUDA version or use the CPU") from None
+            reason = next((line for line in str(error).splitlines() if line.strip("= ")), type(error).__name__)
+            raise RuntimeError(f"no GPU to use ({reason}); install CuPy for your CUDA version or use the CPU") from None
         return "cpu"
     xp = cupy
     return name
@@ -177,12 +181,12 @@ def _operation(function):
     def named(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except (ValueError, IndexError, TypeError) as error:
+        except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
             if getattr(error, "named", False):
                 raise
             operands = itertools.chain.from_iterable(x if isinstance(x, (list, tuple)) else (x,) for x in args)
             shapes = ", ".join(str(x.shape) for x in operands if hasattr(x, "shape"))
-            kind = next(k for k in (ValueError, IndexError, TypeError) if isinstance(error, k))
+            kind = next((k for k in (ValueError, IndexError, TypeError) if isinstance(error, k)), ValueError)
             clear = kind(f"{function.__name__} of shapes {shapes}: {error}")
             clear.named = True
             raise clear from None
@@ -318,7 +322,7 @@ def multiply(a, b):
 @_operation
 def divide(a, b):
     """a / b, elementwise with broadcasting. d(a/b) = da/b - (a/b^2) db."""
-    return _result(_raw(a) / _raw(b), (a, lambda g: g / b), (b, lambda g: -g * a / (b * b)))
+    return _result(_raw(a) / _raw(b), (a, lambda g: g / b), (b, lambda g: -(g / b) * (a / b)))
 
 
 @_operation
@@ -332,6 +336,7 @@ def power(x, exponent):
     """x ** exponent for a constant number. d(x^p) = p x^(p-1) dx."""
     if isinstance(exponent, Tensor):
         raise TypeError("the exponent must be a number; write exp(b * log(a)) for a ** b")
+    exponent = float(exponent)
     if exponent == 0:
         return Tensor(xp.ones_like(x.data))  # a constant; its formula would be 0 * infinity at x = 0
     data = x.data * x.data if exponent == 2 else x.data**exponent
@@ -397,14 +402,14 @@ def matmul(a, b):
         rows = a.shape[:-1]
         if a.shape[-1] != b.shape[0]:
             raise ValueError("the last axis of the first must equal the first axis of the second")
-        data = (a.data.reshape(-1, a.shape[-1]) @ b.data).reshape(*rows, b.shape[1])
+        data = (a.data.reshape(math.prod(rows), a.shape[-1]) @ b.data).reshape(*rows, b.shape[1])
         return _result(data, (a, lambda g: matmul(g, b.T)), (b, lambda g: matmul(_rows(a).T, _rows(g))))
     data = xp.matmul(a.data, b.data)
     return _result(data, (a, lambda g: matmul(g, swap_last(b))), (b, lambda g: matmul(swap_last(a), g)))
 
 
 def _rows(x):
-    return reshape(x, (-1, x.shape[-1]))  # (..., c) -> (rows, c)
+    return reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))  # (..., c) -> (rows, c)
 
 
 @_operation
@@ -537,7 +542,7 @@ def linear(x, weight, bias=None):
     """x @ weight + bias: (..., k), (k, m), (m,) -> (..., m), the sum written into the product's own array."""
     if x.shape[-1:] != weight.shape[:1] or (bias is not None and bias.shape != weight.shape[1:]):
         raise ValueError("expected (..., k), (k, m) and (m,)")
-    data = x.data.reshape(-1, x.shape[-1]) @ weight.data
+    data = x.data.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ weight.data
     if bias is not None:
         data += bias.data
     return _result(
@@ -850,6 +855,7 @@ def _attention_vjp(qkv, num_heads, mask, out, log_sum, g):
         p = xp.matmul(q_shifted[heads, rows], k_one[heads])  # (heads, rows, N)
         if mask is not None:
             p += _mask_bias(mask[rows], p.dtype)
+        xp.minimum(p, 0, out=p)  # rounding of huge logits must not make a probability of more than 1
         xp.exp(p, out=p)
         dv[heads] += xp.matmul(p.swapaxes(1, 2), g[heads, rows])
         ds = xp.matmul(g_shifted[heads, rows], v_one[heads])
@@ -871,10 +877,11 @@ def _mask_bias(mask, dtype):
 def _split_heads(x, num_heads, parts=3):
     """(B, N, parts*C) -> (parts, B*H, N, D); of three parts the first, the query, is scaled by D^-1/2."""
     batch, tokens, width = x.shape
-    x = x.reshape(batch, tokens, parts, num_heads, width // parts // num_heads).transpose(2, 0, 3, 1, 4)
-    x = x.copy().reshape(parts, batch * num_heads, tokens, -1)  # from (parts, B, H, N, D)
+    head = width // parts // num_heads
+    x = x.reshape(batch, tokens, parts, num_heads, head).transpose(2, 0, 3, 1, 4)  # (parts, B, H, N, D)
+    x = x.copy().reshape(parts, batch * num_heads, tokens, head)
     if parts == 3:
-        x[0] *= x.shape[-1] ** -0.5
+        x[0] *= head**-0.5
     return x
 
 
@@ -882,7 +889,7 @@ def _join_heads(x, batch, num_heads):
     """(parts, B*H, N, D) -> (B, N, parts*C)."""
     parts, _, tokens, head = x.shape
     x = x.reshape(parts, batch, num_heads, tokens, head).transpose(1, 3, 0, 2, 4)  # (B, N, parts, H, D)
-    return xp.ascontiguousarray(x).reshape(batch, tokens, -1)
+    return xp.ascontiguousarray(x).reshape(batch, tokens, parts * num_heads * head)
 
 
 _SCORES = 1 << 17  # of them in a block on the CPU: half a megabyte, in a core's cache together with its product
@@ -892,7 +899,7 @@ def _blocks(heads, tokens):
     """Slices (heads, rows) that cover all scores, each at most _SCORES of them on a CPU or 2^28 on a GPU."""
     budget = _SCORES if xp is np else 1 << 28
     rows = min(tokens, max(1, budget // tokens))
-    group = min(heads, max(1, budget // (rows * tokens)))
+    group = max(1, min(heads, budget // (rows * tokens)))
     for h in range(0, heads, group):
         for r in range(0, tokens, rows):
             yield slice(h, h + group), slice(r, r + rows)

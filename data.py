@@ -9,12 +9,12 @@ Contents
     4. Batches and grids      load_pictures, Batches, save_grid
 """
 
-import contextlib
 import hashlib
 import http.client
 import io
 import os
 import pickle
+import pickletools
 import shutil
 import sys
 import tarfile
@@ -77,12 +77,15 @@ def download(url, path, md5):
 
     The file appears under its name only when it is whole and right. Raises UserError, having removed the part it had.
     """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    live = sys.stderr.isatty()
+    path, part = Path(path), None
+    live = bool(sys.stderr and sys.stderr.isatty())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as answer, part.open("wb") as out:
+        with (
+            urllib.request.urlopen(url, timeout=60) as answer,
+            tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", delete=False) as out,
+        ):
+            part = Path(out.name)
             total, done, shown = int(answer.headers.get("Content-Length") or 0), 0, 0.0
             print(f"downloading {url}, {total / 1e6:.0f} MB, to {path.parent}", file=sys.stderr, flush=True)
             while block := answer.read(1 << 18):
@@ -105,16 +108,19 @@ def download(url, path, md5):
             "or train without a download: --dataset shapes"
         ) from None
     finally:
-        with contextlib.suppress(OSError):
+        if part:
             part.unlink(missing_ok=True)
 
 
 def check_md5(path, md5, source):
     """Raise UserError, naming `source`, where the file at `path` came from, unless it has this md5 sum (hexadecimal)."""
     digest = hashlib.md5(usedforsecurity=False)
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; delete it, or choose another --data-dir") from None
     if digest.hexdigest() != md5:
         raise UserError(
             f"{source} is not the file expected (md5 {digest.hexdigest()}, not {md5}); "
@@ -157,7 +163,10 @@ def read_cifar10(path):
     Checks shape, type, and that there is a label from 0 to 9 for every picture. Raises UserError.
     """
     try:
-        batch = _CifarUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="bytes").load()
+        with Path(path).open("rb") as file:
+            content = file.read(MAX_FILE + 1)
+        _refuse_bombs(content)
+        batch = _CifarUnpickler(io.BytesIO(content), encoding="bytes").load()
         rows, labels = batch[b"data"], batch[b"labels"]
         if isinstance(rows, _Array):
             rows = rows.to_numpy()
@@ -174,6 +183,21 @@ def read_cifar10(path):
     if not all(isinstance(label, int) and 0 <= label <= 9 for label in labels):
         raise UserError(f"{path}: labels must be whole numbers from 0 to 9")
     return rows.reshape(-1, 3, 32, 32)
+
+
+def _refuse_bombs(content):
+    """Raise ValueError for a pickle that could exhaust memory, time or the stack without calling anything.
+
+    Tuples inside tuples can double without end, or be nested deeper than C can hash; and a memo number makes the reader
+    allocate that many places. A batch holds a handful of tuples, those of its array.
+    """
+    if len(content) > MAX_FILE:
+        raise ValueError(f"it is larger than {MAX_FILE} bytes")
+    tuples = 0
+    for opcode, argument, _ in pickletools.genops(content):
+        tuples += "TUPLE" in opcode.name or opcode.name == "FROZENSET"
+        if tuples > 16 or ("PUT" in opcode.name and argument > len(content)):
+            raise ValueError("it is built to exhaust this machine")
 
 
 class _Array:
@@ -214,7 +238,7 @@ class _CifarUnpickler(pickle.Unpickler):
             return _Array if name == "ndarray" else _Dtype
         if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
             return lambda *_: _Array()
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no picture needs")
+        raise pickle.UnpicklingError(f"it asks for {module!r}.{name!r}, which no picture needs")
 
 
 # --- 3. Shapes --------------------------------------------------------------------------------------------------------

@@ -33,9 +33,8 @@ import functools
 import json
 import math
 import sys
+import tempfile
 import time
-import zipfile
-import zlib
 from concurrent import futures
 from pathlib import Path
 
@@ -493,9 +492,12 @@ class Trainer:
         """Write a checkpoint: all arrays of training, the step and the options, from which the random state follows."""
         arrays = {name: ag.to_numpy(x) for name, x in self._state().items()}
         part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
-            np.savez(file, options=json.dumps(dataclasses.asdict(self.options)), step=self.step, **arrays)
-        os.replace(part, path)
+        try:
+            with part.open("wb") as file:
+                np.savez(file, options=json.dumps(dataclasses.asdict(self.options)), step=self.step, **arrays)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def load(self, path):
         """Take a checkpoint's arrays and step. Raises UserError if it does not fit these networks."""
@@ -506,9 +508,10 @@ class Trainer:
                     raise UserError(f"{path} does not fit: {name} should be {x.dtype} of shape {x.shape}")
             for name, x in state.items():
                 x[...] = ag.xp.asarray(saved[name])
-            self.step = int(saved["step"])
-            if self.step < 0:
-                raise ValueError(f"its step is {self.step}")
+            step = saved["step"]
+            if step.dtype.kind != "i" or step.shape or step < 0:
+                raise ValueError("its step is no whole number")
+            self.step = int(step)
         self.gen_adam.t, self.disc_adam.t = self.step, self.step * self.options.disc_steps
 
 
@@ -523,14 +526,18 @@ class open_checkpoint:
             self.file = np.load(self.path, allow_pickle=False)
             if not isinstance(self.file, np.lib.npyio.NpzFile) or not {"options", "step"} <= set(self.file):
                 raise ValueError("it lacks options or step")
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"cannot resume from {self.path}: {error}; name a run's folder") from None
+        except Exception as error:  # a damaged archive can raise anything at all
+            raise UserError(f"cannot resume from {self.path}: {first_line(error)}; name a run's folder") from None
         return self.file
 
     def __exit__(self, kind, error, _):
         self.file.close()
-        if kind and issubclass(kind, (ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)):
-            raise UserError(f"{self.path} is damaged: {error}; resume from another run") from None
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            raise UserError(f"{self.path} is damaged: {first_line(error)}; resume from another run") from None
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # --- 5. Watching it learn ---------------------------------------------------------------------------------------------
@@ -561,21 +568,30 @@ class Log:
 
     FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "distance", "pictures_per_second", "seconds")
 
-    def __init__(self, path, step, steps):
+    def __init__(self, path, step, steps, resumed=False):
         self.first, self.steps = step, steps
         kept, self.earlier = [], 0.0
-        if step and path.exists():  # a resumed run: the rows up to its checkpoint
+        if resumed and path.exists() and step:  # the rows up to the checkpoint; later steps will be done again
             try:
                 with path.open(newline="") as file:
                     kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
                 self.earlier = float(kept[-1]["seconds"]) if kept else 0.0
             except (ValueError, KeyError, TypeError, csv.Error) as error:
                 raise UserError(f"{path} is not a log of this program ({error}); move it away to go on without") from None
-        self.file = path.open("w", newline="")
+        start = path.with_name(path.name + ".part") if resumed else path
+        try:
+            self.file = start.open("w" if resumed else "x", newline="")
+        except FileExistsError:
+            raise holds_a_run(path.parent) from None
         self.writer = csv.DictWriter(self.file, self.FIELDS, restval="", extrasaction="ignore")
         self.writer.writeheader()
         self.writer.writerows(kept)
-        self.live, self.waiting, self.distance = sys.stdout.isatty(), [], None
+        if resumed:
+            self.file.close()
+            os.replace(start, path)
+            self.file = path.open("a", newline="")
+            self.writer.writer = csv.writer(self.file)
+        self.live, self.waiting, self.distance = bool(sys.stdout and sys.stdout.isatty()), [], None
         self.start = self.shown = self.last = time.monotonic()
 
     def add(self, step, losses, pictures, distance=None):
@@ -626,7 +642,7 @@ def clock(seconds):
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def train(trainer, out, sample_every, save_every):
+def train(trainer, out, sample_every, save_every, resumed=False):
     """Train until `trainer.options.steps`, writing samples, log and checkpoints into the folder `out`.
 
     sample_every, save_every: generator steps between sample grids and between checkpoints. Either is also made when it is
@@ -637,7 +653,7 @@ def train(trainer, out, sample_every, save_every):
     noise = trainer.noise(JUDGED, rng)
     real = trainer.batches.pictures
     real = data.scale(real[rng.choice(len(real), JUDGED, replace=len(real) < JUDGED)])
-    log = Log(out / "log.csv", trainer.step, options.steps)
+    log = Log(out / "log.csv", trainer.step, options.steps, resumed)
 
     def look():
         pictures = trainer.sample(noise)
@@ -647,6 +663,7 @@ def train(trainer, out, sample_every, save_every):
     try:
         if trainer.step == 0:
             log.add(0, {}, 0, look())
+            trainer.save(out / "checkpoint.npz")
         sampled = saved = time.monotonic()
         while trainer.step < options.steps:
             losses = trainer.train_step()
@@ -713,17 +730,25 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and exits with 2."""
 
     def error(self, message):
-        self.exit(2, f"transgan: {message}; see --help\n")
+        self.exit(2, f"transgan: {one_line(message)}; see --help\n")
 
 
-def whole(least, most=2**31):
-    """An argument type: a whole number of at least `least`."""
+MANY = 2**31 - 1
+LIMITS = {  # the kind, least and largest value of each option that is a number
+    "image_size": (int, 8, 256), "patch_size": (int, 1, 256), "steps": (int, 1, MANY), "batch_size": (int, 1, MANY),
+    "gen_batch_size": (int, 1, MANY), "disc_steps": (int, 1, MANY), "learning_rate": (float, 0, 1),
+    "ema_decay": (float, 0, 1), "seed": (int, 0, MANY),
+}  # fmt: skip
+
+
+def number(kind, least, most=MANY):
+    """An argument type: an int or a float from `least` to `most`."""
 
     def convert(text):
         try:
-            value = int(text)
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{value} must be from {least} to {most}")
         return value
@@ -731,15 +756,11 @@ def whole(least, most=2**31):
     return convert
 
 
-def fraction(text):
-    """An argument type: a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} must be from 0 to 1")
-    return value
+def folder(text):
+    """An argument type: a path."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a folder is empty")
+    return Path(text)
 
 
 def make_parser():
@@ -758,39 +779,41 @@ def make_parser():
     what.add_argument("--dataset", choices=DEFAULTS, help="pictures to learn (default: shapes, drawn by the program)")
     what.add_argument("--size", choices=SIZES, help="networks: the paper's S, M, L, XL, or tiny for a laptop "
                       "(default: tiny for shapes, else S)")  # fmt: skip
-    what.add_argument("--image-size", type=whole(8, 256), metavar="N",
+    what.add_argument("--image-size", type=number(*LIMITS["image_size"]), metavar="N",
                       help="pixels a side, for shapes (default: 16; CIFAR-10 has 32)")  # fmt: skip
-    what.add_argument("--patch-size", type=whole(1, 256), metavar="N",
+    what.add_argument("--patch-size", type=number(*LIMITS["patch_size"]), metavar="N",
                       help="pixels a side of the discriminator's patches (default: 4)")  # fmt: skip
     how = parser.add_argument_group("how to train; the defaults are the authors', and smaller on a laptop")
     how.add_argument("--loss", choices=LOSSES, help="the adversarial loss (default: wgangp-eps)")
-    how.add_argument("--steps", type=whole(1), metavar="N",
+    how.add_argument("--steps", type=number(*LIMITS["steps"]), metavar="N",
                      help="generator steps (default: 500000; for shapes 1000)")  # fmt: skip
-    how.add_argument("--batch-size", type=whole(1), metavar="N",
+    how.add_argument("--batch-size", type=number(*LIMITS["batch_size"]), metavar="N",
                      help="real pictures a discriminator step (default: 32; for shapes 16)")  # fmt: skip
-    how.add_argument("--gen-batch-size", type=whole(1), metavar="N",
+    how.add_argument("--gen-batch-size", type=number(*LIMITS["gen_batch_size"]), metavar="N",
                      help="generated pictures a generator step (default: 64; for shapes 16)")  # fmt: skip
-    how.add_argument("--disc-steps", type=whole(1), metavar="N",
+    how.add_argument("--disc-steps", type=number(*LIMITS["disc_steps"]), metavar="N",
                      help="discriminator steps a generator step (default: 5; for shapes 2)")  # fmt: skip
-    how.add_argument("--learning-rate", type=fraction, metavar="R",
+    how.add_argument("--learning-rate", type=number(*LIMITS["learning_rate"]), metavar="R",
                      help="Adam's rate at the start; it falls to 0 in a line (default: 1e-4; for tiny 5e-4)")  # fmt: skip
-    how.add_argument("--ema-decay", type=fraction, metavar="R", help="decay of the generator's moving average, which "
-                     "makes the samples (default: 0.999; for tiny 0.99)")  # fmt: skip
-    how.add_argument("--seed", type=whole(0), metavar="N", help="of everything random in training (default: 0)")
+    how.add_argument("--ema-decay", type=number(*LIMITS["ema_decay"]), metavar="R",
+                     help="decay of the moving average of the generator that makes the samples "
+                     "(default: 0.999; for tiny 0.99)")  # fmt: skip
+    how.add_argument("--seed", type=number(*LIMITS["seed"]), metavar="N",
+                     help="of everything random in training (default: 0)")  # fmt: skip
     where = parser.add_argument_group("where")
-    where.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR",
+    where.add_argument("--data-dir", type=folder, default=Path("data"), metavar="DIR",
                        help="where data sets are kept (default: data)")  # fmt: skip
-    where.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/DATASET-SIZE)")
-    where.add_argument("--resume", type=Path, metavar="DIR",
+    where.add_argument("--out", type=folder, metavar="DIR", help="the run's folder (default: runs/DATASET-SIZE)")
+    where.add_argument("--resume", type=folder, metavar="DIR",
                        help="go on with the run in DIR, with its own options; only --steps may change them")  # fmt: skip
     where.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto",
                        help="gpu needs CuPy (default: auto, the GPU if there is one)")  # fmt: skip
-    where.add_argument("--threads", type=whole(1, 1024), metavar="N", help="CPU threads that share a batch; another "
+    where.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads that share a batch; another "
                        "number gives the same run up to rounding (default: as many as pay)")  # fmt: skip
     watch = parser.add_argument_group("how often to look")
-    watch.add_argument("--sample-every", type=whole(1), metavar="N", default=100,
+    watch.add_argument("--sample-every", type=number(int, 1), metavar="N", default=100,
                        help="steps between sample grids and distances (default: 100, and every 10 minutes)")  # fmt: skip
-    watch.add_argument("--save-every", type=whole(1), metavar="N", default=100,
+    watch.add_argument("--save-every", type=number(int, 1), metavar="N", default=100,
                        help="steps between checkpoints (default: 100, and every 10 minutes)")  # fmt: skip
     watch.add_argument("--summary", action="store_true", help="print the networks as a table, and stop")
     return parser
@@ -831,24 +854,30 @@ def read_options(path):
             options = Options(**json.loads(str(saved["options"])))
         except (TypeError, ValueError):
             raise UserError(f"{path} holds options of another version; start a new run") from None
-    for field in dataclasses.fields(Options):
-        value, least = getattr(options, field.name), 0 if field.name in ("seed", "learning_rate", "ema_decay") else 1
-        if type(value) is not type(field.default) or (not isinstance(value, str) and not value >= least):
-            raise UserError(f"{path}: its option {field.name} is {value!r}; start a new run")
+    for name, (kind, least, most) in LIMITS.items():
+        value = getattr(options, name)
+        if type(value) is not kind or not least <= value <= most:
+            raise UserError(f"{path}: its option {name} is {value!r}; start a new run")
     if options.dataset not in DEFAULTS or options.size not in SIZES or options.loss not in LOSSES:
         raise UserError(f"{path}: it names a data set, size or loss that there is not; start a new run")
     return options
 
 
 def prepare_folder(out, resume):
-    """Make the run's folder, and refuse one that holds another run."""
-    if out != resume and (out / "checkpoint.npz").exists():
-        raise UserError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
+    """Make the run's folder, and refuse one that holds another run, or anything else that this one would overwrite."""
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        (out / "log.csv").open("a").close()
+        if out != resume and any((out / name).exists() for name in ("checkpoint.npz", "log.csv")):
+            raise holds_a_run(out)
+        if out != resume and any((out / "samples").iterdir()):
+            raise UserError(f"{out / 'samples'} is not empty; move what it holds away, or choose another --out")
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise UserError(f"cannot write in {out}: {error.strerror}; choose another --out") from None
+
+
+def holds_a_run(out):
+    return UserError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
 
 
 def run(args):
@@ -872,7 +901,7 @@ def run(args):
     threads = f", {trainer.threads} threads" if device == "cpu" else ""
     print(f"TransGAN-{options.size} on {options.dataset} {options.image_size}x{options.image_size}, "
           f"{len(pictures):,} pictures, {device}{threads}, into {out}", flush=True)  # fmt: skip
-    train(trainer, out, args.sample_every, args.save_every)
+    train(trainer, out, args.sample_every, args.save_every, resumed=out == args.resume)
     print(f"done: {out / 'samples' / f'step-{trainer.step:06d}.png'}")
 
 
@@ -888,12 +917,22 @@ def main(argv=None):
         message = "not enough memory for this; lower --batch-size and --gen-batch-size, or choose a smaller --size"
     except OSError as error:
         message = f"{error.filename or 'writing'}: {error.strerror or error}; free some space or choose another --out"
+        if isinstance(error, BrokenPipeError):
+            message = "nobody reads the output any more; the run goes on from its last checkpoint with --resume"
     except KeyboardInterrupt:
-        print("\nstopped; go on from the last checkpoint with --resume", file=sys.stderr)
+        print("\nstopped; a run that has begun goes on from its last checkpoint with --resume", file=sys.stderr)
         return 130
-    print(f"transgan: {message}", file=sys.stderr)
+    print(f"transgan: {one_line(message)}", file=sys.stderr)
     return 2
 
 
+def one_line(message):
+    """A message as one line of printable characters, whatever names of files and damaged contents put into it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+
+
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if stream:  # None where the shell closed it
+            stream.reconfigure(errors="backslashreplace")  # for names of files that cannot be printed as they are
     sys.exit(main())

@@ -1,6 +1,6 @@
 """One training step of this project against the same step in PyTorch: time and peak memory, side by side.
 
-    python benchmarks/step.py [--size S] [--batch-size 16] [--rounds 7]        (needs: pip install -e '.[parity]')
+    python benchmarks/step.py [--size S] [--batch-size 16] [--rounds 7]        (needs: pip install -e '.[test,parity]')
 
 The same networks, weights, loss (wgangp-eps with its penalty), clipping and Adam on both sides. PyTorch runs eagerly, with
 all cores and with attention written out, because its fused attention has no second derivative. Each side lives in a process
@@ -104,8 +104,24 @@ def main():
     for side in ("ours", "PyTorch"):
         pipes[side], other = context.Pipe()
         context.Process(target=work, args=(side, args, other), daemon=True).start()
+        other.close()  # so that a process that ends early is heard of
+    try:
+        rows = measure(pipes, args.rounds)
+    except (EOFError, ConnectionError):
+        sys.exit("step.py: one side ended early; what it said stands above")
+    print(f"size {args.size}, batch {args.batch_size}, {ag.use_device(args.device)}, {transgan.CORES} cores, "
+          f"median of {args.rounds} rounds")  # fmt: skip
+    print(f"{'':20}{'ours':>12}{'PyTorch':>12}{'ratio':>8}")
+    for name, row in rows.items():
+        numbers = [f"{x:.3f} s" if name in STEPS else f"{x} MB" for x in row.values()]
+        print(f"{name:20}{numbers[0]:>12}{numbers[1]:>12}{row['ours'] / row['PyTorch']:8.2f}")
+    print(json.dumps(rows))
+
+
+def measure(pipes, rounds):
+    """{step: {side: median seconds}}, and where it is known {"peak memory": {side: megabytes}}, from the sides' processes."""
     times = {step: {side: [] for side in pipes} for step in STEPS}
-    for round_ in range(args.rounds + 1):
+    for round_ in range(rounds + 1):
         for i, step in enumerate(STEPS):
             for side, pipe in pipes.items():
                 pipe.send(i)
@@ -118,14 +134,7 @@ def main():
     memory = {side: pipe.recv() for side, pipe in pipes.items()}
     if None not in memory.values():
         rows["peak memory"] = memory
-
-    print(f"size {args.size}, batch {args.batch_size}, {ag.use_device(args.device)}, {transgan.CORES} cores, "
-          f"median of {args.rounds} rounds")  # fmt: skip
-    print(f"{'':20}{'ours':>12}{'PyTorch':>12}{'ratio':>8}")
-    for name, row in rows.items():
-        numbers = [f"{x:.3f} s" if name in STEPS else f"{x} MB" for x in row.values()]
-        print(f"{name:20}{numbers[0]:>12}{numbers[1]:>12}{row['ours'] / row['PyTorch']:8.2f}")
-    print(json.dumps(rows))
+    return rows
 
 
 if __name__ == "__main__":
