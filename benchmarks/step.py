@@ -119,7 +119,7 @@ def main():
 
 
 def measure(pipes, rounds):
-    """{step: {side: median seconds}}, and where it is known {"peak memory": {side: megabytes}}, from the sides' processes."""
+    """{step: {side: median seconds}}, and {"peak memory": {side: megabytes}} where that is known."""
     times = {step: {side: [] for side in pipes} for step in STEPS}
     for round_ in range(rounds + 1):
         for i, step in enumerate(STEPS):
