@@ -503,11 +503,12 @@ class Trainer:
         """Take a checkpoint's arrays and step. Raises UserError if it does not fit these networks."""
         with open_checkpoint(path) as saved:
             state = self._state()
+            arrays = {name: saved[name] for name in state if name in saved}
             for name, x in state.items():
-                if name not in saved or saved[name].shape != x.shape or saved[name].dtype != x.dtype:
+                if name not in arrays or arrays[name].shape != x.shape or arrays[name].dtype != x.dtype:
                     raise UserError(f"{path} does not fit: {name} should be {x.dtype} of shape {x.shape}")
             for name, x in state.items():
-                x[...] = ag.xp.asarray(saved[name])
+                x[...] = ag.xp.asarray(arrays[name])
             step = saved["step"]
             if step.dtype.kind != "i" or step.shape or step < 0:
                 raise ValueError("its step is no whole number")
