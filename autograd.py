@@ -914,8 +914,9 @@ def gradient_check(function, inputs, order=2, step=1e-5, coordinates=100, seed=0
     function: takes Tensors like `inputs` and returns a Tensor of any shape; inputs: float64 arrays. The result y is
     made one number, f = sum(w (y + y^2/2)) with random w, so that the gradient arriving at the function depends on its
     inputs too. Order 1 compares df/dx_i with (f(x_i + step) - f(x_i - step)) / (2 step) at `coordinates` random
-    coordinates of each input. The next order is the same check of f's slope along a random direction u, the function
-    x -> sum(u df/dx), whose derivative is a second one of f.
+    coordinates of each input, both as `grad` gives it and with create_graph=True, because fused operations have a form
+    for either. The next order is the same check of f's slope along a random direction u, the function x -> sum(u df/dx),
+    whose derivative is a second one of f.
     Errors are relative to the largest derivative, or to 1 where all are smaller; below 1e-6 is agreement in float64.
     Raises TypeError for inputs that are not float64: their rounding would hide the difference.
     """
@@ -946,7 +947,8 @@ def gradient_check(function, inputs, order=2, step=1e-5, coordinates=100, seed=0
 
 
 def _first_order_error(number, inputs, step, coordinates, rng):
-    exact = [to_numpy(g) for g in grad(*_call(number, inputs))]
+    exact = [grad(*_call(number, inputs), create_graph=recorded) for recorded in (False, True)]
+    exact = [[to_numpy(g) for g in pair] for pair in zip(*exact, strict=True)]  # of each input, both forms
     worst = 0.0
     for i, x in enumerate(inputs):
         chosen = rng.permutation(x.size)[:coordinates]
@@ -958,8 +960,8 @@ def _first_order_error(number, inputs, step, coordinates, rng):
                 moved.reshape(-1)[coordinate] += sign * step
                 values.append(_call(number, [*inputs[:i], moved, *inputs[i + 1 :]])[0].item())
             differences[at] = (values[0] - values[1]) / (2 * step)
-        if len(chosen):
-            error = np.abs(exact[i].reshape(-1)[chosen] - differences).max() / max(1.0, np.abs(differences).max())
+        for derivative in exact[i] if len(chosen) else ():
+            error = np.abs(derivative.reshape(-1)[chosen] - differences).max() / max(1.0, np.abs(differences).max())
             worst = max(worst, float(error) if np.isfinite(error) else math.inf)
     return worst
 

@@ -549,6 +549,13 @@ def test_float32_by_default_float64_on_request():
         assert y.dtype == g.dtype == grad((g * g).sum(), [x])[0].dtype == dtype
 
 
+def test_gradient_check_finds_a_derivative_that_is_wrong_when_recorded():
+    def wrong(x):
+        return ag._result(x.data * 1.0, (x, lambda g: g * (1.001 if ag._mode.recording else 1.0)))
+
+    assert gradient_check(wrong, normal(0, (3,)), order=1) > 1e-4
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_gradient_check_finds_a_wrong_derivative(order):
     """A derivative that is off by a thousandth, or one that is right but not differentiable again, is reported."""
