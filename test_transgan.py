@@ -10,7 +10,7 @@ Contents
     3. Fused operations       derivatives, and equality with their compositions
     4. The engine             deep graphs, many paths, memory, modes, gradient_check, Adam
     5. The networks           pixel shuffle, derivatives of whole networks, parameter counts, losses
-    6. Training               resuming to the bit, threads, a rehearsal of the GPU
+    6. Training               augmentation, resuming to the bit, threads, a rehearsal of the GPU
     7. Data                   archives, pickles, downloads, drawn shapes, grids
     8. Command line           what a person can get wrong
     9. Parity with PyTorch    outputs, gradients, five training steps
@@ -867,6 +867,105 @@ def assert_same_state(a, b, tolerance=0.0):
         np.testing.assert_allclose(a[name], b[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
+POLICY = "translation,cutout,color"
+
+
+@st.composite
+def draws_of_augmentation(draw, side):
+    batch, seed = draw(st.integers(1, 3)), draw(seeds)
+    return transgan.draw_augmentation((batch,), side, np.random.default_rng(seed)), seed
+
+
+def augmented(x, name, draws):
+    return ag.to_numpy(transgan.diff_augment(Tensor(ag.xp.asarray(x)), name, ag.xp.asarray(draws)))
+
+
+@pytest.mark.parametrize("policy", ["translation", "cutout", "color", POLICY, "color,cutout,translation"])
+@settings(max_examples=25)
+@given(drawn=draws_of_augmentation(6))
+def test_augmentation_derivatives(policy, drawn):
+    draws, seed = drawn
+    (x,) = normal(seed, (len(draws), 3, 6, 6))
+    check(lambda x: transgan.diff_augment(x, policy, ag.xp.asarray(draws)), [x])
+
+
+@given(drawn=draws_of_augmentation(10))
+def test_translation_moves_each_picture_by_its_draw(drawn):
+    draws, seed = drawn
+    (x,) = normal(seed, (len(draws), 3, 10, 10))
+    moved = augmented(x, "translation", draws)
+    assert np.abs(draws[:, 3:5]).max() <= 2
+    for picture, result, (down, right) in zip(x, moved, draws[:, 3:5].astype(int), strict=True):
+        for i, j in np.ndindex(10, 10):
+            inside = 0 <= i - down < 10 and 0 <= j - right < 10
+            np.testing.assert_array_equal(result[:, i, j], picture[:, i - down, j - right] if inside else 0)
+
+
+@pytest.mark.parametrize("side", [7, 8, 16])
+@given(row=st.integers(0, 16), column=st.integers(0, 16))
+def test_cutout_clears_a_square_of_half_the_side(side, row, column):
+    assume(max(row, column) <= side)
+    draws = np.array([[0, 1, 1, 0, 0, row, column], [0, 1, 1, 0, 0, -2 * side, -2 * side]], float)
+    cut, whole = augmented(np.ones((2, 3, side, side)), "cutout", draws)
+    size = (side + 1) // 2
+    expected = np.ones((3, side, side))
+    expected[:, max(0, row - size // 2) : max(0, row - size // 2 + size),
+             max(0, column - size // 2) : max(0, column - size // 2 + size)] = 0  # fmt: skip
+    np.testing.assert_array_equal(cut, expected)
+    if size // 2 <= min(row, column) and max(row, column) <= side - (size - size // 2):
+        assert (cut == 0).sum() == 3 * size**2
+    np.testing.assert_array_equal(whole, 1)
+
+
+@given(drawn=draws_of_augmentation(5))
+def test_color_is_its_formulas(drawn):
+    draws, seed = drawn
+    (x,) = normal(seed, (len(draws), 3, 5, 5))
+    brightness, saturation, contrast = (draws[:, i, None, None, None] for i in range(3))
+    y = x + brightness
+    y = (y - y.mean(1, keepdims=True)) * saturation + y.mean(1, keepdims=True)
+    y = (y - y.mean((1, 2, 3), keepdims=True)) * contrast + y.mean((1, 2, 3), keepdims=True)
+    np.testing.assert_allclose(augmented(x, "color", draws), y, atol=1e-12)
+    np.testing.assert_allclose(y.mean((1, 2, 3)), x.mean((1, 2, 3)) + draws[:, 0], atol=1e-12)
+
+
+@given(drawn=draws_of_augmentation(8))
+def test_augmentation_is_a_pure_function_of_each_picture_and_its_draw(drawn):
+    draws, seed = drawn
+    (x,) = normal(seed, (len(draws), 3, 8, 8))
+    together = augmented(x, POLICY, draws)
+    np.testing.assert_array_equal(together, augmented(x, POLICY, draws))
+    for i in range(len(x)):
+        np.testing.assert_allclose(augmented(x[i : i + 1], POLICY, draws[i : i + 1])[0], together[i], atol=1e-12)
+    np.testing.assert_array_equal(augmented(x, "none", draws), x)
+
+
+def test_what_augmentation_draws():
+    rng = np.random.default_rng(0)
+    draws = transgan.draw_augmentation((20_000,), 32, rng)
+    for column, (low, high) in enumerate([(-0.5, 0.5), (0, 2), (0.5, 1.5)]):
+        assert low <= draws[:, column].min() < draws[:, column].max() <= high
+        assert draws[:, column].mean() == pytest.approx((low + high) / 2, abs=0.02)
+    assert set(draws[:, 3]) == set(draws[:, 4]) == set(range(-6, 7))
+    centres = [transgan.draw_augmentation((2,), 32, rng)[..., 5:] for _ in range(3000)]
+    cut = [centre for centre in centres if (centre >= 0).all()]
+    assert len(cut) / len(centres) == pytest.approx(0.3, abs=0.03)
+    assert set(np.ravel(cut)) == set(range(33))
+    assert all((centre == -64).all() for centre in centres if (centre < 0).any())
+
+
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+def test_every_picture_is_augmented_on_its_way_into_the_discriminator(loss, small, monkeypatch):
+    """Real, generated and mixed ones in the discriminator's step, generated ones in the generator's, by their own draws."""
+    seen = []
+    monkeypatch.setitem(transgan.AUGMENTATIONS, "color", lambda x, draws: seen.append(ag.to_numpy(draws)) or x)
+    trainer = small_trainer(1, loss=loss, disc_steps=1, diff_aug="color")
+    trainer.train_step()
+    assert [len(draws) for draws in seen] == [6] * (3 if loss == "wgangp-eps" else 2) + [5]
+    drawn = np.concatenate(seen)[:, :3]
+    assert len(np.unique(drawn, axis=0)) == len(drawn)
+
+
 @pytest.mark.parametrize("loss", transgan.LOSSES)
 def test_resuming_is_exact_to_the_bit(loss, small, tmp_path):
     """Also in the middle of an epoch: 40 pictures make 6 batches, and a step uses 2 of them."""
@@ -972,7 +1071,7 @@ def test_gradients_are_clipped_to_norm_5(small, monkeypatch):
 def test_training_brings_generated_pictures_closer(small):
     """A hundred steps on drawn shapes take away a quarter of the distance to them that untrained pictures have."""
     trainer = small_trainer(
-        seed=1, steps=150, disc_steps=2, learning_rate=5e-4, ema_decay=0.9, batch_size=8, gen_batch_size=8
+        diff_aug="none", seed=1, steps=150, disc_steps=2, learning_rate=5e-4, ema_decay=0.9, batch_size=8, gen_batch_size=8
     )
     z = trainer.noise(40, np.random.default_rng(0))
     real = data.scale(trainer.batches.pictures)
@@ -1053,7 +1152,7 @@ def give_device_arrays_their_operators():
         setattr(DeviceArray, name, property(lambda self, name=name: getattr(self.host, name)))
     for name in ("sum", "max", "reshape", "transpose", "astype", "copy", "swapaxes", "item"):
         setattr(DeviceArray, name, on_device(getattr(np.ndarray, name)))
-    for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "gt", "lt", "eq"):
+    for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "gt", "ge", "lt", "eq"):
         function = on_device(getattr(operator, name))
 
         def forward(a, b, function=function):
@@ -1150,6 +1249,7 @@ def test_rehearsal_of_every_operation_on_a_gpu(rehearsed_gpu):
         lambda x: ag.concatenate([x.max(axis=1), x.mean(axis=2), x.sum(axis=0)]),
         lambda x: ag.broadcast_to(x[:, None, ::-1], (4, 2, 3, 3, 3)),
         lambda x: ag.pixel_shuffle(ag.pixel_unshuffle(x.reshape(1, 2, 3, 3), 3), 3),
+        lambda x: transgan.diff_augment(x.reshape(1, 2, 3, 3), POLICY, ag.xp.asarray([[0.1, 1.5, 0.7, 1, -1, 2, 1]])),
     ):
         check(function, [x], coordinates=2)
     assert gradient_check(lambda x: ag.gelu(x.T), [ag.xp.asarray(x)]) < AGREES
@@ -1587,6 +1687,9 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--nonsense\n\x1b[31m"], r"--nonsense\n\x1b[31m"),
         (["--out", ""], "the name of a folder is empty"),
+        (["--diff-aug", "blur"], "'blur' must be none, or some of translation,cutout,color"),
+        (["--diff-aug", "color,color"], "each once"),
+        (["--diff-aug", "none,color"], "must be none, or some"),
         (["--image-size", "30"], "--image-size 30 must divide by 4"),
         (["--image-size", "30", "--summary"], "--image-size 30 must divide by 4"),
         (["--patch-size", "5"], "--patch-size 5 does not divide --image-size 16"),
@@ -1637,6 +1740,8 @@ def nonsense_checkpoints(good):
     yield "unknown option", options(colour="red"), "options of another version"
     yield "option of another type", options(steps="9"), "its option steps is '9'"
     yield "unknown size", options(size="XXL"), "data set, size or loss"
+    yield "unknown augmentation", options(diff_aug="blur"), "its option diff_aug is 'blur'"
+    yield "augmentation of no text", options(diff_aug=3), "its option diff_aug is 3"
     yield "impossible size", options(image_size=10), "must divide by 4"
     yield "size out of range", options(image_size=2**30), f"its option image_size is {2**30}"
     yield "rate out of range", options(learning_rate=math.inf), "its option learning_rate is inf"
@@ -1717,7 +1822,7 @@ def test_resuming_refuses_every_other_option(small, tmp_path, capsys):
     assert run_main(*TRAIN, "--out", out) == 0
     for flag, value in (("--dataset", "cifar10"), ("--size", "S"), ("--image-size", 16), ("--patch-size", 2), ("--seed", 7),
                         ("--loss", "hinge"), ("--batch-size", 3), ("--gen-batch-size", 3), ("--disc-steps", 3),
-                        ("--learning-rate", 0.5), ("--ema-decay", 0.5)):  # fmt: skip
+                        ("--learning-rate", 0.5), ("--ema-decay", 0.5), ("--diff-aug", "color")):  # fmt: skip
         assert f"leave out {flag} {value}" in fails(capsys, "--resume", out, "--steps", 6, flag, value)
 
 
@@ -1850,6 +1955,30 @@ def torch_discriminator(p, pictures, depth, patch_size, num_heads=4, fused=False
     return torch_linear(p, "head", torch_norm(p, "norm", x)[:, 0])[:, 0]
 
 
+def torch_diff_augment(x, policy, draws):
+    """Picture by picture, by padding and slicing, in the order of `policy`."""
+    import torch
+    import torch.nn.functional as F
+
+    side, pictures = x.shape[-1], []
+    for picture, (brightness, saturation, contrast, down, right, row, column) in zip(x, draws.tolist(), strict=True):
+        for name in policy.split(","):
+            if name == "color":
+                picture = picture + brightness
+                picture = torch.lerp(picture.mean(dim=0, keepdim=True).expand_as(picture), picture, saturation)
+                picture = torch.lerp(picture.mean().expand_as(picture), picture, contrast)
+            elif name == "translation":
+                picture = F.pad(picture, [side] * 4)[:, side - int(down) :, side - int(right) :][:, :side, :side]
+            else:
+                size = (side + 1) // 2
+                keep = torch.ones_like(picture)
+                top, left = int(row) - size // 2, int(column) - size // 2
+                keep[:, max(0, top) : max(0, top + size), max(0, left) : max(0, left + size)] = 0
+                picture = picture * keep
+        pictures.append(picture)
+    return torch.stack(pictures)
+
+
 def torch_discriminator_loss(discriminate, real, fake, loss, mix):
     import torch
     import torch.nn.functional as F
@@ -1928,6 +2057,7 @@ class TorchTrainer:
         import torch
 
         self.batches, self.options, self.size = trainer.batches, trainer.options, transgan.SIZES[trainer.options.size]
+        self.draws = trainer.draws
         self.g, self.d = torch_parameters(trainer.gen_parameters), torch_parameters(trainer.disc_parameters)
         self.average = {name: p.detach().clone() for name, p in self.g.items()}
         self.adams = [torch.optim.Adam(p.values(), betas=(0.0, 0.99)) for p in (self.g, self.d)]
@@ -1941,7 +2071,9 @@ class TorchTrainer:
     def generate(self, z):
         return torch_generator(self.g, z, self.size.depths)
 
-    def discriminate(self, x):
+    def discriminate(self, x, draws=None):
+        if self.options.diff_aug != "none":
+            x = torch_diff_augment(x, self.options.diff_aug, draws)
         return torch_discriminator(self.d, x, self.size.disc_depth, self.options.patch_size)
 
     def update(self, loss, parameters, adam):
@@ -1965,11 +2097,14 @@ class TorchTrainer:
             real[flipped] = real[flipped, :, :, ::-1]
             mix = self.tensor(rng.random((len(real), 1, 1, 1)))
             z = self.tensor(rng.standard_normal((len(real), self.size.embed_dim)))
-            fake = self.generate(z).detach()
-            loss = torch_discriminator_loss(self.discriminate, self.tensor(real), fake, options.loss, mix)
+            fake, draws = self.generate(z).detach(), iter(self.draws((len(real), 3), rng).swapaxes(0, 1))
+            loss = torch_discriminator_loss(
+                lambda x, draws=draws: self.discriminate(x, next(draws)), self.tensor(real), fake, options.loss, mix
+            )
             disc_loss = self.update(loss, self.d, self.adams[1])
         z = self.tensor(rng.standard_normal((options.gen_batch_size, self.size.embed_dim)))
-        loss = torch_generator_loss(self.discriminate(self.generate(z)), options.loss)
+        on_fake = self.discriminate(self.generate(z), self.draws((options.gen_batch_size,), rng))
+        loss = torch_generator_loss(on_fake, options.loss)
         gen_loss = self.update(loss, self.g, self.adams[0])
         with torch.no_grad():
             for name, p in self.g.items():
@@ -1978,16 +2113,18 @@ class TorchTrainer:
         return {"disc_loss": disc_loss, "gen_loss": gen_loss}
 
 
+@pytest.mark.parametrize("diff_aug", ["none", POLICY])
 @pytest.mark.parametrize("loss", transgan.LOSSES)
-def test_five_training_steps_agree_with_pytorch(loss):
-    """Penalty, clipping, Adam, decay of the rate and moving average, five discriminator steps a generator step.
+def test_five_training_steps_agree_with_pytorch(loss, diff_aug):
+    """Augmentation, penalty, clipping, Adam, decay of the rate, moving average; five discriminator steps a generator step.
 
     At the paper's rate: at ten times that, Adam's quotients of tiny gradients magnify rounding by 10^9 within the five.
     """
     pytest.importorskip("torch")
     trainer = small_trainer(
-        None, np.float64, loss=loss, image_size=16, patch_size=4, disc_steps=5, learning_rate=1e-4, ema_decay=0.9
-    )
+        None, np.float64, loss=loss, diff_aug=diff_aug, image_size=16, patch_size=4, disc_steps=5, learning_rate=1e-4,
+        ema_decay=0.9,
+    )  # fmt: skip
     peer = TorchTrainer(trainer)
     for _ in range(5):
         ours, theirs = trainer.train_step(), peer.train_step()

@@ -7,15 +7,17 @@ of the discriminator's gradient towards 1, so that its score has a slope for the
 cliff. Every operation used here stands, beside its derivative, in autograd.py.
 
 This is the paper's first version (February 2021), its plain networks and training: TransGAN x TransGAN of its table 1. The
-three tricks it adds to them, augmentation, co-training and locality-aware initialization, are not here yet.
+first of the three tricks it adds to them, data augmentation, is here; co-training and locality-aware initialization are
+not yet.
 
 Contents
     1. Building blocks        Linear, LayerNorm, Attention, MLP, Block
     2. The two networks       upscale, Generator, Discriminator, SIZES
     3. Losses                 gradient_penalty, discriminator_loss, generator_loss
-    4. Training               Options, Trainer: one step of each network, moving average, checkpoints
-    5. Watching it learn      sliced_wasserstein, Log, train
-    6. Command line           summary, main
+    4. Augmentation           diff_augment, draw_augmentation
+    5. Training               Options, Trainer: one step of each network, moving average, checkpoints
+    6. Watching it learn      sliced_wasserstein, Log, train
+    7. Command line           summary, main
 
 In comments on shapes: B batch, N tokens, C width (embed_dim), H and W height and width in tokens or pixels, Z latent_dim,
 p patch_size.
@@ -287,15 +289,19 @@ def gradient_penalty(norms, target=1.0):
     return ((norms - target) ** 2).mean() * (10.0 / target**2)
 
 
-def discriminator_scores(discriminator, real, fake, mix, loss):
+def discriminator_scores(discriminator, real, fake, mix, loss, augment=None):
     """All that the discriminator's loss asks of each sample: Tensor (2 or 3, B).
 
     Rows: D(real), D(fake) and, for wgangp-eps, the slope's norm at mix * real + (1 - mix) * fake.
-    real, fake: (B, 3, H, W) arrays; mix: (B, 1, 1, 1) array in [0, 1].
+    real, fake: (B, 3, H, W) arrays; mix: (B, 1, 1, 1) array in [0, 1]. augment: what is done to every picture on its way
+    into D, augment(pictures, row) for those of a row, 0 to 2; the slope is the one before it, as the authors have it.
     """
-    rows = [discriminator(Tensor(ag.xp.concatenate([real, fake]))).reshape(2, len(real))]
+    augment = augment or (lambda pictures, row: pictures)
+    judged = ag.concatenate([augment(Tensor(real), 0), augment(Tensor(fake), 1)])  # (2B, 3, H, W)
+    rows = [discriminator(judged).reshape(2, len(real))]
     if loss == "wgangp-eps":
-        rows.append(slope_norm(discriminator, mix * real + (1 - mix) * fake).reshape(1, len(real)))
+        between = mix * real + (1 - mix) * fake
+        rows.append(slope_norm(lambda x: discriminator(augment(x, 2)), between).reshape(1, len(real)))
     return ag.concatenate(rows)
 
 
@@ -326,7 +332,76 @@ def generator_loss(scores, loss):
     return ag.softplus(-scores).mean() if loss == "standard" else -scores.mean()
 
 
-# --- 4. Training ------------------------------------------------------------------------------------------------------
+# --- 4. Augmentation --------------------------------------------------------------------------------------------------
+# The paper's first trick (its section on data augmentation, tables 2 and 3): DiffAugment (Zhao et al. 2020). Pictures are
+# jittered before the discriminator sees them, real and generated alike, so that it cannot learn the real ones by heart; and
+# in operations that have derivatives, so that the generator still learns through them.
+
+DRAWS = 7  # random numbers of a picture's augmentation
+
+
+def draw_augmentation(shape, side, rng):
+    """What `diff_augment` needs for pictures of side*side pixels: a NumPy array (*shape, DRAWS), one row for each picture.
+
+    Columns: brightness U(-0.5, 0.5), saturation U(0, 2), contrast U(0.5, 1.5); the shift down and right, whole numbers of
+    up to round(0.2 side) pixels either way; the row and column of the cutout's centre, whole numbers from 0 to side. As in
+    the authors' code, only 3 in 10 batches are cut at all; in the others the centre lies far outside.
+    """
+    furthest = round(0.2 * side)
+    draws = np.empty((*shape, DRAWS))
+    draws[..., :3] = rng.uniform((-0.5, 0.0, 0.5), (0.5, 2.0, 1.5), (*shape, 3))
+    draws[..., 3:5] = rng.integers(-furthest, furthest, (*shape, 2), endpoint=True)
+    draws[..., 5:] = rng.integers(0, side, (*shape, 2), endpoint=True)
+    if rng.random() >= 0.3:
+        draws[..., 5:] = -2 * side
+    return draws
+
+
+def color(x, draws):
+    """Brightness, then saturation about the mean of each pixel's channels, then contrast about the mean of the picture."""
+    brightness, saturation, contrast = (draws[:, i].reshape(-1, 1, 1, 1) for i in range(3))
+    x = x + brightness
+    grey = x.mean(axis=1, keepdims=True)  # (B, 1, H, W)
+    x = (x - grey) * saturation + grey
+    mean = x.mean(axis=(1, 2, 3), keepdims=True)  # (B, 1, 1, 1)
+    return (x - mean) * contrast + mean
+
+
+def translation(x, draws):
+    """Shift down by draws[:, 3] and right by draws[:, 4] pixels; what comes in from outside is 0.
+
+    A shift of rows is a product with a matrix of zeros and ones from the left, of columns from the right.
+    """
+    pixel = ag.xp.arange(x.shape[-1])
+    moved = pixel[:, None] - pixel  # (H, H): how far row k must go to become row i
+    down, right = ((moved == draws[:, i].reshape(-1, 1, 1, 1)).astype(x.dtype) for i in (3, 4))  # (B, 1, H, H)
+    return down @ x @ right.swapaxes(-1, -2)
+
+
+def cutout(x, draws):
+    """A square of half the picture's side around (draws[:, 5], draws[:, 6]) becomes 0."""
+    side = x.shape[-1]
+    pixel, size = ag.xp.arange(side), (side + 1) // 2
+    from_edge = (pixel - (draws[:, i].reshape(-1, 1) - size // 2) for i in (5, 6))  # (B, H), counted from the square's
+    rows, columns = (((edge >= 0) * (edge < size)).astype(x.dtype) for edge in from_edge)
+    return x * (1 - rows[:, None, :, None] * columns[:, None, None, :])
+
+
+AUGMENTATIONS = {"translation": translation, "cutout": cutout, "color": color}
+
+
+def diff_augment(x, policy, draws):
+    """Pictures (B, 3, side, side) -> the same shape, augmented by each operation of `policy` in turn.
+
+    policy: names in AUGMENTATIONS, separated by commas, or "none". draws: (B, DRAWS) array of `draw_augmentation`. With its
+    draws given this is a plain function, differentiable in the picture any number of times.
+    """
+    for name in policy.split(",") if policy != "none" else ():
+        x = AUGMENTATIONS[name](x, draws)
+    return x
+
+
+# --- 5. Training ------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -345,6 +420,7 @@ class Options:
     learning_rate: float = 1e-4
     ema_decay: float = 0.999
     seed: int = 0
+    diff_aug: str = "translation,cutout,color"
 
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -401,26 +477,33 @@ class Trainer:
         flipped = rng.random(batch) < 0.5
         real[flipped] = real[flipped, :, :, ::-1]
         mix = rng.random((batch, 1, 1, 1))
+        noise, draws = self.noise(batch, rng), self.draws((batch, 3), rng)
 
-        def scores(real, noise, mix):
+        def scores(real, noise, mix, draws):
             with ag.no_grad():
                 fake = self.generator(Tensor(noise)).data
-            return discriminator_scores(self.discriminator, real, fake, mix, name)
 
-        inputs = [real, self.noise(batch, rng), mix]
+            def augment(pictures, row):
+                return diff_augment(pictures, self.options.diff_aug, draws[:, row])
+
+            return discriminator_scores(self.discriminator, real, fake, mix, name, augment)
+
+        inputs = [real, noise, mix, draws]
         loss, penalty = self.update(scores, inputs, discriminator_loss, self.disc_parameters, self.disc_adam, rate)
         return {"disc_loss": loss.data, "penalty": None if penalty is None else penalty.data}
 
     def generator_step(self, rate, rng):
         """Update the generator through the discriminator's judgement of a batch of its pictures."""
 
-        def scores(noise):
-            return self.discriminator(self.generator(Tensor(noise))).reshape(1, -1)
+        def scores(noise, draws):
+            pictures = diff_augment(self.generator(Tensor(noise)), self.options.diff_aug, draws)
+            return self.discriminator(pictures).reshape(1, -1)
 
         def loss(scores, name):
             return generator_loss(scores, name), None
 
-        inputs = [self.noise(self.options.gen_batch_size, rng)]
+        batch = self.options.gen_batch_size
+        inputs = [self.noise(batch, rng), self.draws((batch,), rng)]
         loss, _ = self.update(scores, inputs, loss, self.gen_parameters, self.gen_adam, rate)
         return {"gen_loss": loss.data}
 
@@ -462,6 +545,12 @@ class Trainer:
     def noise(self, count, rng):
         """z ~ N(0, I): (count, Z)."""
         return rng.standard_normal((count, self.generator.latent_dim))
+
+    def draws(self, shape, rng):
+        """Random numbers of the augmentation, (*shape, DRAWS); none are drawn where there is none."""
+        if self.options.diff_aug == "none":
+            return np.zeros((*shape, DRAWS))
+        return draw_augmentation(shape, self.options.image_size, rng)
 
     def sample(self, z):
         """Pictures that the averaged generator makes of noise (n, Z): NumPy (n, 3, H, W), about [-1, 1]."""
@@ -541,7 +630,7 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-# --- 5. Watching it learn ---------------------------------------------------------------------------------------------
+# --- 6. Watching it learn ---------------------------------------------------------------------------------------------
 
 GRID = 64  # pictures in a sample grid
 JUDGED = 512  # pictures on each side of the distance
@@ -680,12 +769,13 @@ def train(trainer, out, sample_every, save_every, resumed=False):
         log.close()
 
 
-# --- 6. Command line --------------------------------------------------------------------------------------------------
+# --- 7. Command line --------------------------------------------------------------------------------------------------
 
 DEFAULTS = {  # what --dataset decides where nothing else is said
     "cifar10": {"size": "S", "image_size": 32, "steps": 500_000},
-    "shapes": {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "batch_size": 16, "gen_batch_size": 16},
-}
+    "shapes": {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "batch_size": 16, "gen_batch_size": 16,
+               "diff_aug": "none"},
+}  # fmt: skip
 TINY_DEFAULTS = {"learning_rate": 5e-4, "ema_decay": 0.99}  # a laptop's run ends long before the paper's 0.999 forgets
 
 
@@ -757,6 +847,14 @@ def number(kind, least, most=MANY):
     return convert
 
 
+def policy(text):
+    """An argument type: names of augmentations, separated by commas, or none."""
+    names = [name.strip() for name in text.split(",")]
+    if names != ["none"] and (not set(names) <= set(AUGMENTATIONS) or len(set(names)) < len(names)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be none, or some of {','.join(AUGMENTATIONS)}, each once")
+    return ",".join(names)
+
+
 def folder(text):
     """An argument type: a path."""
     if not text:
@@ -801,6 +899,9 @@ def make_parser():
                      "(default: 0.999; for tiny 0.99)")  # fmt: skip
     how.add_argument("--seed", type=number(*LIMITS["seed"]), metavar="N",
                      help="of everything random in training (default: 0)")  # fmt: skip
+    how.add_argument("--diff-aug", type=policy, metavar="LIST",
+                     help="augmentations of all pictures that the discriminator sees, separated by commas, or none "
+                     f"(default: {Options.diff_aug}; for shapes none)")  # fmt: skip
     where = parser.add_argument_group("where")
     where.add_argument("--data-dir", type=folder, default=Path("data"), metavar="DIR",
                        help="where data sets are kept (default: data)")  # fmt: skip
@@ -859,6 +960,12 @@ def read_options(path):
         value = getattr(options, name)
         if type(value) is not kind or not least <= value <= most:
             raise UserError(f"{path}: its option {name} is {value!r}; start a new run")
+    try:
+        known = policy(options.diff_aug) == options.diff_aug
+    except (argparse.ArgumentTypeError, AttributeError):
+        known = False
+    if not known:
+        raise UserError(f"{path}: its option diff_aug is {options.diff_aug!r}; start a new run")
     if options.dataset not in DEFAULTS or options.size not in SIZES or options.loss not in LOSSES:
         raise UserError(f"{path}: it names a data set, size or loss that there is not; start a new run")
     return options

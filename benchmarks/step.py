@@ -30,7 +30,7 @@ STATUS = Path("/proc/self/status")  # where Linux keeps a process's resident mem
 
 
 def make_trainer(args):
-    options = transgan.Options(size=args.size, batch_size=args.batch_size, gen_batch_size=args.batch_size)
+    options = transgan.Options(size=args.size, batch_size=args.batch_size, gen_batch_size=args.batch_size, diff_aug="none")
     pictures = np.random.default_rng(0).integers(0, 256, (args.batch_size, 3, 32, 32), dtype=np.uint8)
     return transgan.Trainer(options, pictures)
 
