@@ -952,6 +952,11 @@ def test_what_augmentation_draws():
     assert len(cut) / len(centres) == pytest.approx(0.3, abs=0.03)
     assert set(np.ravel(cut)) == set(range(33))
     assert all((centre == -64).all() for centre in centres if (centre < 0).any())
+    several = transgan.draw_augmentation((4, 3000), 32, rng)[..., 5:]  # 3000 batches of 4
+    assert (several >= 0).all(axis=(0, 2)).mean() == pytest.approx(0.3, abs=0.03)
+    assert (several < 0).all(axis=(0, 2)).mean() == pytest.approx(0.7, abs=0.03)
+    odd = [transgan.draw_augmentation((50,), 10, rng)[:, 5:] for _ in range(20)]  # a square of 5 has a pixel for its centre
+    assert set(np.ravel(odd)) == {-20, *range(10)}
 
 
 @pytest.mark.parametrize("loss", transgan.LOSSES)

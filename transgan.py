@@ -343,17 +343,18 @@ DRAWS = 7  # random numbers of a picture's augmentation
 def draw_augmentation(shape, side, rng):
     """What `diff_augment` needs for pictures of side*side pixels: a NumPy array (*shape, DRAWS), one row for each picture.
 
-    Columns: brightness U(-0.5, 0.5), saturation U(0, 2), contrast U(0.5, 1.5); the shift down and right, whole numbers of
-    up to round(0.2 side) pixels either way; the row and column of the cutout's centre, whole numbers from 0 to side. As in
-    the authors' code, only 3 in 10 batches are cut at all; in the others the centre lies far outside.
+    shape: (B,), or (B, n) for n batches at once. Columns: brightness U(-0.5, 0.5), saturation U(0, 2), contrast U(0.5, 1.5);
+    the shift down and right, whole numbers of up to round(0.2 side) pixels either way; the row and column of the cutout's
+    centre, whole numbers from 0 to side. As in the authors' code, only 3 in 10 batches are cut at all; in the others the
+    centre lies far outside.
     """
-    furthest = round(0.2 * side)
+    furthest, size = round(0.2 * side), (side + 1) // 2
     draws = np.empty((*shape, DRAWS))
     draws[..., :3] = rng.uniform((-0.5, 0.0, 0.5), (0.5, 2.0, 1.5), (*shape, 3))
     draws[..., 3:5] = rng.integers(-furthest, furthest, (*shape, 2), endpoint=True)
-    draws[..., 5:] = rng.integers(0, side, (*shape, 2), endpoint=True)
-    if rng.random() >= 0.3:
-        draws[..., 5:] = -2 * side
+    draws[..., 5:] = rng.integers(0, side - size % 2, (*shape, 2), endpoint=True)
+    is_cut = np.asarray(rng.random(shape[1:]) < 0.3)[..., None]  # (1,) or (n, 1)
+    draws[..., 5:] = np.where(is_cut, draws[..., 5:], -2 * side)
     return draws
 
 
