@@ -343,10 +343,10 @@ DRAWS = 7  # random numbers of a picture's augmentation
 def draw_augmentation(shape, side, rng):
     """What `diff_augment` needs for pictures of side*side pixels: a NumPy array (*shape, DRAWS), one row for each picture.
 
-    shape: (B,), or (B, n) for n batches at once. Columns: brightness U(-0.5, 0.5), saturation U(0, 2), contrast U(0.5, 1.5);
-    the shift down and right, whole numbers of up to round(0.2 side) pixels either way; the row and column of the cutout's
-    centre, whole numbers from 0 to side. As in the authors' code, only 3 in 10 batches are cut at all; in the others the
-    centre lies far outside.
+    shape: (B,), or (B, n) for n batches at once. Columns: brightness U(-0.5, 0.5), saturation U(0, 2) and contrast
+    U(0.5, 1.5); the shift down and right, whole numbers of up to round(0.2 side) pixels either way; the row and column of
+    the cutout's centre, whole numbers from 0 to side. As in the authors' code, only 3 in 10 batches are cut at all; in the
+    others the centre lies far outside.
     """
     furthest, size = round(0.2 * side), (side + 1) // 2
     draws = np.empty((*shape, DRAWS))
