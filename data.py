@@ -35,13 +35,16 @@ class UserError(Exception):
     """Something a person can put right; its message is one line that says what is wrong and what to do."""
 
 
+PURPOSES = ("shapes", "order", "weights", "step", "judge", "co-training order")
+
+
 def random_stream(purpose, seed, number=0):
     """A NumPy random generator of its own for each purpose, seed (whole, at least 0) and number, such as an epoch's.
 
     So whatever is random in a run follows from its seed and from where it stands, and no two uses share their draws.
-    Raises ValueError for a purpose that is not in the list below.
+    Raises ValueError for a purpose that is not in PURPOSES.
     """
-    return np.random.default_rng((seed, ("shapes", "order", "weights", "step", "judge").index(purpose) + 1, number))
+    return np.random.default_rng((seed, PURPOSES.index(purpose) + 1, number))
 
 
 # --- 2. CIFAR-10 ------------------------------------------------------------------------------------------------------
@@ -291,16 +294,18 @@ def load_pictures(dataset, data_dir, image_size):
 
 
 class Batches:
-    """An endless row of batches: the pictures are shuffled afresh for each epoch, from (seed, epoch) alone.
+    """An endless row of batches: the pictures are shuffled afresh for each epoch, from (purpose, seed, epoch) alone.
 
     So batch `index` is the same whether or not the batches before it were ever asked for, and a resumed run needs to
     remember nothing but how many it has used. The rest of an epoch that fills no batch is left out.
     """
 
-    def __init__(self, pictures, batch_size, seed=0):
+    def __init__(self, pictures, batch_size, seed=0, purpose="order"):
         if batch_size > len(pictures):
-            raise UserError(f"a batch of {batch_size} is more than the {len(pictures)} pictures; lower --batch-size")
-        self.pictures, self.batch_size, self.seed = pictures, batch_size, seed
+            raise UserError(
+                f"a batch of {batch_size} is more than the {len(pictures)} pictures; lower --batch-size or --gen-batch-size"
+            )
+        self.pictures, self.batch_size, self.seed, self.purpose = pictures, batch_size, seed, purpose
         self.per_epoch = len(pictures) // batch_size
         self._epoch = self._order = None
 
@@ -309,7 +314,7 @@ class Batches:
         epoch, within = divmod(index, self.per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = random_stream("order", self.seed, epoch).permutation(len(self.pictures))
+            self._order = random_stream(self.purpose, self.seed, epoch).permutation(len(self.pictures))
         chosen = self._order[within * self.batch_size : (within + 1) * self.batch_size]
         return scale(self.pictures[chosen])
 

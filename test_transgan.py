@@ -660,9 +660,9 @@ def as_function(network, call, seed, scale=0.4):
     return function, normal(seed, *(p.shape for p in parameters.values()), scale=scale)
 
 
-def small_generator():
+def small_generator(**options):
     """Its stages are 64, 16 and 4 wide: in layer norms of width 2 differences are too coarse to check by."""
-    return transgan.Generator(8, 64, (1, 1, 1), np.random.default_rng(0), num_heads=2, dtype=np.float64)
+    return transgan.Generator(8, 64, (1, 1, 1), np.random.default_rng(0), num_heads=2, dtype=np.float64, **options)
 
 
 def small_discriminator():
@@ -702,6 +702,15 @@ def test_layer_derivatives(name, seed, batch):
 def test_generator_derivatives():
     z = Tensor(ag.xp.asarray(normal(3, (2, 64))[0]))
     check(*as_function(small_generator(), lambda g: g(z), seed=4), coordinates=2)
+
+
+def test_super_resolution_error_derivatives():
+    real = ag.xp.asarray(normal(3, (2, 3, 8, 8))[0])
+
+    def call(generator):
+        return transgan.super_resolution_error(generator, real)
+
+    check(*as_function(small_generator(co_training=True), call, seed=4), coordinates=2)
 
 
 def test_discriminator_derivatives():
@@ -852,7 +861,7 @@ def small(monkeypatch):
 
 def small_trainer(threads=None, dtype=np.float32, **options):
     chosen = {"dataset": "shapes", "size": "tiny", "image_size": 8, "patch_size": 2, "steps": 6, "disc_steps": 2,
-              "batch_size": 6, "gen_batch_size": 5, "learning_rate": 1e-3}  # fmt: skip
+              "batch_size": 6, "gen_batch_size": 5, "learning_rate": 1e-3, "sr_weight": 2.0}  # fmt: skip
     options = transgan.Options(**(chosen | options))
     return transgan.Trainer(options, data.draw_shapes(40, options.image_size), threads, dtype)
 
@@ -971,6 +980,45 @@ def test_every_picture_is_augmented_on_its_way_into_the_discriminator(loss, smal
     assert len(np.unique(drawn, axis=0)) == len(drawn)
 
 
+@given(batch=st.integers(1, 3), side=st.integers(1, 4), factor=st.integers(1, 3), seed=seeds)
+def test_downsampling_averages_squares(batch, side, factor, seed):
+    (x,) = normal(seed, (batch, 3, side * factor, side * factor))
+    small = ag.to_numpy(transgan.downsample(ag.xp.asarray(x), factor))
+    for i, j in np.ndindex(side, side):
+        square = x[:, :, i * factor : (i + 1) * factor, j * factor : (j + 1) * factor]
+        np.testing.assert_allclose(small[:, :, i, j], square.mean(axis=(2, 3)), atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+def test_co_training_adds_its_weighted_error_to_the_generators_loss(loss, small, monkeypatch):
+    """The first generator step's loss, with co-training and without, from the same weights, noise and pictures."""
+    monkeypatch.setattr(transgan.Trainer, "discriminator_step", lambda *args: {})
+    values = {}
+    for weight in (1e-30, 3.0):
+        trainer = small_trainer(1, np.float64, loss=loss, sr_weight=weight, diff_aug="none")
+        before = state_of(trainer)
+        values[weight] = {name: float(x) for name, x in trainer.train_step().items()}
+        moved = np.abs(state_of(trainer)["generator/from_rgb.weight"] - before["generator/from_rgb.weight"]).max()
+        assert (moved > 1e-6) == (weight == 3.0)
+    error = values[3.0]["sr_loss"]
+    assert error == pytest.approx(values[1e-30]["sr_loss"]) != 0
+    assert values[3.0]["gen_loss"] == pytest.approx(values[1e-30]["gen_loss"] + 3.0 * error)
+    trainer = small_trainer(1, sr_weight=0.0)
+    assert trainer.train_step()["sr_loss"] is None
+    assert not any("from_rgb" in name for name in state_of(trainer))
+
+
+def test_co_training_learns_to_restore_pictures(small):
+    """Eighty steps take away three quarters of the error; without co-training's gradient none would go."""
+    trainer = small_trainer(1, steps=80, disc_steps=1, learning_rate=3e-3, sr_weight=50.0, diff_aug="none")
+    errors = [float(trainer.train_step()["sr_loss"]) for _ in range(80)]
+    assert np.mean(errors[-10:]) < 0.25 * errors[0]
+    real = data.scale(trainer.batches.pictures)
+    small_pictures = ag.to_numpy(transgan.downsample(ag.xp.asarray(real), 2))
+    restored = trainer.restore(small_pictures)
+    assert restored.shape == real.shape
+
+
 @pytest.mark.parametrize("loss", transgan.LOSSES)
 def test_resuming_is_exact_to_the_bit(loss, small, tmp_path):
     """Also in the middle of an epoch: 40 pictures make 6 batches, and a step uses 2 of them."""
@@ -1003,7 +1051,7 @@ def test_training_changes_every_weight_and_its_seed_decides(small):
 
 
 def test_no_two_streams_of_random_numbers_are_the_same():
-    streams = [(purpose, seed, number) for purpose in ("shapes", "order", "weights", "step", "judge")
+    streams = [(purpose, seed, number) for purpose in data.PURPOSES
                for seed in (0, 1, 2) for number in (0, 1, 2)]  # fmt: skip
     assert len({data.random_stream(*stream).random() for stream in streams}) == len(streams)
 
@@ -1014,8 +1062,9 @@ def test_a_steps_draws_follow_from_the_seed(small, monkeypatch):
     trainer = small_trainer(seed=3)
     for _ in range(2):
         trainer.train_step()
-    assert [key for key in drawn if key[0] != "order"] == [("shapes", 0, 8), ("weights", 3), ("step", 3, 0), ("step", 3, 1)]
-    assert ("order", 3, 0) in drawn
+    own = [("shapes", 0, 8), ("weights", 3), ("step", 3, 0), ("step", 3, 1)]
+    assert [key for key in drawn if "order" not in key[0]] == own
+    assert {("order", 3, 0), ("co-training order", 3, 0)} <= set(drawn)
 
 
 @on_cpu
@@ -1076,7 +1125,15 @@ def test_gradients_are_clipped_to_norm_5(small, monkeypatch):
 def test_training_brings_generated_pictures_closer(small):
     """A hundred steps on drawn shapes take away a quarter of the distance to them that untrained pictures have."""
     trainer = small_trainer(
-        diff_aug="none", seed=1, steps=150, disc_steps=2, learning_rate=5e-4, ema_decay=0.9, batch_size=8, gen_batch_size=8
+        sr_weight=0.0,
+        diff_aug="none",
+        seed=1,
+        steps=150,
+        disc_steps=2,
+        learning_rate=5e-4,
+        ema_decay=0.9,
+        batch_size=8,
+        gen_batch_size=8,
     )
     z = trainer.noise(40, np.random.default_rng(0))
     real = data.scale(trainer.batches.pictures)
@@ -1155,7 +1212,7 @@ def on_device(function):
 def give_device_arrays_their_operators():
     for name in ("shape", "ndim", "size", "dtype", "base"):
         setattr(DeviceArray, name, property(lambda self, name=name: getattr(self.host, name)))
-    for name in ("sum", "max", "reshape", "transpose", "astype", "copy", "swapaxes", "item"):
+    for name in ("sum", "mean", "max", "reshape", "transpose", "astype", "copy", "swapaxes", "item"):
         setattr(DeviceArray, name, on_device(getattr(np.ndarray, name)))
     for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "gt", "ge", "lt", "eq"):
         function = on_device(getattr(operator, name))
@@ -1644,6 +1701,19 @@ def test_long_steps_are_sampled_and_saved_by_the_clock(small, tmp_path, monkeypa
         assert [int(p.stem[5:]) for p in sorted((out / "samples").iterdir())] == steps
 
 
+def test_co_training_shows_what_it_restores(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out, "--sr-weight", 10) == 0
+    assert re.search(r"step 4/4 .* SR \d", capsys.readouterr().out)
+    assert all(float(row["sr_loss"]) > 0 for row in read_log(out)[1:])
+    grid = np.asarray(Image.open(out / "samples" / "restored-000004.png")).astype(int)
+    assert grid.shape == ((3 * 9 + 1) * 12, (8 * 9 + 1) * 12, 3)  # three rows of eight pictures of 8x8, enlarged
+    small, original = (grid[top : top + 96 : 12, 12:108:12] for top in (12, 12 * 19))
+    np.testing.assert_array_equal(small[::2, ::2], small[1::2, 1::2])
+    blocks = original.reshape(4, 2, 4, 2, 3).mean(axis=(1, 3))
+    assert np.abs(blocks - small[::2, ::2]).max() <= 1
+
+
 def test_a_terminal_gets_one_live_line(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert run_main(*TRAIN, "--out", tmp_path / "run", "--loss", "hinge") == 0
@@ -1692,6 +1762,7 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--nonsense\n\x1b[31m"], r"--nonsense\n\x1b[31m"),
         (["--out", ""], "the name of a folder is empty"),
+        (["--sr-weight", "-1"], "must be from 0"),
         (["--diff-aug", "blur"], "'blur' must be none, or some of translation,cutout,color"),
         (["--diff-aug", "color,color"], "each once"),
         (["--diff-aug", "none,color"], "must be none, or some"),
@@ -1827,7 +1898,8 @@ def test_resuming_refuses_every_other_option(small, tmp_path, capsys):
     assert run_main(*TRAIN, "--out", out) == 0
     for flag, value in (("--dataset", "cifar10"), ("--size", "S"), ("--image-size", 16), ("--patch-size", 2), ("--seed", 7),
                         ("--loss", "hinge"), ("--batch-size", 3), ("--gen-batch-size", 3), ("--disc-steps", 3),
-                        ("--learning-rate", 0.5), ("--ema-decay", 0.5), ("--diff-aug", "color")):  # fmt: skip
+                        ("--learning-rate", 0.5), ("--ema-decay", 0.5), ("--diff-aug", "color"),
+                        ("--sr-weight", 1.0)):  # fmt: skip
         assert f"leave out {flag} {value}" in fails(capsys, "--resume", out, "--steps", 6, flag, value)
 
 
@@ -1931,12 +2003,17 @@ def torch_block(p, name, x, num_heads, fused=False):
     return x + torch_linear(p, name + ".mlp.reduce", hidden)
 
 
-def torch_generator(p, z, depths, num_heads=4, fused=False):
+def torch_generator(p, z, depths, num_heads=4, fused=False, small=None):
+    """Pictures from noise, or, of three stages, from small pictures through the last two."""
     import torch.nn.functional as F
 
-    x = torch_linear(p, "project", z).reshape(len(z), -1, z.shape[1])
-    for k, depth in enumerate(depths):
-        if k:
+    first = 0 if small is None else 1
+    if first:
+        x = torch_linear(p, "from_rgb", small.flatten(2).transpose(1, 2))
+    else:
+        x = torch_linear(p, "project", z).reshape(len(z), -1, z.shape[1])
+    for k, depth in list(enumerate(depths))[first:]:
+        if k > first:
             batch, tokens, width = x.shape
             side = math.isqrt(tokens)
             x = F.pixel_shuffle(x.transpose(1, 2).reshape(batch, width, side, side), 2).flatten(2).transpose(1, 2)
@@ -1945,7 +2022,7 @@ def torch_generator(p, z, depths, num_heads=4, fused=False):
             x = torch_block(p, f"stages.{k}.blocks.{i}", x, num_heads, fused)
     x = torch_linear(p, "to_rgb", x)
     side = math.isqrt(x.shape[1])
-    return x.transpose(1, 2).reshape(len(z), 3, side, side)
+    return x.transpose(1, 2).reshape(len(x), 3, side, side)
 
 
 def torch_discriminator(p, pictures, depth, patch_size, num_heads=4, fused=False):
@@ -2062,6 +2139,7 @@ class TorchTrainer:
         import torch
 
         self.batches, self.options, self.size = trainer.batches, trainer.options, transgan.SIZES[trainer.options.size]
+        self.co_batches = trainer.co_batches
         self.draws = trainer.draws
         self.g, self.d = torch_parameters(trainer.gen_parameters), torch_parameters(trainer.disc_parameters)
         self.average = {name: p.detach().clone() for name, p in self.g.items()}
@@ -2110,6 +2188,14 @@ class TorchTrainer:
         z = self.tensor(rng.standard_normal((options.gen_batch_size, self.size.embed_dim)))
         on_fake = self.discriminate(self.generate(z), self.draws((options.gen_batch_size,), rng))
         loss = torch_generator_loss(on_fake, options.loss)
+        if options.sr_weight:
+            real = self.co_batches[self.step]
+            flipped = rng.random(len(real)) < 0.5
+            real[flipped] = real[flipped, :, :, ::-1]
+            real = self.tensor(real)
+            small = torch.nn.functional.avg_pool2d(real, 2)
+            restored = torch_generator(self.g, None, self.size.depths, small=small)
+            loss = loss + options.sr_weight * torch.nn.functional.mse_loss(restored, real)
         gen_loss = self.update(loss, self.g, self.adams[0])
         with torch.no_grad():
             for name, p in self.g.items():
@@ -2121,7 +2207,7 @@ class TorchTrainer:
 @pytest.mark.parametrize("diff_aug", ["none", POLICY])
 @pytest.mark.parametrize("loss", transgan.LOSSES)
 def test_five_training_steps_agree_with_pytorch(loss, diff_aug):
-    """Augmentation, penalty, clipping, Adam, decay of the rate, moving average; five discriminator steps a generator step.
+    """Augmentation, co-training, penalty, clipping, Adam, decay of the rate, moving average, five discriminator steps.
 
     At the paper's rate: at ten times that, Adam's quotients of tiny gradients magnify rounding by 10^9 within the five.
     """

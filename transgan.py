@@ -7,13 +7,13 @@ of the discriminator's gradient towards 1, so that its score has a slope for the
 cliff. Every operation used here stands, beside its derivative, in autograd.py.
 
 This is the paper's first version (February 2021), its plain networks and training: TransGAN x TransGAN of its table 1. The
-first of the three tricks it adds to them, data augmentation, is here; co-training and locality-aware initialization are
+first two of the three tricks it adds to them, data augmentation and co-training, are here; locality-aware initialization is
 not yet.
 
 Contents
     1. Building blocks        Linear, LayerNorm, Attention, MLP, Block
     2. The two networks       upscale, Generator, Discriminator, SIZES
-    3. Losses                 gradient_penalty, discriminator_loss, generator_loss
+    3. Losses                 gradient_penalty, discriminator_loss, generator_loss, super_resolution_error
     4. Augmentation           diff_augment, draw_augmentation
     5. Training               Options, Trainer: one step of each network, moving average, checkpoints
     6. Watching it learn      sliced_wasserstein, Log, train
@@ -190,10 +190,11 @@ class Generator(Module):
 
     The paper's memory-friendly generator. One stage per entry of `depths`, each at twice the resolution and a quarter of
     the width of the one before; the first starts from image_size / 2^(stages - 1) tokens a side. latent_dim Z equals
-    embed_dim. Raises ValueError if width or picture do not divide that way.
+    embed_dim. co_training=True adds the layer that `super_resolve` needs. Raises ValueError if width or picture do not
+    divide that way.
     """
 
-    def __init__(self, image_size, embed_dim, depths, rng, num_heads=NUM_HEADS, dtype=np.float32):
+    def __init__(self, image_size, embed_dim, depths, rng, num_heads=NUM_HEADS, dtype=np.float32, co_training=False):
         stages = len(depths)
         self.start, self.latent_dim = image_size // 2 ** (stages - 1), embed_dim
         if self.start * 2 ** (stages - 1) != image_size or not self.start:
@@ -206,17 +207,30 @@ class Generator(Module):
         for k, depth in enumerate(depths):
             self.stages.append(Stage(self.start * 2**k, embed_dim // 4**k, depth, num_heads, init))
         self.to_rgb = Linear(embed_dim // 4 ** (stages - 1), 3, init)
+        if co_training:
+            self.from_rgb = Linear(3, embed_dim // 4, init)
 
     def __call__(self, z):
-        batch = len(z)
-        x = self.project(z).reshape(batch, self.start**2, self.latent_dim)  # (B, Z) -> (B, N, C), N = 8*8 for CIFAR-10
-        for k, stage in enumerate(self.stages):
-            if k:
+        x = self.project(z)  # (B, Z) -> (B, N*C), N = 8*8 for CIFAR-10
+        return self.grow(x.reshape(len(z), self.start**2, self.latent_dim), first=0)
+
+    def super_resolve(self, pictures):
+        """Small pictures (B, 3, h, w) of the second stage's resolution -> the same in full size, (B, 3, H, W).
+
+        Their pixels enter as that stage's tokens, through a linear layer from RGB, as we read the paper's auxiliary task.
+        """
+        x = pictures.reshape(len(pictures), 3, -1).transpose(0, 2, 1)  # (B, hw, 3)
+        return self.grow(self.from_rgb(x), first=1)  # from (B, hw, C/4)
+
+    def grow(self, x, first):
+        """Tokens on their way into stage `first` -> pictures (B, 3, H, W)."""
+        for k in range(first, len(self.stages)):
+            if k > first:
                 x = upscale(x)  # (B, HW, C) -> (B, 4HW, C/4)
-            x = stage(x)
+            x = self.stages[k](x)
         x = self.to_rgb(x)  # (B, HW, C/16) -> (B, HW, 3)
         side = math.isqrt(x.shape[1])
-        return x.transpose(0, 2, 1).reshape(batch, 3, side, side)  # (B, 3, H, W)
+        return x.transpose(0, 2, 1).reshape(len(x), 3, side, side)  # (B, 3, H, W)
 
 
 class Stage(Module):
@@ -332,6 +346,25 @@ def generator_loss(scores, loss):
     return ag.softplus(-scores).mean() if loss == "standard" else -scores.mean()
 
 
+def downsample(pictures, factor):
+    """Average over squares of factor*factor pixels: array (B, 3, H, W) -> (B, 3, H/factor, W/factor)."""
+    batch, channels, height, width = pictures.shape
+    squares = pictures.reshape(batch, channels, height // factor, factor, width // factor, factor)
+    return squares.mean(axis=5).mean(axis=3)
+
+
+def super_resolution_error(generator, real):
+    """The paper's second trick, co-training with a self-supervised auxiliary task (MT-CT): array (B, 3, H, W) -> (B,).
+
+    Real pictures, reduced to the resolution of the generator's second stage, are to be restored by the stages from there
+    on; the error is the mean square over a picture. Its gradient teaches these stages what real pictures look like, beside
+    what the discriminator tells.
+    """
+    small = downsample(real, 2 ** (len(generator.stages) - 2))
+    difference = generator.super_resolve(Tensor(small)) - real
+    return (difference * difference).mean(axis=(1, 2, 3))
+
+
 # --- 4. Augmentation --------------------------------------------------------------------------------------------------
 # The paper's first trick (its section on data augmentation, tables 2 and 3): DiffAugment (Zhao et al. 2020). Pictures are
 # jittered before the discriminator sees them, real and generated alike, so that it cannot learn the real ones by heart; and
@@ -422,6 +455,7 @@ class Options:
     ema_decay: float = 0.999
     seed: int = 0
     diff_aug: str = "translation,cutout,color"
+    sr_weight: float = 50.0
 
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -445,8 +479,11 @@ class Trainer:
         self.threads = min(threads, options.batch_size, options.gen_batch_size) if ag.xp is np else 1
         self.map = futures.ThreadPoolExecutor(self.threads).map if self.threads > 1 else map
         self.batches = data.Batches(pictures, options.batch_size, seed)
-        rng = data.random_stream("weights", seed)
-        self.generator = Generator(options.image_size, size.embed_dim, size.depths, rng, dtype=dtype)
+        self.co_batches = data.Batches(pictures, options.gen_batch_size, seed, "co-training order")
+        rng, co_training = data.random_stream("weights", seed), options.sr_weight > 0
+        self.generator = Generator(
+            options.image_size, size.embed_dim, size.depths, rng, dtype=dtype, co_training=co_training
+        )
         self.discriminator = Discriminator(
             options.image_size, options.patch_size, size.disc_embed_dim, size.disc_depth, rng, dtype=dtype
         )
@@ -475,8 +512,7 @@ class Trainer:
     def discriminator_step(self, real, rate, rng):
         """Update the discriminator on real pictures, (B, 3, H, W), and as many generated ones."""
         batch, name = len(real), self.options.loss
-        flipped = rng.random(batch) < 0.5
-        real[flipped] = real[flipped, :, :, ::-1]
+        flip(real, rng)
         mix = rng.random((batch, 1, 1, 1))
         noise, draws = self.noise(batch, rng), self.draws((batch, 3), rng)
 
@@ -496,17 +532,25 @@ class Trainer:
     def generator_step(self, rate, rng):
         """Update the generator through the discriminator's judgement of a batch of its pictures."""
 
-        def scores(noise, draws):
+        batch, sr_weight = self.options.gen_batch_size, self.options.sr_weight
+
+        def scores(noise, draws, *real):
             pictures = diff_augment(self.generator(Tensor(noise)), self.options.diff_aug, draws)
-            return self.discriminator(pictures).reshape(1, -1)
+            rows = [self.discriminator(pictures), *(super_resolution_error(self.generator, x) for x in real)]
+            return ag.concatenate([row.reshape(1, -1) for row in rows])  # (1 or 2, B)
 
         def loss(scores, name):
-            return generator_loss(scores, name), None
+            on_fake = generator_loss(scores[:1], name)
+            if not sr_weight:
+                return on_fake, None
+            error = scores[1].mean()
+            return on_fake + sr_weight * error, error
 
-        batch = self.options.gen_batch_size
         inputs = [self.noise(batch, rng), self.draws((batch,), rng)]
-        loss, _ = self.update(scores, inputs, loss, self.gen_parameters, self.gen_adam, rate)
-        return {"gen_loss": loss.data}
+        if sr_weight:
+            inputs.append(flip(self.co_batches[self.step], rng))
+        total, error = self.update(scores, inputs, loss, self.gen_parameters, self.gen_adam, rate)
+        return {"gen_loss": total.data, "sr_loss": None if error is None else error.data}
 
     def update(self, scores, inputs, loss, parameters, adam, rate):
         """Move `parameters` down the gradient of loss(scores(*inputs)); returns what `loss` returns.
@@ -555,12 +599,19 @@ class Trainer:
 
     def sample(self, z):
         """Pictures that the averaged generator makes of noise (n, Z): NumPy (n, 3, H, W), about [-1, 1]."""
+        return self._averaged(self.generator, z)
+
+    def restore(self, small):
+        """What the averaged generator makes of small pictures (n, 3, h, w), see `super_resolution_error`: NumPy arrays."""
+        return self._averaged(self.generator.super_resolve, small)
+
+    def _averaged(self, function, inputs):
         own = {name: p.data for name, p in self.gen_parameters.items()}
         for name, p in self.gen_parameters.items():
             p.data = self.average[name]
         try:
             with ag.no_grad():
-                parts = [self.generator(Tensor(self.array(z[i : i + 64]))).data for i in range(0, len(z), 64)]
+                parts = [function(Tensor(self.array(inputs[i : i + 64]))).data for i in range(0, len(inputs), 64)]
             return np.concatenate([ag.to_numpy(part) for part in parts])
         finally:
             for name, p in self.gen_parameters.items():
@@ -604,6 +655,13 @@ class Trainer:
                 raise ValueError("its step is no whole number")
             self.step = int(step)
         self.gen_adam.t, self.disc_adam.t = self.step, self.step * self.options.disc_steps
+
+
+def flip(pictures, rng):
+    """Mirror about every second one of the pictures, a NumPy array (B, 3, H, W), in place; returns them."""
+    flipped = rng.random(len(pictures)) < 0.5
+    pictures[flipped] = pictures[flipped, :, :, ::-1]
+    return pictures
 
 
 class open_checkpoint:
@@ -657,7 +715,7 @@ class Log:
     Losses arrive as arrays on the device and are read a few at a time, so that a step need not wait for them.
     """
 
-    FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "distance", "pictures_per_second", "seconds")
+    FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "sr_loss", "distance", "pictures_per_second", "seconds")
 
     def __init__(self, path, step, steps, resumed=False):
         self.first, self.steps = step, steps
@@ -705,7 +763,7 @@ class Log:
         self.file.flush()
         self.shown = time.monotonic()
         row, parts = self.waiting[-1], []
-        for name, label in (("disc_loss", "D"), ("gen_loss", "G"), ("penalty", "penalty")):
+        for name, label in (("disc_loss", "D"), ("gen_loss", "G"), ("penalty", "penalty"), ("sr_loss", "SR")):
             if row.get(name) is not None:
                 parts.append(f"{label} {float(row[name]):.3f}")
         if self.distance is not None:
@@ -749,6 +807,11 @@ def train(trainer, out, sample_every, save_every, resumed=False):
     def look():
         pictures = trainer.sample(noise)
         data.save_grid(pictures[:GRID], out / "samples" / f"step-{trainer.step:06d}.png")
+        if options.sr_weight:
+            factor = 2 ** (len(trainer.generator.stages) - 2)
+            small = downsample(real[: GRID // 8], factor)
+            rows = [small.repeat(factor, 2).repeat(factor, 3), trainer.restore(small), real[: GRID // 8]]
+            data.save_grid(np.concatenate(rows), out / "samples" / f"restored-{trainer.step:06d}.png")
         return sliced_wasserstein(pictures, real)
 
     try:
@@ -777,7 +840,8 @@ DEFAULTS = {  # what --dataset decides where nothing else is said
     "shapes": {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "batch_size": 16, "gen_batch_size": 16,
                "diff_aug": "none"},
 }  # fmt: skip
-TINY_DEFAULTS = {"learning_rate": 5e-4, "ema_decay": 0.99}  # a laptop's run ends long before the paper's 0.999 forgets
+# A laptop's run ends long before the paper's average over thousands of steps forgets the first, and has no time to spare.
+TINY_DEFAULTS = {"learning_rate": 5e-4, "ema_decay": 0.99, "sr_weight": 0.0}
 
 
 def summary(options):
@@ -801,6 +865,10 @@ def summary(options):
         name = f"{side * 2**k}x{side * 2**k}"
         add("generator", name, tokens, stage_width, depth, parameters + tokens * stage_width, operations)
     add("generator", "RGB", tokens, 3, "", 3 * stage_width + 3, tokens * stage_width * 3)
+    if options.sr_weight:
+        second = width // 4
+        numbers = f"{4 * second:,}", f"{4 * side**2 * 3 * second:,}"
+        rows.append(("co-training", "from RGB", 4 * side**2, second, "", *numbers))
 
     patch, width, depth = options.patch_size, size.disc_embed_dim, size.disc_depth
     patches = (options.image_size // patch) ** 2
@@ -829,7 +897,7 @@ MANY = 2**31 - 1
 LIMITS = {  # the kind, least and largest value of each option that is a number
     "image_size": (int, 8, 256), "patch_size": (int, 1, 256), "steps": (int, 1, MANY), "batch_size": (int, 1, MANY),
     "gen_batch_size": (int, 1, MANY), "disc_steps": (int, 1, MANY), "learning_rate": (float, 0, 1),
-    "ema_decay": (float, 0, 1), "seed": (int, 0, MANY),
+    "ema_decay": (float, 0, 1), "seed": (int, 0, MANY), "sr_weight": (float, 0, MANY),
 }  # fmt: skip
 
 
@@ -872,8 +940,9 @@ def make_parser():
         "  python transgan.py                       built-in pictures of shapes, minutes on a laptop\n"
         "  python transgan.py --dataset cifar10     the paper's size S on CIFAR-10 (170 MB, downloaded once)\n"
         "  python transgan.py --resume runs/NAME    go on where a run was stopped",
-        epilog="A run's folder holds samples/ (grids of the same noise, over time), log.csv (a row a step; distance is\n"
-        "the sliced Wasserstein distance between generated and real pictures) and checkpoint.npz.",
+        epilog="A run's folder holds samples/ (step-*: grids of the same noise, over time; restored-*: real pictures made\n"
+        "small, what the generator makes of them, and the originals), log.csv (a row a step; distance is the sliced\n"
+        "Wasserstein distance between generated and real pictures) and checkpoint.npz.",
     )
     what = parser.add_argument_group("what to train")
     what.add_argument("--dataset", choices=DEFAULTS, help="pictures to learn (default: shapes, drawn by the program)")
@@ -903,6 +972,9 @@ def make_parser():
     how.add_argument("--diff-aug", type=policy, metavar="LIST",
                      help="augmentations of all pictures that the discriminator sees, separated by commas, or none "
                      f"(default: {Options.diff_aug}; for shapes none)")  # fmt: skip
+    how.add_argument("--sr-weight", type=number(*LIMITS["sr_weight"]), metavar="W",
+                     help="weight of co-training with super-resolution in the generator's loss; 0 is without "
+                     "(default: 50; for tiny 0)")  # fmt: skip
     where = parser.add_argument_group("where")
     where.add_argument("--data-dir", type=folder, default=Path("data"), metavar="DIR",
                        help="where data sets are kept (default: data)")  # fmt: skip
