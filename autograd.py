@@ -820,15 +820,15 @@ def attention(qkv, num_heads, mask=None):
     q, k, v = _split_heads(qkv.data, num_heads)  # (B*H, N, D) each
     k = _swap_copy(k)  # (B*H, D, N)
     out, log_sum = xp.empty_like(q), xp.empty((*q.shape[:2], 1), q.dtype)
-    for heads, rows in _blocks(*q.shape[:2]):
-        p = xp.matmul(q[heads, rows], k[heads])  # (heads, rows, N)
+    for heads, rows, keys in _blocks(*q.shape[:2], mask):
+        p = xp.matmul(q[heads, rows], k[heads, :, keys])  # (heads, rows, keys)
         if mask is not None:
-            p += _mask_bias(mask[rows], p.dtype)
+            p += _mask_bias(mask[rows, keys], p.dtype)
         top = _finite(p.max(axis=-1, keepdims=True))
         p -= top
         xp.exp(p, out=p)
         total = _positive(_row_sum(p))
-        out[heads, rows] = xp.matmul(p, v[heads]) / total
+        out[heads, rows] = xp.matmul(p, v[heads, keys]) / total
         log_sum[heads, rows] = top + xp.log(total)
     out = _join_heads(out[None], batch, num_heads)
 
@@ -851,17 +851,17 @@ def _attention_vjp(qkv, num_heads, mask, out, log_sum, g):
     g_shifted, v_one = xp.concatenate([g, -_row_sum(inner)], axis=-1), _swap_copy(xp.concatenate([v, one], axis=-1))
     result = xp.zeros((3, *q.shape), q.dtype)
     dq, dk, dv = result
-    for heads, rows in _blocks(*q.shape[:2]):
-        p = xp.matmul(q_shifted[heads, rows], k_one[heads])  # (heads, rows, N)
+    for heads, rows, keys in _blocks(*q.shape[:2], mask):
+        p = xp.matmul(q_shifted[heads, rows], k_one[heads, :, keys])  # (heads, rows, keys)
         if mask is not None:
-            p += _mask_bias(mask[rows], p.dtype)
+            p += _mask_bias(mask[rows, keys], p.dtype)
         xp.minimum(p, 0, out=p)  # rounding of huge logits must not make a probability of more than 1
         xp.exp(p, out=p)
-        dv[heads] += xp.matmul(p.swapaxes(1, 2), g[heads, rows])
-        ds = xp.matmul(g_shifted[heads, rows], v_one[heads])
+        dv[heads, keys] += xp.matmul(p.swapaxes(1, 2), g[heads, rows])
+        ds = xp.matmul(g_shifted[heads, rows], v_one[heads, :, keys])
         ds *= p
-        dq[heads, rows] = xp.matmul(ds, k[heads])
-        dk[heads] += xp.matmul(ds.swapaxes(1, 2), q[heads, rows])
+        dq[heads, rows] = xp.matmul(ds, k[heads, keys])
+        dk[heads, keys] += xp.matmul(ds.swapaxes(1, 2), q[heads, rows])
     dq *= q.shape[-1] ** -0.5  # the scale is part of q here, so dk has it already
     return _join_heads(result, len(out), num_heads)
 
@@ -895,14 +895,26 @@ def _join_heads(x, batch, num_heads):
 _SCORES = 1 << 17  # of them in a block on the CPU: half a megabyte, in a core's cache together with its product
 
 
-def _blocks(heads, tokens):
-    """Slices (heads, rows) that cover all scores, each at most _SCORES of them on a CPU or 2^28 on a GPU."""
+def _blocks(heads, tokens, mask):
+    """Slices (heads, rows, keys) that cover all scores, each at most _SCORES of them on a CPU or 2^28 on a GPU.
+
+    keys reaches from the first to the last key that the mask lets any of the rows see: a small window costs less.
+    """
     budget = _SCORES if xp is np else 1 << 28
     rows = min(tokens, max(1, budget // tokens))
     group = max(1, min(heads, budget // (rows * tokens)))
+    starts = range(0, tokens, rows)
+    keys = [_visible(mask, slice(r, r + rows)) for r in starts]
     for h in range(0, heads, group):
-        for r in range(0, tokens, rows):
-            yield slice(h, h + group), slice(r, r + rows)
+        for r, visible in zip(starts, keys, strict=True):
+            yield slice(h, h + group), slice(r, r + rows), visible
+
+
+def _visible(mask, rows):
+    if mask is None or xp is not np:  # a GPU takes all rows in one block, and would have to be waited for
+        return slice(None)
+    seen = np.flatnonzero(mask[rows].any(axis=0))
+    return slice(seen[0], seen[-1] + 1) if len(seen) else slice(0, 1)  # rows that see nothing need a key not to see
 
 
 # --- 6. Checking derivatives ------------------------------------------------------------------------------------------

@@ -404,6 +404,9 @@ def test_attention_derivatives(batch, tokens, heads, width, seed, scale, mask, b
     with pytest.MonkeyPatch.context() as patch:  # small blocks, so that scores really are taken piece by piece
         patch.setattr(ag, "_SCORES", block)
         check(lambda x: ag.attention(x, heads, mask), [qkv])
+        if mask is not None:
+            band = mask & ag.xp.asarray(np.tri(tokens, k=1, dtype=bool) & ~np.tri(tokens, k=-2, dtype=bool))
+            check_same(lambda x: ag.attention(x, heads, band), lambda x: ag.attention_composed(x, heads, band), [qkv])
         check_same(lambda x: ag.attention(x, heads, mask), lambda x: ag.attention_composed(x, heads, mask), [qkv])
 
 
@@ -861,7 +864,8 @@ def small(monkeypatch):
 
 def small_trainer(threads=None, dtype=np.float32, **options):
     chosen = {"dataset": "shapes", "size": "tiny", "image_size": 8, "patch_size": 2, "steps": 6, "disc_steps": 2,
-              "batch_size": 6, "gen_batch_size": 5, "learning_rate": 1e-3, "sr_weight": 2.0}  # fmt: skip
+              "batch_size": 6, "gen_batch_size": 5, "learning_rate": 1e-3, "sr_weight": 2.0,
+              "locality": "2:800"}  # fmt: skip
     options = transgan.Options(**(chosen | options))
     return transgan.Trainer(options, data.draw_shapes(40, options.image_size), threads, dtype)
 
@@ -1150,6 +1154,88 @@ def test_sliced_wasserstein_distance(seed, n):
     pictures = normal(seed, (n, 3, 2, 2))[0].astype(np.float32)
     assert transgan.sliced_wasserstein(pictures, pictures[::-1]) < 1e-6
     assert transgan.sliced_wasserstein(pictures, pictures + 1) > 0.1
+
+
+@given(side=st.integers(1, 6), half_width=st.integers(1, 6))
+def test_a_window_reaches_as_far_in_rows_as_in_columns(side, half_width):
+    mask = transgan.window_mask(side, half_width)
+    for i, j, k, m in np.ndindex(side, side, side, side):
+        assert mask[i * side + j, k * side + m] == (max(abs(i - k), abs(j - m)) <= half_width)
+
+
+@on_cpu
+def test_a_small_window_costs_less_than_all(monkeypatch):
+    """Scores computed for 32x32 tokens, forward and back: all without a window, well under half with one of 4."""
+    (qkv,) = tensors(normal(0, (1, 1024, 12))[0].astype(np.float32))
+    blocks, counts = ag._blocks, []
+
+    def counting(heads, tokens, mask):
+        for heads_, rows, keys in blocks(heads, tokens, mask):
+            counts[-1] += (rows.stop - rows.start) * len(range(*keys.indices(tokens)))
+            yield heads_, rows, keys
+
+    monkeypatch.setattr(ag, "_blocks", counting)
+    for mask in (None, transgan.window_mask(32, 4), transgan.window_mask(32, 10)):
+        counts.append(0)
+        grad(ag.attention(qkv, 1, mask).sum(), [qkv])
+    assert counts[0] == 2 * 1024**2
+    assert counts[1] < 0.4 * counts[0]
+    assert counts[2] < 0.75 * counts[0]
+
+
+def test_the_generator_looks_only_as_far_as_its_window():
+    """A change of one token of the last stage moves the pixels within the window of every block, and no others."""
+    generator = transgan.Generator(16, 64, (1, 1, 1), np.random.default_rng(0), dtype=np.float64)
+    x = normal(0, (1, 256, 4))[0]
+    moved = x.copy()
+    moved[0, 5 * 16 + 7, 0] += 1.0
+    for half_width in (None, 2):
+        generator.attend_within(half_width, 1)
+        a, b = (ag.to_numpy(generator.grow(Tensor(ag.xp.asarray(y)), first=2)) for y in (x, moved))
+        changed = (a != b).any(axis=(0, 1))
+        near = transgan.window_mask(16, 2)[5 * 16 + 7].reshape(16, 16)
+        assert changed[near].all()
+        assert changed[~near].any() == (half_width is None)
+    generator.attend_within(2, 2)
+    assert [mask is None for mask in generator.masks] == [True, False, False]
+    generator.attend_within(100, 3)
+    assert generator.masks == [None] * 3
+
+
+def test_the_window_grows_with_the_schedule_and_goes(small):
+    trainer = small_trainer(1, image_size=16, locality="1:320,3:640,5:960", steps=5, disc_steps=1, locality_stages=2)
+    assert transgan.locality_phases(trainer.options) == [(1, 1.0), (3, 2.0), (5, 3.0)]
+    seen = []
+    for _ in range(5):
+        trainer.train_step()
+        seen.append([None if mask is None else int(ag.to_numpy(mask)[0].sum()) for mask in trainer.generator.masks])
+    assert seen == [[None, 4, 4], [None, 16, 16], [None, 36, 36], [None] * 3, [None] * 3]
+    published = transgan.locality_phases(transgan.Options())
+    assert published == [(h, pytest.approx(e / 1600 * 500_000)) for h, e in ((4, 22), (6, 32), (8, 42), (10, 60))]
+
+
+def test_resuming_restores_the_window(small, tmp_path):
+    first = small_trainer(1, image_size=16, locality="1:800,3:1600", steps=4)
+    first.train_step()
+    first.save(tmp_path / "checkpoint.npz")
+    second = small_trainer(1, image_size=16, locality="1:800,3:1600", steps=4)
+    second.load(tmp_path / "checkpoint.npz")
+    for _ in range(2):
+        first.train_step()
+        second.train_step()
+    assert second.half_width == 3
+    assert_same_state(state_of(first), state_of(second))
+
+
+def test_locality_is_explained_by_a_picture(small, tmp_path):
+    assert run_main(*TRAIN, "--image-size", 16, "--out", tmp_path / "run", "--locality", "2:22,4:60") == 0
+    grid = np.asarray(Image.open(tmp_path / "run" / "locality.png")).astype(int)[::6, ::6]
+    assert grid.shape == (18, 3 * 17 + 1, 3)
+    for i, half_width in enumerate((2, 4, 16)):
+        picture = grid[1:17, 1 + 17 * i : 17 + 17 * i]
+        seen = transgan.window_mask(16, half_width)[8 * 16 + 8].reshape(16, 16)
+        np.testing.assert_array_equal(picture[..., 0] > 100, seen)
+        assert picture[8, 8].tolist() == [255, 51, 51]
 
 
 class DeviceArray:
@@ -1763,6 +1849,10 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
         (["--nonsense\n\x1b[31m"], r"--nonsense\n\x1b[31m"),
         (["--out", ""], "the name of a folder is empty"),
         (["--sr-weight", "-1"], "must be from 0"),
+        (["--locality", "near"], "'near' must be none, or pairs"),
+        (["--locality", "4:22,4:32"], "both growing"),
+        (["--locality", "4:22,6:1601"], "epochs up to 1600"),
+        (["--locality-stages", "4"], "must be from 1 to 3"),
         (["--diff-aug", "blur"], "'blur' must be none, or some of translation,cutout,color"),
         (["--diff-aug", "color,color"], "each once"),
         (["--diff-aug", "none,color"], "must be none, or some"),
@@ -1818,6 +1908,7 @@ def nonsense_checkpoints(good):
     yield "unknown size", options(size="XXL"), "data set, size or loss"
     yield "unknown augmentation", options(diff_aug="blur"), "its option diff_aug is 'blur'"
     yield "augmentation of no text", options(diff_aug=3), "its option diff_aug is 3"
+    yield "unknown locality", options(locality="4:4:4"), "its option locality is '4:4:4'"
     yield "impossible size", options(image_size=10), "must divide by 4"
     yield "size out of range", options(image_size=2**30), f"its option image_size is {2**30}"
     yield "rate out of range", options(learning_rate=math.inf), "its option learning_rate is inf"
@@ -1899,7 +1990,7 @@ def test_resuming_refuses_every_other_option(small, tmp_path, capsys):
     for flag, value in (("--dataset", "cifar10"), ("--size", "S"), ("--image-size", 16), ("--patch-size", 2), ("--seed", 7),
                         ("--loss", "hinge"), ("--batch-size", 3), ("--gen-batch-size", 3), ("--disc-steps", 3),
                         ("--learning-rate", 0.5), ("--ema-decay", 0.5), ("--diff-aug", "color"),
-                        ("--sr-weight", 1.0)):  # fmt: skip
+                        ("--sr-weight", 1.0), ("--locality", "1:1"), ("--locality-stages", 2)):  # fmt: skip
         assert f"leave out {flag} {value}" in fails(capsys, "--resume", out, "--steps", 6, flag, value)
 
 
@@ -1988,7 +2079,7 @@ def torch_norm(p, name, x):
     return F.layer_norm(x, x.shape[-1:], p[name + ".weight"], p[name + ".bias"], 1e-5)
 
 
-def torch_block(p, name, x, num_heads, fused=False):
+def torch_block(p, name, x, num_heads, fused=False, mask=None):
     import torch.nn.functional as F
 
     batch, tokens, width = x.shape
@@ -1997,14 +2088,15 @@ def torch_block(p, name, x, num_heads, fused=False):
     if fused:
         out = F.scaled_dot_product_attention(q, k, v)
     else:
-        out = ((q @ k.transpose(-2, -1)) * (width // num_heads) ** -0.5).softmax(dim=-1) @ v
+        scores = (q @ k.transpose(-2, -1)) * (width // num_heads) ** -0.5
+        out = (scores if mask is None else scores.masked_fill(~mask, -1e9)).softmax(dim=-1) @ v
     x = x + torch_linear(p, name + ".attention.projection", out.transpose(1, 2).reshape(batch, tokens, width))
     hidden = F.gelu(torch_linear(p, name + ".mlp.expand", torch_norm(p, name + ".norm2", x)))
     return x + torch_linear(p, name + ".mlp.reduce", hidden)
 
 
-def torch_generator(p, z, depths, num_heads=4, fused=False, small=None):
-    """Pictures from noise, or, of three stages, from small pictures through the last two."""
+def torch_generator(p, z, depths, num_heads=4, fused=False, small=None, mask=None):
+    """Pictures from noise, or, of three stages, from small pictures through the last two; the mask is for the last."""
     import torch.nn.functional as F
 
     first = 0 if small is None else 1
@@ -2019,7 +2111,7 @@ def torch_generator(p, z, depths, num_heads=4, fused=False, small=None):
             x = F.pixel_shuffle(x.transpose(1, 2).reshape(batch, width, side, side), 2).flatten(2).transpose(1, 2)
         x = x + p[f"stages.{k}.position"]
         for i in range(depth):
-            x = torch_block(p, f"stages.{k}.blocks.{i}", x, num_heads, fused)
+            x = torch_block(p, f"stages.{k}.blocks.{i}", x, num_heads, fused, mask if k == len(depths) - 1 else None)
     x = torch_linear(p, "to_rgb", x)
     side = math.isqrt(x.shape[1])
     return x.transpose(1, 2).reshape(len(x), 3, side, side)
@@ -2151,8 +2243,15 @@ class TorchTrainer:
 
         return torch.as_tensor(array, dtype=self.g["to_rgb.bias"].dtype, device=self.g["to_rgb.bias"].device)
 
-    def generate(self, z):
-        return torch_generator(self.g, z, self.size.depths)
+    def generate(self, z, small=None):
+        """With the window of 2 that small_trainer's schedule has in the first half of a run."""
+        import torch
+
+        mask, side = None, self.options.image_size
+        if self.options.locality == "2:800" and self.step < self.options.steps / 2:
+            place = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).flatten(1).double()
+            mask = (torch.cdist(place.T, place.T, p=math.inf) <= 2).to(self.g["to_rgb.bias"].device)
+        return torch_generator(self.g, z, self.size.depths, small=small, mask=mask)
 
     def discriminate(self, x, draws=None):
         if self.options.diff_aug != "none":
@@ -2194,7 +2293,7 @@ class TorchTrainer:
             real[flipped] = real[flipped, :, :, ::-1]
             real = self.tensor(real)
             small = torch.nn.functional.avg_pool2d(real, 2)
-            restored = torch_generator(self.g, None, self.size.depths, small=small)
+            restored = self.generate(None, small)
             loss = loss + options.sr_weight * torch.nn.functional.mse_loss(restored, real)
         gen_loss = self.update(loss, self.g, self.adams[0])
         with torch.no_grad():
@@ -2207,7 +2306,7 @@ class TorchTrainer:
 @pytest.mark.parametrize("diff_aug", ["none", POLICY])
 @pytest.mark.parametrize("loss", transgan.LOSSES)
 def test_five_training_steps_agree_with_pytorch(loss, diff_aug):
-    """Augmentation, co-training, penalty, clipping, Adam, decay of the rate, moving average, five discriminator steps.
+    """Augmentation, co-training, locality, penalty, clipping, Adam, decay of the rate, average, five discriminator steps.
 
     At the paper's rate: at ten times that, Adam's quotients of tiny gradients magnify rounding by 10^9 within the five.
     """

@@ -6,13 +6,12 @@ discriminator learns to score real pictures above generated ones, the generator 
 of the discriminator's gradient towards 1, so that its score has a slope for the generator to climb, neither flat nor a
 cliff. Every operation used here stands, beside its derivative, in autograd.py.
 
-This is the paper's first version (February 2021), its plain networks and training: TransGAN x TransGAN of its table 1. The
-first two of the three tricks it adds to them, data augmentation and co-training, are here; locality-aware initialization is
-not yet.
+This is the paper's first version (February 2021): its networks, its training, and the three tricks that it adds to them:
+data augmentation, co-training and locality-aware initialization.
 
 Contents
     1. Building blocks        Linear, LayerNorm, Attention, MLP, Block
-    2. The two networks       upscale, Generator, Discriminator, SIZES
+    2. The two networks       upscale, window_mask, Generator, Discriminator, SIZES
     3. Losses                 gradient_penalty, discriminator_loss, generator_loss, super_resolution_error
     4. Augmentation           diff_augment, draw_augmentation
     5. Training               Options, Trainer: one step of each network, moving average, checkpoints
@@ -32,6 +31,7 @@ import argparse
 import csv
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import sys
@@ -122,9 +122,9 @@ class Attention(Module):
         self.qkv = Linear(embed_dim, 3 * embed_dim, init, bias=False)
         self.projection = Linear(embed_dim, embed_dim, init)
 
-    def __call__(self, x):
+    def __call__(self, x, mask=None):
         qkv = self.qkv(x)  # (B, N, 3C)
-        return self.projection(ag.attention(qkv, self.num_heads))  # (B, N, C)
+        return self.projection(ag.attention(qkv, self.num_heads, mask))  # (B, N, C)
 
 
 class MLP(Module):
@@ -141,15 +141,15 @@ class MLP(Module):
 class Block(Module):
     """The transformer encoder block of both networks, normalised before each part:
 
-    x += Attention(LayerNorm(x));  x += MLP(LayerNorm(x)).     (B, N, C) -> (B, N, C)
+    x += Attention(LayerNorm(x));  x += MLP(LayerNorm(x)).     (B, N, C) -> (B, N, C), mask (N, N) or None
     """
 
     def __init__(self, embed_dim, num_heads, init):
         self.norm1, self.attention = LayerNorm(embed_dim, init), Attention(embed_dim, num_heads, init)
         self.norm2, self.mlp = LayerNorm(embed_dim, init), MLP(embed_dim, init)
 
-    def __call__(self, x):
-        x = x + self.attention(self.norm1(x))
+    def __call__(self, x, mask=None):
+        x = x + self.attention(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
 
@@ -185,6 +185,14 @@ def upscale(x):
     return x.reshape(batch, width // 4, 4 * tokens).transpose(0, 2, 1)  # (B, 4HW, C/4)
 
 
+def window_mask(side, half_width):
+    """Which of side*side tokens a query may see: NumPy booleans (N, N), N = side^2, True where both row and column of the
+    key are within half_width of the query's. The paper's third trick, locality-aware initialization: while it is young, the
+    generator may only look around; natural pictures are smooth, so that is where to start."""
+    row, column = np.divmod(np.arange(side * side), side)
+    return (abs(row[:, None] - row) <= half_width) & (abs(column[:, None] - column) <= half_width)
+
+
 class Generator(Module):
     """Noise (B, Z) -> pictures (B, 3, image_size, image_size), aimed at [-1, 1] but not forced into it.
 
@@ -209,6 +217,14 @@ class Generator(Module):
         self.to_rgb = Linear(embed_dim // 4 ** (stages - 1), 3, init)
         if co_training:
             self.from_rgb = Linear(3, embed_dim // 4, init)
+        self.masks = [None] * stages
+
+    def attend_within(self, half_width, stages):
+        """From now on, the last `stages` stages see only so many tokens around each, all of them if half_width is None."""
+        for k in range(len(self.stages)):
+            side = self.start * 2**k
+            windowed = half_width is not None and half_width < side - 1 and k >= len(self.stages) - stages
+            self.masks[k] = ag.xp.asarray(window_mask(side, half_width)) if windowed else None
 
     def __call__(self, z):
         x = self.project(z)  # (B, Z) -> (B, N*C), N = 8*8 for CIFAR-10
@@ -227,7 +243,7 @@ class Generator(Module):
         for k in range(first, len(self.stages)):
             if k > first:
                 x = upscale(x)  # (B, HW, C) -> (B, 4HW, C/4)
-            x = self.stages[k](x)
+            x = self.stages[k](x, self.masks[k])
         x = self.to_rgb(x)  # (B, HW, C/16) -> (B, HW, 3)
         side = math.isqrt(x.shape[1])
         return x.transpose(0, 2, 1).reshape(len(x), 3, side, side)  # (B, 3, H, W)
@@ -240,10 +256,10 @@ class Stage(Module):
         self.position = init.normal(1, side * side, embed_dim)
         self.blocks = [Block(embed_dim, num_heads, init) for _ in range(depth)]
 
-    def __call__(self, x):
+    def __call__(self, x, mask=None):
         x = x + self.position  # (B, N, C)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask)
         return x
 
 
@@ -456,6 +472,23 @@ class Options:
     seed: int = 0
     diff_aug: str = "translation,cutout,color"
     sr_weight: float = 50.0
+    locality: str = "4:22,6:32,8:42,10:60"
+    locality_stages: int = 1
+
+
+EPOCHS = 1600  # of the authors' run: 500,000 steps of 5 batches of 32 of 50,000 pictures
+
+
+def locality_phases(options):
+    """The schedule of locality-aware initialization: [(half_width, step from which it is over), ...], in order.
+
+    `options.locality` counts epochs of a run of EPOCHS, the authors' length; a run of another length goes through the same
+    phases in proportion.
+    """
+    if options.locality == "none":
+        return []
+    pairs = (pair.split(":") for pair in options.locality.split(","))
+    return [(int(half_width), float(epoch) / EPOCHS * options.steps) for half_width, epoch in pairs]
 
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -487,6 +520,8 @@ class Trainer:
         self.discriminator = Discriminator(
             options.image_size, options.patch_size, size.disc_embed_dim, size.disc_depth, rng, dtype=dtype
         )
+        self.half_width = None
+        self.set_window()
         self.gen_parameters = self.generator.parameters()
         self.disc_parameters = self.discriminator.parameters()
         self.average = {name: p.data.copy() for name, p in self.gen_parameters.items()}
@@ -499,6 +534,7 @@ class Trainer:
         Returns the last losses and penalty as 0-d arrays on the device, so that nothing waits for them.
         """
         options = self.options
+        self.set_window()
         rng = data.random_stream("step", options.seed, self.step)
         rate = options.learning_rate * (1 - self.step / options.steps)  # linear decay to 0 over the run
         for i in range(options.disc_steps):
@@ -508,6 +544,14 @@ class Trainer:
         self.update_average()
         self.step += 1
         return losses
+
+    def set_window(self):
+        """Let the generator see as far as the schedule says for this step."""
+        phases = locality_phases(self.options)
+        half_width = next((half_width for half_width, end in phases if self.step < end), None)
+        if half_width != self.half_width:
+            self.half_width = half_width
+            self.generator.attend_within(half_width, self.options.locality_stages)
 
     def discriminator_step(self, real, rate, rng):
         """Update the discriminator on real pictures, (B, 3, H, W), and as many generated ones."""
@@ -655,6 +699,7 @@ class Trainer:
                 raise ValueError("its step is no whole number")
             self.step = int(step)
         self.gen_adam.t, self.disc_adam.t = self.step, self.step * self.options.disc_steps
+        self.set_window()
 
 
 def flip(pictures, rng):
@@ -791,6 +836,18 @@ def clock(seconds):
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
+def explain_locality(options, path):
+    """Write a picture of each phase of locality-aware initialization: what the token in the middle may see, then all."""
+    side, pictures = options.image_size, []
+    query = (side + 1) * (side // 2)
+    for half_width, _ in [*locality_phases(options), (side, None)]:
+        seen = window_mask(side, half_width)[query].reshape(side, side)
+        picture = np.where(seen, 0.5, -0.8) * np.ones((3, 1, 1))  # (3, side, side)
+        picture[:, side // 2, side // 2] = (1.0, -0.6, -0.6)
+        pictures.append(picture)
+    data.save_grid(np.stack(pictures), path, columns=len(pictures))
+
+
 def train(trainer, out, sample_every, save_every, resumed=False):
     """Train until `trainer.options.steps`, writing samples, log and checkpoints into the folder `out`.
 
@@ -803,6 +860,8 @@ def train(trainer, out, sample_every, save_every, resumed=False):
     real = trainer.batches.pictures
     real = data.scale(real[rng.choice(len(real), JUDGED, replace=len(real) < JUDGED)])
     log = Log(out / "log.csv", trainer.step, options.steps, resumed)
+    if options.locality != "none":
+        explain_locality(options, out / "locality.png")
 
     def look():
         pictures = trainer.sample(noise)
@@ -841,7 +900,7 @@ DEFAULTS = {  # what --dataset decides where nothing else is said
                "diff_aug": "none"},
 }  # fmt: skip
 # A laptop's run ends long before the paper's average over thousands of steps forgets the first, and has no time to spare.
-TINY_DEFAULTS = {"learning_rate": 5e-4, "ema_decay": 0.99, "sr_weight": 0.0}
+TINY_DEFAULTS = {"learning_rate": 5e-4, "ema_decay": 0.99, "sr_weight": 0.0, "locality": "none"}
 
 
 def summary(options):
@@ -897,7 +956,7 @@ MANY = 2**31 - 1
 LIMITS = {  # the kind, least and largest value of each option that is a number
     "image_size": (int, 8, 256), "patch_size": (int, 1, 256), "steps": (int, 1, MANY), "batch_size": (int, 1, MANY),
     "gen_batch_size": (int, 1, MANY), "disc_steps": (int, 1, MANY), "learning_rate": (float, 0, 1),
-    "ema_decay": (float, 0, 1), "seed": (int, 0, MANY), "sr_weight": (float, 0, MANY),
+    "ema_decay": (float, 0, 1), "seed": (int, 0, MANY), "sr_weight": (float, 0, MANY), "locality_stages": (int, 1, 3),
 }  # fmt: skip
 
 
@@ -922,6 +981,21 @@ def policy(text):
     if names != ["none"] and (not set(names) <= set(AUGMENTATIONS) or len(set(names)) < len(names)):
         raise argparse.ArgumentTypeError(f"{text!r} must be none, or some of {','.join(AUGMENTATIONS)}, each once")
     return ",".join(names)
+
+
+def schedule(text):
+    """An argument type: half_width:epoch pairs, separated by commas, both growing, or none."""
+    if text == "none":
+        return text
+    try:
+        pairs = [(int(half_width), float(epoch)) for half_width, epoch in (pair.split(":") for pair in text.split(","))]
+    except ValueError:
+        pairs = [(0, 0.0)]
+    growing = all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise([(0, 0.0), *pairs]))
+    if not growing or not pairs[-1][1] <= EPOCHS:
+        raise argparse.ArgumentTypeError(f"{text!r} must be none, or pairs half_width:epoch like {Options.locality}, "
+                                         f"both growing, epochs up to {EPOCHS}")  # fmt: skip
+    return text
 
 
 def folder(text):
@@ -975,6 +1049,11 @@ def make_parser():
     how.add_argument("--sr-weight", type=number(*LIMITS["sr_weight"]), metavar="W",
                      help="weight of co-training with super-resolution in the generator's loss; 0 is without "
                      "(default: 50; for tiny 0)")  # fmt: skip
+    how.add_argument("--locality", type=schedule, metavar="LIST",
+                     help="how far a token of the generator sees, in rows and columns, until which epoch of "
+                     f"{EPOCHS}, scaled to the run, or none (default: {Options.locality}; for tiny none)")  # fmt: skip
+    how.add_argument("--locality-stages", type=number(*LIMITS["locality_stages"]), metavar="N",
+                     help="the last N stages are so limited (default: 1)")  # fmt: skip
     where = parser.add_argument_group("where")
     where.add_argument("--data-dir", type=folder, default=Path("data"), metavar="DIR",
                        help="where data sets are kept (default: data)")  # fmt: skip
@@ -1033,12 +1112,14 @@ def read_options(path):
         value = getattr(options, name)
         if type(value) is not kind or not least <= value <= most:
             raise UserError(f"{path}: its option {name} is {value!r}; start a new run")
-    try:
-        known = policy(options.diff_aug) == options.diff_aug
-    except (argparse.ArgumentTypeError, AttributeError):
-        known = False
-    if not known:
-        raise UserError(f"{path}: its option diff_aug is {options.diff_aug!r}; start a new run")
+    for name, kind in (("diff_aug", policy), ("locality", schedule)):
+        value = getattr(options, name)
+        try:
+            known = isinstance(value, str) and kind(value) == value
+        except argparse.ArgumentTypeError:
+            known = False
+        if not known:
+            raise UserError(f"{path}: its option {name} is {value!r}; start a new run")
     if options.dataset not in DEFAULTS or options.size not in SIZES or options.loss not in LOSSES:
         raise UserError(f"{path}: it names a data set, size or loss that there is not; start a new run")
     return options

@@ -30,7 +30,8 @@ STATUS = Path("/proc/self/status")  # where Linux keeps a process's resident mem
 
 
 def make_trainer(args):
-    options = transgan.Options(size=args.size, batch_size=args.batch_size, gen_batch_size=args.batch_size, diff_aug="none")
+    plain = {"diff_aug": "none", "sr_weight": 0.0, "locality": "none"}  # as the step in PyTorch is
+    options = transgan.Options(size=args.size, batch_size=args.batch_size, gen_batch_size=args.batch_size, **plain)
     pictures = np.random.default_rng(0).integers(0, 256, (args.batch_size, 3, 32, 32), dtype=np.uint8)
     return transgan.Trainer(options, pictures)
 
