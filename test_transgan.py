@@ -2325,3 +2325,15 @@ def test_five_training_steps_agree_with_pytorch(loss, diff_aug):
                                (trainer.average, peer.average)):  # fmt: skip
         for name, p in parameters.items():
             assert_close_to_torch(p, leaves[name], name)
+
+
+@on_cpu
+def test_the_benchmark_runs():
+    pytest.importorskip("torch")
+    script = Path(__file__).with_name("benchmarks") / "step.py"
+    arguments = ["--size", "tiny", "--batch-size", "2", "--rounds", "1"]
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert {"discriminator step", "generator step"} <= set(rows)
+    assert all(set(row) == {"ours", "PyTorch"} and min(row.values()) > 0 for row in rows.values())

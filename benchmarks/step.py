@@ -43,7 +43,7 @@ def our_steps(args):
     rng, real = np.random.default_rng(0), trainer.batches[0]
 
     def run(step, *arguments):
-        return [float(x) for x in step(*arguments, 1e-4, rng).values()]  # on a GPU, wait for the result
+        return [float(x) for x in step(*arguments, 1e-4, rng).values() if x is not None]  # on a GPU, wait for it
 
     return lambda: run(trainer.discriminator_step, real), lambda: run(trainer.generator_step)
 
