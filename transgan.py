@@ -487,8 +487,13 @@ def locality_phases(options):
     """
     if options.locality == "none":
         return []
-    pairs = (pair.split(":") for pair in options.locality.split(","))
-    return [(int(half_width), float(epoch) / EPOCHS * options.steps) for half_width, epoch in pairs]
+    return [(half_width, epoch / EPOCHS * options.steps) for half_width, epoch in locality_pairs(options.locality)]
+
+
+def locality_pairs(text):
+    """[(half_width, epoch), ...] from "half_width:epoch,...". Raises ValueError for any other text."""
+    pairs = (pair.split(":") for pair in text.split(","))
+    return [(int(half_width), float(epoch)) for half_width, epoch in pairs]
 
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -512,8 +517,9 @@ class Trainer:
         self.threads = min(threads, options.batch_size, options.gen_batch_size) if ag.xp is np else 1
         self.map = futures.ThreadPoolExecutor(self.threads).map if self.threads > 1 else map
         self.batches = data.Batches(pictures, options.batch_size, seed)
-        self.co_batches = data.Batches(pictures, options.gen_batch_size, seed, "co-training order")
         rng, co_training = data.random_stream("weights", seed), options.sr_weight > 0
+        if co_training:
+            self.co_batches = data.Batches(pictures, options.gen_batch_size, seed, "co-training order")
         self.generator = Generator(
             options.image_size, size.embed_dim, size.depths, rng, dtype=dtype, co_training=co_training
         )
@@ -575,7 +581,6 @@ class Trainer:
 
     def generator_step(self, rate, rng):
         """Update the generator through the discriminator's judgement of a batch of its pictures."""
-
         batch, sr_weight = self.options.gen_batch_size, self.options.sr_weight
 
         def scores(noise, draws, *real):
@@ -988,7 +993,7 @@ def schedule(text):
     if text == "none":
         return text
     try:
-        pairs = [(int(half_width), float(epoch)) for half_width, epoch in (pair.split(":") for pair in text.split(","))]
+        pairs = locality_pairs(text)
     except ValueError:
         pairs = [(0, 0.0)]
     growing = all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise([(0, 0.0), *pairs]))
@@ -1016,7 +1021,7 @@ def make_parser():
         "  python transgan.py --resume runs/NAME    go on where a run was stopped",
         epilog="A run's folder holds samples/ (step-*: grids of the same noise, over time; restored-*: real pictures made\n"
         "small, what the generator makes of them, and the originals), log.csv (a row a step; distance is the sliced\n"
-        "Wasserstein distance between generated and real pictures) and checkpoint.npz.",
+        "Wasserstein distance between generated and real pictures), checkpoint.npz, and locality.png where there is some.",
     )
     what = parser.add_argument_group("what to train")
     what.add_argument("--dataset", choices=DEFAULTS, help="pictures to learn (default: shapes, drawn by the program)")
