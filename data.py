@@ -4,11 +4,15 @@ Every data set becomes one array of bytes, (N, 3, H, W) in red, green, blue; onl
 
 Contents
     1. Errors and randomness  UserError, random_stream
-    2. CIFAR-10               download, load_cifar10, its archive and its pickles, which are never executed
-    3. Shapes                 draw_shapes, pictures that need no download
-    4. Batches and grids      load_pictures, Batches, save_grid
+    2. Archives               Archive, fetch, download: resumed where it broke off, and checked
+    3. CIFAR-10               load_cifar10, its archive and its pickles, which are never executed
+    4. Any pictures           load_folder, load_stl10, load_celeba: cropped, resized and decoded once, into a cache
+    5. Shapes                 draw_shapes, pictures that need no download
+    6. Batches and grids      load_pictures, Batches, save_grid
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import http.client
 import io
@@ -22,11 +26,18 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # --- 1. Errors and randomness -----------------------------------------------------------------------------------------
 
@@ -47,76 +58,137 @@ def random_stream(purpose, seed, number=0):
     return np.random.default_rng((seed, PURPOSES.index(purpose) + 1, number))
 
 
-# --- 2. CIFAR-10 ------------------------------------------------------------------------------------------------------
-# Krizhevsky 2009: 50,000 training and 10,000 test pictures of 32x32 in ten classes. TransGAN trains on the former.
-
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"
-CIFAR10_FOLDER = "cifar-10-batches-py"
-CIFAR10_TRAIN = [f"data_batch_{i}" for i in range(1, 6)]
-CIFAR10_FILES = [*CIFAR10_TRAIN, "test_batch", "batches.meta"]
-MAX_FILE = 64 << 20  # bytes of one extracted file; the real ones hold 31 MB
+# --- 2. Archives ------------------------------------------------------------------------------------------------------
 
 
-def load_cifar10(data_dir, url=CIFAR10_URL, md5=CIFAR10_MD5):
-    """CIFAR-10's 50,000 training pictures: bytes, (50000, 3, 32, 32).
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """A file that a data set is published as."""
 
-    Uses data_dir/cifar-10-batches-py as it lies; if there is none, checks and extracts data_dir's archive, downloading
-    it first where that is missing too. Raises UserError for whatever is wrong with network, archive or files.
+    name: str
+    url: str
+    md5: str  # hexadecimal, as published
+    page: str  # where a person can fetch it by hand
+
+
+CIFAR10 = Archive(
+    "cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+    "c58f30108f718f92721af3b95e74349a",
+    "https://www.cs.toronto.edu/~kriz/cifar.html",
+)
+STL10 = Archive(
+    "stl10_binary.tar.gz",
+    "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
+    "91f7769df0f17e558f3565bffb0c7dfb",
+    "https://cs.stanford.edu/~acoates/stl10/",
+)
+_CELEBA_KEY = "resourcekey=0-dYn9z10tMJOBAkviAcfdyQ"
+CELEBA = Archive(
+    "img_align_celeba.zip",
+    "https://drive.usercontent.google.com/download?export=download&confirm=t"
+    f"&id=0B7EVK8r0v71pZjFTYXZWM3FlRnM&{_CELEBA_KEY}",
+    "00d2c5bc6d35e252742224ab0c1e8fcb",
+    f"https://drive.google.com/file/d/0B7EVK8r0v71pZjFTYXZWM3FlRnM/view?{_CELEBA_KEY}",
+)
+
+
+def fetch(archive, data_dir):
+    """The path of an archive in the folder data_dir, downloaded if it is not there, and checked. Raises UserError."""
+    path = Path(data_dir) / archive.name
+    if path.exists():
+        check_md5(path, archive, path)
+    else:
+        download(archive, path)
+    return path
+
+
+class Progress:
+    """One line on standard error that changes while something goes on; nothing where that is no terminal."""
+
+    def __enter__(self):
+        self.live, self.shown = bool(sys.stderr and sys.stderr.isatty()), 0.0
+        return self
+
+    def __call__(self, text):
+        if self.live and time.monotonic() - self.shown > 0.2:
+            self.shown = time.monotonic()
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_):
+        if self.live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def download(archive, path):
+    """Fetch an Archive to `path`, showing progress on standard error, and check its sum.
+
+    What arrives is kept in path.part, so that the next call goes on where a connection broke off or a disk filled up (an
+    HTTP range request). The file appears under its own name only when it is whole and right. Raises UserError.
     """
-    folder = Path(data_dir) / CIFAR10_FOLDER
-    if not folder.is_dir():
-        archive = Path(data_dir) / "cifar-10-python.tar.gz"
-        if archive.exists():
-            check_md5(archive, md5, archive)
-        else:
-            download(url, archive, md5)
-        extract_cifar10(archive, folder)
-    return np.concatenate([read_cifar10(folder / name) for name in CIFAR10_TRAIN])
-
-
-def download(url, path, md5):
-    """Fetch `url` to `path`, showing progress on standard error, and check its md5 sum (hexadecimal).
-
-    The file appears under its name only when it is whole and right. Raises UserError, having removed the part it had.
-    """
-    path, part = Path(path), None
-    live = bool(sys.stderr and sys.stderr.isatty())
+    path = Path(path)
+    part, by_hand = path.with_name(path.name + ".part"), f"or fetch {archive.page} by hand and save it as {path}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            urllib.request.urlopen(url, timeout=60) as answer,
-            tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", delete=False) as out,
-        ):
-            part = Path(out.name)
-            total, done, shown = int(answer.headers.get("Content-Length") or 0), 0, 0.0
-            print(f"downloading {url}, {total / 1e6:.0f} MB, to {path.parent}", file=sys.stderr, flush=True)
-            while block := answer.read(1 << 18):
-                out.write(block)
-                done += len(block)
-                if live and time.monotonic() - shown > 0.2:
-                    shown = time.monotonic()
-                    percent = f" ({100 * done / total:.0f}%)" if total else ""
-                    print(f"\r{done / 1e6:.0f} MB{percent}", end="", file=sys.stderr, flush=True)
-        if live:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-        if done < total:
-            raise UserError(f"the download of {url} broke off after {done} of {total} bytes; start again to retry")
-        check_md5(part, md5, url)
+        with part.open("ab") as out:
+            if fcntl:
+                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _receive(archive, out, path, by_hand)
+        try:
+            check_md5(part, archive, archive.url)
+        except UserError:
+            part.unlink()
+            raise
         part.replace(path)
+    except BlockingIOError:
+        raise UserError(f"another run is downloading {path}; start again when it has finished") from None
     except (OSError, ValueError, http.client.HTTPException) as error:  # a malformed URL is a ValueError
         reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"cannot download {url} to {path}: {reason}; check the connection and the folder, "
-            "or train without a download: --dataset shapes"
+            f"cannot download {archive.url} to {path}: {reason}; start again to go on from what has arrived, {by_hand}"
         ) from None
     finally:
-        if part:
-            part.unlink(missing_ok=True)
+        if part.exists() and not part.stat().st_size:
+            part.unlink()
 
 
-def check_md5(path, md5, source):
-    """Raise UserError, naming `source`, where the file at `path` came from, unless it has this md5 sum (hexadecimal)."""
+def _receive(archive, out, path, by_hand):
+    """Append to the open file `out` what it lacks of an archive."""
+    done = out.tell()
+    request = urllib.request.Request(archive.url, headers={"Range": f"bytes={done}-"} if done else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and done:  # nothing comes after these bytes: they are all
+            return
+        raise
+    with answer, Progress() as progress:
+        block = answer.read(1 << 18)
+        if answer.status != 206:  # the file from its beginning, whatever was asked for
+            if block.lstrip()[:1] == b"<":
+                raise UserError(f"{archive.url} answered with a web page, not with {archive.name}; try later, {by_hand}")
+            out.truncate(done := 0)
+        total = done + int(answer.headers.get("Content-Length") or 0)
+        free = shutil.disk_usage(path.parent).free
+        if total - done > free:
+            raise UserError(
+                f"{archive.name} needs {(total - done) / 1e6:.0f} MB more and {path.parent} has {free / 1e6:.0f}; "
+                "free some, or choose another --data-dir"
+            )
+        print(f"downloading {archive.url}, {(total - done) / 1e6:.0f} MB, to {path}", file=sys.stderr, flush=True)
+        while block:
+            out.write(block)
+            done += len(block)
+            progress(f"{done / 1e6:.0f} MB" + (f" ({100 * done / total:.0f}%)" if total else ""))
+            block = answer.read(1 << 18)
+    if done < total:
+        raise UserError(
+            f"the download of {archive.url} broke off after {done} of {total} bytes; start again to go on from there"
+        )
+
+
+def check_md5(path, archive, source):
+    """Raise UserError, naming `source`, where the file at `path` came from, unless it has the archive's md5 sum."""
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with Path(path).open("rb") as file:
@@ -124,11 +196,32 @@ def check_md5(path, md5, source):
                 digest.update(block)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; delete it, or choose another --data-dir") from None
-    if digest.hexdigest() != md5:
+    if digest.hexdigest() != archive.md5:
         raise UserError(
-            f"{source} is not the file expected (md5 {digest.hexdigest()}, not {md5}); "
-            f"delete it if it lies here, and start again, or fetch {CIFAR10_URL} by hand into --data-dir"
+            f"{source} is not the file expected (md5 {digest.hexdigest()}, not {archive.md5}); "
+            f"delete it if it lies here, and start again, or fetch {archive.page} by hand into --data-dir"
         )
+
+
+# --- 3. CIFAR-10 ------------------------------------------------------------------------------------------------------
+# Krizhevsky 2009: 50,000 training and 10,000 test pictures of 32x32 in ten classes. TransGAN trains on the former.
+
+CIFAR10_FOLDER = "cifar-10-batches-py"
+CIFAR10_TRAIN = [f"data_batch_{i}" for i in range(1, 6)]
+CIFAR10_FILES = [*CIFAR10_TRAIN, "test_batch", "batches.meta"]
+MAX_FILE = 64 << 20  # bytes of one extracted file; the real ones hold 31 MB
+
+
+def load_cifar10(data_dir, archive=CIFAR10):
+    """CIFAR-10's 50,000 training pictures: bytes, (50000, 3, 32, 32).
+
+    Uses data_dir/cifar-10-batches-py as it lies; if there is none, checks and extracts data_dir's archive, downloading
+    it first where that is missing too. Raises UserError for whatever is wrong with network, archive or files.
+    """
+    folder = Path(data_dir) / CIFAR10_FOLDER
+    if not folder.is_dir():
+        extract_cifar10(fetch(archive, data_dir), folder)
+    return np.concatenate([read_cifar10(folder / name) for name in CIFAR10_TRAIN])
 
 
 def extract_cifar10(archive, folder):
@@ -244,7 +337,195 @@ class _CifarUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module!r}.{name!r}, which no picture needs")
 
 
-# --- 3. Shapes --------------------------------------------------------------------------------------------------------
+# --- 4. Any pictures --------------------------------------------------------------------------------------------------
+
+CACHE = ".pictures"  # how the name of a cache ends
+CHUNK = 1024  # pictures that are decoded at once
+
+
+def fit(picture, side):
+    """The largest square in the middle of a Pillow picture of any mode, resized (bicubic): bytes, (3, side, side).
+
+    A photograph is turned upright first, and what is transparent becomes white.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits of grey, of which Pillow would cut off all above 255
+        picture = Image.fromarray((np.clip(np.asarray(picture), 0, 65535) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        ground = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
+    picture = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
+def decode(names, opened, side, source):
+    """Yield the pictures `opened(name)`, paths or files that Pillow can open, as bytes (n, 3, side, side), n <= CHUNK.
+
+    Names on standard error what cannot be read, and skips it. Raises UserError, naming `source`, if nothing can.
+    """
+
+    def one(name):
+        try:
+            with Image.open(opened(name)) as picture:
+                picture.draft(None, (2 * side, 2 * side))  # a JPEG may come smaller, if not too small: that is faster
+                return fit(picture, side)
+        except Exception as error:  # Pillow's many readers raise anything at all on a damaged file
+            return f"{name!r}: {str(error) or type(error).__name__}"
+
+    skipped = []
+    with futures.ThreadPoolExecutor() as pool, Progress() as progress:
+        for first in range(0, len(names), CHUNK):
+            results = list(pool.map(one, names[first : first + CHUNK]))
+            skipped += [result for result in results if isinstance(result, str)]
+            if pictures := [result for result in results if not isinstance(result, str)]:
+                yield np.stack(pictures)
+            progress(f"decoding {source}: {first + len(results):,} of {len(names):,} pictures")
+    if len(skipped) == len(names):
+        first = f" ({skipped[0]})" if skipped else ""
+        raise UserError(f"{source} holds no picture that can be read{first}; name a folder of pictures as --dataset")
+    for line in skipped[:10]:
+        print(f"skipped {line}", file=sys.stderr)
+    if skipped[10:]:
+        print(f"skipped {len(skipped) - 10} more of {source}'s {len(names):,} files", file=sys.stderr)
+
+
+def cached(path, side, chunks):
+    """The pictures in the file `path`: bytes, (N, 3, side, side), left on disk until they are used (a memory map).
+
+    The file holds nothing but these bytes. Where it is missing, it is first made of `chunks()`, which yields arrays
+    (n, 3, side, side), and appears when it is whole. Raises UserError.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with part.open("wb") as file:
+                for pictures in chunks():
+                    file.write(pictures.tobytes())
+            part.replace(path)
+        count = path.stat().st_size // (3 * side * side)
+        return np.memmap(path, np.uint8, "r", shape=(count, 3, side, side)).view(np.ndarray)
+    except (OSError, ValueError) as error:  # a file without a single picture cannot be mapped
+        raise UserError(
+            f"cannot keep the decoded pictures in {path}: {getattr(error, 'strerror', None) or error}; "
+            "delete it if it is there, free some space, or choose another --data-dir"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def load_folder(folder, data_dir, side):
+    """All pictures in a folder and its subfolders, but hidden ones: bytes, (N, 3, side, side), in order of their names.
+
+    They are decoded once, into a cache in data_dir that goes by the names, sizes and times of all files, so that it is made
+    anew when one changes. Raises UserError.
+    """
+
+    def skip(error):
+        print(f"skipped {error.filename!r}: {error.strerror}", file=sys.stderr)
+
+    folder, data_dir, files = Path(folder).resolve(), Path(data_dir), {}
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; say where the pictures are with --dataset")
+    try:
+        for parent, folders, names in os.walk(folder, onerror=skip):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for path in (Path(parent, name) for name in names if not name.startswith(".") and CACHE not in name):
+                if path.is_file():
+                    state = path.stat()
+                    files[path.relative_to(folder).as_posix()] = (state.st_size, state.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}; name another folder as --dataset") from None
+    if not files:
+        raise UserError(f"{folder} holds no files; name a folder of pictures as --dataset")
+    names = sorted(files)
+    stem = f"{folder.name}-{side}-{_digest(str(folder))}-"
+    cache = data_dir / f"{stem}{_digest(repr([(name, files[name]) for name in names]))}{CACHE}"
+    pictures = cached(cache, side, lambda: decode(names, folder.joinpath, side, folder))
+    for old in data_dir.iterdir():
+        if old.name.startswith(stem) and old.name.endswith(CACHE) and old != cache:
+            old.unlink()
+    return pictures
+
+
+def _digest(text):
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+STL10_FILE = "stl10_binary/unlabeled_X.bin"
+STL10_SIDE = 96  # pixels a side, as published
+
+
+def load_stl10(data_dir, side=48, archive=STL10):
+    """STL-10's 100,000 unlabeled pictures (Coates et al. 2011), resized: bytes, (100000, 3, side, side).
+
+    Read out of data_dir's archive, which is downloaded where it is missing, without extracting it; or out of
+    data_dir/stl10_binary/unlabeled_X.bin if that lies there. Raises UserError.
+    """
+
+    def chunks():
+        plain = Path(data_dir) / STL10_FILE
+        source = plain if plain.exists() else fetch(archive, data_dir)
+        try:
+            if source == plain:
+                with plain.open("rb") as file:
+                    yield from pictures(file, source)
+                return
+            with tarfile.open(source, "r|gz") as tar:  # a stream, read once from beginning to end
+                for member in tar:
+                    if member.name == STL10_FILE and member.isfile():
+                        yield from pictures(tar.extractfile(member), source)
+                        return
+            raise UserError(f"{source} is not STL-10: it holds no {STL10_FILE}; delete it and start again")
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            raise UserError(f"cannot read {source}: {error}; if it is damaged, delete it and start again") from None
+
+    def pictures(file, source):
+        size, count = 3 * STL10_SIDE**2, 0
+        with Progress() as progress:
+            while block := file.read(CHUNK * size):
+                if len(block) % size:
+                    raise UserError(f"{source}: {STL10_FILE} ends within a picture; delete it and start again")
+                columns = np.frombuffer(block, np.uint8).reshape(-1, 3, STL10_SIDE, STL10_SIDE)  # (n, 3, W, H)
+                yield np.stack([fit(Image.fromarray(x), side) for x in columns.transpose(0, 3, 2, 1)])
+                count += len(columns)
+                progress(f"decoding {source}: {count:,} pictures")
+        if not count:
+            raise UserError(f"{source}: {STL10_FILE} is empty; delete it and start again")
+
+    return cached(Path(data_dir) / f"stl10-{side}{CACHE}", side, chunks)
+
+
+def load_celeba(data_dir, side=64, archive=CELEBA):
+    """CelebA's 202,599 aligned faces (Liu et al. 2015), their middle squares resized: bytes, (202599, 3, side, side).
+
+    Read out of data_dir's archive, which is downloaded where it is missing, without extracting it; or out of the folder
+    data_dir/img_align_celeba if that lies there. Raises UserError.
+    """
+
+    def chunks():
+        path = fetch(archive, data_dir)
+        try:
+            with zipfile.ZipFile(path) as file:
+                faces = {face.filename: face.file_size for face in file.infolist() if face.filename.endswith(".jpg")}
+
+                def opened(name):
+                    if faces[name] > MAX_FILE:
+                        raise ValueError("it is too large for a face of CelebA")
+                    return io.BytesIO(file.read(name))
+
+                yield from decode(sorted(faces), opened, side, path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"cannot read {path}: {error}; if it is damaged, delete it and start again") from None
+
+    folder = Path(data_dir) / "img_align_celeba"
+    if folder.is_dir():
+        return load_folder(folder, data_dir, side)
+    return cached(Path(data_dir) / f"celeba-{side}{CACHE}", side, chunks)
+
+
+# --- 5. Shapes --------------------------------------------------------------------------------------------------------
 
 PALETTE = [(225, 45, 45), (245, 200, 40), (50, 185, 75), (45, 105, 230), (240, 240, 240), (165, 60, 200)]
 GROUNDS = [(25, 25, 35), (20, 45, 85), (70, 35, 30), (25, 65, 45)]
@@ -279,18 +560,21 @@ def draw_shapes(count, image_size=16, seed=0):
     return pictures
 
 
-# --- 4. Batches and grids ---------------------------------------------------------------------------------------------
+# --- 6. Batches and grids ---------------------------------------------------------------------------------------------
 
 SHAPES_COUNT = 8192
+SIDES = {"cifar10": 32, "stl10": 48, "celeba": 64}  # pixels a side of the published data sets, as the paper has them
 
 
 def load_pictures(dataset, data_dir, image_size):
-    """All pictures of a data set, "cifar10" or "shapes": bytes, (N, 3, image_size, image_size). Raises UserError."""
+    """All pictures of a data set: bytes, (N, 3, image_size, image_size).
+
+    dataset: "shapes", one of SIDES, whose image_size that must be, or the path of a folder. Raises UserError.
+    """
     if dataset == "shapes":
         return draw_shapes(SHAPES_COUNT, image_size)
-    if image_size != 32:
-        raise UserError(f"CIFAR-10's pictures are 32 pixels a side, not {image_size}; leave out --image-size")
-    return load_cifar10(data_dir)
+    published = {"cifar10": load_cifar10, "stl10": load_stl10, "celeba": load_celeba}
+    return published[dataset](data_dir) if dataset in published else load_folder(dataset, data_dir, image_size)
 
 
 class Batches:

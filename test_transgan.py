@@ -29,14 +29,18 @@ import operator
 import os
 import pickle
 import re
+import shlex
+import shutil
 import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import tracemalloc
 import types
 import warnings
+import zipfile
 from pathlib import Path
 
 import transgan  # before NumPy: it decides how many threads NumPy's matrix products use
@@ -800,6 +804,29 @@ def test_parameter_counts_to_the_last_one(size):
     assert [int(total.replace(",", "")) for total in totals] == [generator, discriminator]
 
 
+def test_the_papers_sizes_of_pictures():
+    """48x48 starts from 12x12 in three stages, 64x64 from 8x8 in four, of 5, 4, 4, 2 blocks for XL; patches make 8x8."""
+    for preset, start, depths, widths in (
+        ("cifar10-S", 8, (5, 2, 2), (384, 96, 24)),
+        ("stl10-XL", 12, (5, 4, 2), (1024, 256, 64)),
+        ("celeba-XL", 8, (5, 4, 4, 2), (1024, 256, 64, 16)),
+    ):
+        options, _ = transgan.choose_options(transgan.make_parser().parse_args(["--preset", preset]))
+        size, side = transgan.SIZES[options.size], options.image_size
+        assert transgan.stage_depths(options.size, side) == depths
+        generator = transgan.Generator(side, size.embed_dim, depths, Zeros())
+        assert generator.start == start
+        positions = [stage.position.shape for stage in generator.stages]
+        assert positions == [(1, (start * 2**k) ** 2, width) for k, width in enumerate(widths)]
+        assert [len(stage.blocks) for stage in generator.stages] == list(depths)
+        discriminator = transgan.Discriminator(side, options.patch_size, size.disc_embed_dim, size.disc_depth, Zeros())
+        assert discriminator.position.shape == (1, 65, 384)
+        totals = [int(x.replace(",", "")) for x in re.findall(r"total +([\d,]+)", transgan.summary(options))]
+        assert totals == [count(generator), count(discriminator)]
+    assert transgan.stage_depths("M", 64) == (5, 2, 2, 2)
+    assert transgan.stage_depths("S", 64) == (5, 2, 2)  # 384 / 64 = 6 does not divide among four heads
+
+
 def test_summary_counts_multiply_adds_as_a_forward_pass_makes_them(monkeypatch):
     made, linear, attention = [], ag.linear, ag.attention
 
@@ -1083,6 +1110,32 @@ def test_threads_share_a_batch_without_changing_the_step(loss, small):
         runs.append(state_of(trainer))
     assert_same_state(runs[0], runs[1], 1e-9)
     assert_same_state(runs[0], runs[2], 1e-9)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+def test_accumulating_gives_the_gradients_of_the_whole_batch(loss, threads, small):
+    """Also those of the loss's (mean D(real))^2, which is no sum over the parts, and with fewer samples than parts."""
+    runs = []
+    for accumulate in (1, 2, 4, 50):
+        trainer = small_trainer(threads, np.float64, loss=loss, accumulate=accumulate, diff_aug=POLICY)
+        losses = [float(x) for _ in range(3) for x in trainer.train_step().values() if x is not None]
+        runs.append(state_of(trainer) | {"losses": np.array(losses)})
+    for run in runs[1:]:
+        assert_same_state(runs[0], run, 1e-9)
+
+
+@on_cpu
+def test_accumulating_saves_memory(small):
+    peaks = []
+    for accumulate in (1, 8):
+        trainer = small_trainer(1, image_size=16, batch_size=32, gen_batch_size=32, accumulate=accumulate)
+        trainer.train_step()
+        tracemalloc.start()
+        trainer.train_step()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] / 4
 
 
 def test_rate_decays_in_a_line_and_the_average_follows(small, monkeypatch):
@@ -1465,33 +1518,45 @@ def write_archive(path, files, kind=tarfile.REGTYPE):
     return path.read_bytes()
 
 
-def md5(content):
-    return hashlib.md5(content).hexdigest()
+def of(archive, content, url="http://127.0.0.1:9/x"):
+    """The same archive, but with the sum of `content`, at `url`, where nobody listens by default."""
+    return dataclasses.replace(archive, url=url, md5=hashlib.md5(content).hexdigest())
 
 
 EXPECTED = np.concatenate([cifar_batch(i)[b"data"] for i in range(5)]).reshape(-1, 3, 32, 32)
 
 
 @contextlib.contextmanager
-def server(content, status=200, announced=None):
-    """Serve `content` on 127.0.0.1 under every path, saying that it has `announced` bytes: its address, the requests."""
-    requests = []
+def server(content, status=200, announced=None, cuts=(), ranges=True):
+    """Serve `content` on 127.0.0.1 under every path: the address, and the range that each request asked for.
+
+    status, announced: what the answer says of itself and of its length. cuts: after how many bytes the first connections
+    break. ranges: whether requests for a range are obeyed, or answered with everything.
+    """
+    requests, cuts = [], list(cuts)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            requests.append(self.path)
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content) if announced is None else announced))
+            asked = self.headers["Range"]
+            requests.append(asked)
+            start = int(asked[len("bytes=") : -1]) if asked and ranges else 0
+            if start and start >= len(content):
+                self.send_error(416)
+                return
+            self.send_response(206 if start else status)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Length", str(len(content) - start if announced is None else announced))
             self.end_headers()
-            self.wfile.write(content)
+            self.wfile.write(content[start:][: cuts.pop(0) if cuts else None])
 
         def log_message(self, *args):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         try:
-            yield f"http://127.0.0.1:{running.server_port}/cifar-10-python.tar.gz", requests
+            yield f"http://127.0.0.1:{running.server_port}/archive", requests
         finally:
             running.shutdown()
 
@@ -1505,52 +1570,257 @@ def leftovers(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
-def test_cifar10_is_downloaded_checked_and_extracted_once(tmp_path, capsys):
-    archive = write_archive(tmp_path / "made.tar.gz", cifar_files())
+def slope(height, width, number=0):
+    """A picture that gets redder downwards and greener to the right: bytes (height, width, 3)."""
+    picture = np.empty((height, width, 3), np.uint8)
+    picture[..., 0] = np.linspace(0, 250, height)[:, None]
+    picture[..., 1] = np.linspace(0, 250, width)
+    picture[..., 2] = 40 * number
+    return picture
+
+
+def encoded(picture, kind="PNG", **options):
+    out = io.BytesIO()
+    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(out, kind, **options)
+    return out.getvalue()
+
+
+def cifar10_archive():
+    """CIFAR-10's archive with eight pictures a batch, and what is to be read from it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return write_archive(Path(folder) / "x", cifar_files()), EXPECTED, 0
+
+
+def stl10_archive():
+    """STL-10's, with five unlabeled pictures: each channel column by column, as published."""
+    out, pictures = io.BytesIO(), np.stack([slope(96, 96, i) for i in range(5)])
+    columns = pictures.transpose(0, 3, 2, 1).tobytes()
+    files = {"test_X.bin": columns[:27648], "test_y.bin": b"\1", "train_X.bin": columns[:27648], "train_y.bin": b"\1",
+             "unlabeled_X.bin": columns, "class_names.txt": b"airplane\n", "fold_indices.txt": b"0\n"}  # fmt: skip
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"stl10_binary/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    halves = pictures.reshape(5, 48, 2, 48, 2, 3).mean(axis=(2, 4)).transpose(0, 3, 1, 2)
+    return out.getvalue(), halves, 2
+
+
+def celeba_archive():
+    """CelebA's, with five faces of 178x218, red above and below the square in the middle; and a file that is no picture."""
+    out, faces = io.BytesIO(), []
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("img_align_celeba/", b"")
+        for i in (3, 1, 2, 5, 4):
+            face = np.full((218, 178, 3), (255, 0, 0), np.uint8)
+            face[20:198] = slope(178, 178, i)
+            archive.writestr(f"img_align_celeba/00000{i}.jpg", encoded(face, "JPEG", quality=95))
+        archive.writestr("img_align_celeba/readme.txt", b"no picture")
+    nearest = np.linspace(1, 176, 64).round().astype(int)
+    for i in range(1, 6):
+        faces.append(slope(178, 178, i)[nearest[:, None], nearest].transpose(2, 0, 1))
+    return out.getvalue(), np.stack(faces), 12
+
+
+PUBLISHED = {
+    "cifar10": (data.CIFAR10, cifar10_archive, data.load_cifar10),
+    "stl10": (data.STL10, stl10_archive, lambda folder, archive: data.load_stl10(folder, 48, archive)),
+    "celeba": (data.CELEBA, celeba_archive, lambda folder, archive: data.load_celeba(folder, 64, archive)),
+}
+each_data_set = pytest.mark.parametrize("name", PUBLISHED)
+
+
+def assert_pictures(pictures, expected, tolerance):
+    assert pictures.dtype == np.uint8
+    assert pictures.shape == expected.shape
+    distance = np.abs(pictures.astype(float) - expected)
+    if tolerance:  # JPEG and bicubic are near: exactly so away from the edges
+        assert distance.mean() < tolerance / 4
+        distance = distance[..., 2:-2, 2:-2]
+    assert distance.max() <= tolerance
+
+
+@each_data_set
+def test_a_published_data_set_is_downloaded_checked_and_read_once(name, tmp_path, capsys):
+    published, make, load = PUBLISHED[name]
+    content, *expected = make()
     folder = tmp_path / "data"
-    with server(archive) as (url, requests):
+    with server(content) as (url, requests):
         for _ in range(2):
-            np.testing.assert_array_equal(data.load_cifar10(folder, url, md5(archive)), EXPECTED)
-    assert len(requests) == 1
+            pictures = load(folder, of(published, content, url))
+            assert_pictures(pictures, *expected)
+    assert requests == [None]
     assert f"downloading {url}" in capsys.readouterr().err
-    files = [f"{data.CIFAR10_FOLDER}/{name}" for name in sorted(data.CIFAR10_FILES)]
-    assert leftovers(folder) == [data.CIFAR10_FOLDER, *files, "cifar-10-python.tar.gz"]
+    assert (folder / published.name).read_bytes() == content
+    rest = [f"{data.CIFAR10_FOLDER}/{x}" for x in sorted(data.CIFAR10_FILES)]
+    rest = {"cifar10": [data.CIFAR10_FOLDER, *rest], "stl10": ["stl10-48.pictures"], "celeba": ["celeba-64.pictures"]}
+    assert leftovers(folder) == sorted([published.name, *rest[name]])
 
 
-def test_an_archive_or_a_folder_that_lies_there_is_used(tmp_path):
-    archive = write_archive(tmp_path / "cifar-10-python.tar.gz", cifar_files())
-    np.testing.assert_array_equal(data.load_cifar10(tmp_path, "http://127.0.0.1:9/", md5(archive)), EXPECTED)
-    (tmp_path / "cifar-10-python.tar.gz").unlink()
-    np.testing.assert_array_equal(data.load_cifar10(tmp_path, "http://127.0.0.1:9/"), EXPECTED)
+@each_data_set
+def test_an_archive_that_lies_there_is_used_and_what_was_made_of_it_too(name, tmp_path):
+    published, make, load = PUBLISHED[name]
+    content, *expected = make()
+    (tmp_path / published.name).write_bytes(content)
+    assert_pictures(load(tmp_path, of(published, content)), *expected)
+    (tmp_path / published.name).unlink()
+    assert_pictures(load(tmp_path, published), *expected)
 
 
+def test_files_that_a_person_extracted_are_used(tmp_path):
+    content, *expected = stl10_archive()
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        (tmp_path / "stl10_binary").mkdir()
+        (tmp_path / data.STL10_FILE).write_bytes(tar.extractfile(data.STL10_FILE).read())
+    assert_pictures(data.load_stl10(tmp_path), *expected)
+    content, *expected = celeba_archive()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        archive.extractall(tmp_path)
+    assert_pictures(data.load_celeba(tmp_path), *expected)
+
+
+@each_data_set
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_broke_off_goes_on_where_it_did(name, ranges, tmp_path):
+    published, make, load = PUBLISHED[name]
+    content, *expected = make()
+    half, most = len(content) // 2, len(content) * 3 // 4
+    with server(content, cuts=[half, most - half if ranges else most], ranges=ranges) as (url, requests):
+        archive = of(published, content, url)
+        for done in (half, most):
+            with pytest.raises(UserError, match=f"broke off after {done} of {len(content)} bytes; start again to go on"):
+                load(tmp_path, archive)
+            assert leftovers(tmp_path) == [published.name + ".part"]
+            assert (tmp_path / leftovers(tmp_path)[0]).read_bytes() == content[:done]
+        assert_pictures(load(tmp_path, archive), *expected)
+    assert requests == [None, f"bytes={half}-", f"bytes={most}-"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+@each_data_set
+def test_a_part_that_is_the_whole_is_taken_and_a_wrong_one_thrown_away(name, tmp_path):
+    published, make, load = PUBLISHED[name]
+    content, *expected = make()
+    part = tmp_path / (published.name + ".part")
+    for kept, fits in ((content + b"more", False), (b"x" + content[1:-9], False), (content, True)):
+        part.write_bytes(kept)
+        with server(content) as (url, requests):
+            archive = of(published, content, url)
+            if not fits:
+                with pytest.raises(UserError, match="is not the file expected"):
+                    load(tmp_path, archive)
+                assert leftovers(tmp_path) == []
+                continue
+            assert_pictures(load(tmp_path, archive), *expected)
+            assert requests == [f"bytes={len(content)}-"]
+
+
+@each_data_set
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        (b"x" * 1000, {"announced": 5000}, "broke off after 1000 of 5000 bytes"),
         (b"", {"announced": 5000}, "broke off after 0 of 5000 bytes"),
-        (b"<html>sorry</html>", {}, "is not the file expected"),
-        (b"gone", {"status": 404}, "Not Found"),
+        (b"\x1f\x8b wrong", {}, "is not the file expected .* fetch .* by hand"),
+        (
+            b" <html>try later</html>",
+            {},
+            "answered with a web page, not with .*; try later, or fetch .* by hand and save it as",
+        ),
+        (b"gone", {"status": 404}, "Not Found.* fetch .* by hand"),
         (b"", {"status": 503}, "Service Unavailable"),
     ],
 )
-def test_a_bad_download_says_so_and_leaves_nothing(tmp_path, content, options, message):
+def test_a_bad_download_says_so_and_leaves_nothing(name, tmp_path, content, options, message):
+    published, _, load = PUBLISHED[name]
     with server(content, **options) as (url, _), pytest.raises(UserError, match=message) as caught:
-        data.load_cifar10(tmp_path, url)
+        load(tmp_path, of(published, b"another", url))
     assert "\n" not in str(caught.value)
+    assert "by hand" not in message or published.page in str(caught.value)
     assert leftovers(tmp_path) == []
 
 
-def test_no_server_no_address_no_folder(tmp_path):
+def test_a_web_page_does_not_cost_what_has_arrived(tmp_path):
+    content, *_ = cifar10_archive()
+    part = tmp_path / (data.CIFAR10.name + ".part")
+    part.write_bytes(content[:1000])
+    with server(b"<!doctype html>", ranges=False) as (url, _), pytest.raises(UserError, match="web page"):
+        data.load_cifar10(tmp_path, of(data.CIFAR10, content, url))
+    assert part.read_bytes() == content[:1000]
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Within this context, the system refuses to let a file grow larger than so many bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@each_data_set
+def test_a_disk_that_fills_up_during_a_download_costs_nothing(name, tmp_path):
+    published, make, load = PUBLISHED[name]
+    content, *expected = make()
+    with server(content) as (url, _):
+        archive = of(published, content, url)
+        with (
+            files_of_at_most(len(content) // 2),
+            pytest.raises(UserError, match="cannot download .* File too large; start"),
+        ):
+            load(tmp_path, archive)
+        assert leftovers(tmp_path) == [published.name + ".part"]
+        assert_pictures(load(tmp_path, archive), *expected)
+
+
+@each_data_set
+def test_a_disk_that_fills_up_while_reading_leaves_nothing_half_written(name, tmp_path):
+    published, make, load = PUBLISHED[name]
+    content, *expected = make()
+    (tmp_path / published.name).write_bytes(content)
+    with files_of_at_most(10_000), pytest.raises(UserError, match="File too large") as caught:
+        load(tmp_path, of(published, content))
+    assert "\n" not in str(caught.value)
+    assert leftovers(tmp_path) == [published.name]
+    assert_pictures(load(tmp_path, of(published, content)), *expected)
+
+
+def test_a_disk_too_small_is_noticed_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5_000_000))
+    with (
+        server(b"x", announced=9_000_000) as (url, _),
+        pytest.raises(UserError, match="needs 9 MB more and .* has 5; free"),
+    ):
+        data.load_cifar10(tmp_path, of(data.CIFAR10, b"x", url))
+    assert leftovers(tmp_path) == []
+
+
+def test_two_runs_do_not_download_into_one_file(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    part = tmp_path / (data.CIFAR10.name + ".part")
+    with part.open("wb") as file:
+        file.write(b"half")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is downloading"):
+            data.load_cifar10(tmp_path)
+    assert part.read_bytes() == b"half"
+
+
+@each_data_set
+def test_no_server_no_address_no_folder(name, tmp_path):
+    published, _, load = PUBLISHED[name]
     for url in ("http://127.0.0.1:9/x", "http://[::1", "nonsense"):
-        with pytest.raises(UserError, match="cannot download .* --dataset shapes"):
-            data.load_cifar10(tmp_path, url)
+        with pytest.raises(UserError, match="cannot download .* by hand and save it as"):
+            load(tmp_path, dataclasses.replace(published, url=url))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot download"):
-        data.load_cifar10(tmp_path / "file" / "data", "http://127.0.0.1:9/x")
-    (tmp_path / "cifar-10-python.tar.gz").mkdir()
+    with pytest.raises(UserError, match="cannot download|cannot keep"):
+        load(tmp_path / "file" / "data", of(published, b""))
+    (tmp_path / published.name).mkdir()
     with pytest.raises(UserError, match="cannot read .* choose another --data-dir"):
-        data.load_cifar10(tmp_path)
+        load(tmp_path, published)
 
 
 def bad_archives():
@@ -1565,23 +1835,51 @@ def bad_archives():
 
 @pytest.mark.parametrize(("make", "message"), [pytest.param(m, t, id=n) for n, m, t in bad_archives()])
 def test_a_bad_archive_says_so_and_leaves_nothing_half_written(tmp_path, make, message):
-    archive = tmp_path / "cifar-10-python.tar.gz"
+    archive = tmp_path / data.CIFAR10.name
     make(archive)
     with pytest.raises(UserError, match="is not the file expected") as caught:
         data.load_cifar10(tmp_path)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=message) as caught:
-        data.load_cifar10(tmp_path, md5=md5(archive.read_bytes()))
+        data.load_cifar10(tmp_path, of(data.CIFAR10, archive.read_bytes()))
     assert "\n" not in str(caught.value)
-    assert leftovers(tmp_path) == ["cifar-10-python.tar.gz"]
+    assert leftovers(tmp_path) == [data.CIFAR10.name]
+
+
+@pytest.mark.parametrize("name", ["stl10", "celeba"])
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "other", "cut picture", "no picture"])
+def test_a_damaged_archive_makes_no_cache(name, damage, tmp_path, capsys):
+    published, make, load = PUBLISHED[name]
+    content, *_ = make()
+    other = io.BytesIO()
+    if name == "stl10":
+        size = 27647 if damage == "cut picture" else 0
+        file = "other" if damage == "other" else data.STL10_FILE
+        with tarfile.open(fileobj=other, mode="w:gz") as tar:
+            member = tarfile.TarInfo(file)
+            member.size = size
+            tar.addfile(member, io.BytesIO(b"x" * size))
+    else:
+        with zipfile.ZipFile(other, "w") as archive:
+            archive.writestr("other" if damage == "other" else "img_align_celeba/1.jpg", b"x")
+    content = {"truncated": content[:-300], "text": b"hello" * 100, "empty": b""}.get(damage, other.getvalue())
+    (tmp_path / published.name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, of(published, content))
+    assert "\n" not in str(caught.value)
+    assert leftovers(tmp_path) == [published.name]
 
 
 def test_a_file_too_large_is_not_extracted(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MAX_FILE", 100)
-    archive = write_archive(tmp_path / "cifar-10-python.tar.gz", cifar_files())
+    archive = write_archive(tmp_path / data.CIFAR10.name, cifar_files())
     with pytest.raises(UserError, match="size"):
-        data.load_cifar10(tmp_path, md5=md5(archive))
-    assert leftovers(tmp_path) == ["cifar-10-python.tar.gz"]
+        data.load_cifar10(tmp_path, of(data.CIFAR10, archive))
+    assert leftovers(tmp_path) == [data.CIFAR10.name]
+    content, *_ = celeba_archive()
+    (tmp_path / data.CELEBA.name).write_bytes(content)
+    with pytest.raises(UserError, match="no picture that can be read .*too large for a face"):
+        data.load_celeba(tmp_path, 64, of(data.CELEBA, content))
 
 
 class Command:
@@ -1674,6 +1972,139 @@ def test_damaged_pickles_only_ever_raise_our_own_error(tmp_path_factory, where, 
     path.write_bytes(content[:cut])
     with contextlib.suppress(UserError):
         assert data.read_cifar10(path).shape == (1, 3, 32, 32)
+
+
+def picture_kinds():
+    """Files of many formats and modes, all showing the same slope; the tolerance is in steps of brightness."""
+    picture = slope(60, 60)
+    image = Image.fromarray(picture)
+    grey = Image.fromarray(picture[..., 0])
+    transparent = image.convert("RGBA")
+    transparent.putalpha(0)
+    turned, exif = image.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    grey3 = picture[..., :1].repeat(3, axis=2)
+    yield "a.png", encoded(image), picture, 1
+    yield "b.jpg", encoded(image, "JPEG", quality=95), picture, 8
+    yield "c.bmp", encoded(image, "BMP"), picture, 1
+    yield "d.webp", encoded(image, "WEBP", lossless=True), picture, 1
+    yield "e.tiff", encoded(image, "TIFF"), picture, 1
+    yield "f.PNG", encoded(image.convert("P", palette=Image.Palette.ADAPTIVE, colors=256)), picture, 40
+    yield "g.gif", encoded(image, "GIF", save_all=True, append_images=[grey]), picture, 60
+    yield "h.png", encoded(grey), grey3, 1
+    yield "i.jpeg", encoded(image.convert("CMYK"), "JPEG", quality=95), picture, 8
+    yield "j.png", encoded(transparent), np.full_like(picture, 255), 0
+    yield "k.png", encoded(Image.fromarray(picture[..., 0].astype(np.uint16) * 257)), grey3, 1
+    yield "l.jpg", encoded(turned, "JPEG", quality=95, exif=exif), picture, 8
+    yield "m.png", encoded(image.convert("1", dither=0)), None, 0
+    yield "n", encoded(image), picture, 1  # a file whose name tells nothing
+
+
+def test_a_picture_of_any_format_and_mode_is_read(tmp_path):
+    for name, content, _, _ in picture_kinds():
+        (tmp_path / name).write_bytes(content)
+    pictures = data.load_folder(tmp_path, tmp_path / "cache", 30)
+    kinds = list(picture_kinds())
+    assert pictures.shape == (len(kinds), 3, 30, 30)
+    for picture, (name, _, expected, tolerance) in zip(pictures, kinds, strict=True):
+        if expected is not None:
+            halves = expected.reshape(30, 2, 30, 2, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
+            distance = np.abs(picture - halves)[..., 1:-1, 1:-1]
+            assert distance.max() <= tolerance + 3 * (tolerance > 0), name
+
+
+@given(square=st.integers(16, 90), more=st.integers(0, 60), tall=st.booleans(), side=st.sampled_from([4, 8]))
+@settings(max_examples=50)
+def test_the_middle_square_of_a_picture_is_taken(square, more, tall, side):
+    """A blue square with a green first quarter, red on both sides: the result is the square, and nothing of the red."""
+    picture, edge = np.full((square, square + 2 * more, 3), (255, 0, 0), np.uint8), square // 4
+    picture[:, more : more + square] = (0, 0, 255)
+    picture[:, more : more + edge] = (0, 255, 0)
+    fitted = data.fit(Image.fromarray(picture.swapaxes(0, 1) if tall else picture), side)
+    assert fitted.shape == (3, side, side)
+    fitted = fitted.swapaxes(1, 2) if tall else fitted
+    assert fitted[0, :, 1:-1].max() < 10
+    assert fitted[1, :, 0].min() > 180
+    assert fitted[2, :, side // 2 :].min() > 180
+    assert fitted[0, :, -1].max() < 90
+
+
+def test_a_folder_is_decoded_once_and_again_when_it_changes(tmp_path, capsys, monkeypatch):
+    folder, cache = tmp_path / "faces [1]", tmp_path / "data"
+    (folder / "more" / "deep").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    names = ["b.png", "a.png", "more/c.png", "more/deep/d.png"]
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(encoded(np.full((9, 9, 3), i, np.uint8)))
+    for name in (".DS_Store", ".hidden/e.png"):
+        (folder / name).write_bytes(encoded(np.full((9, 9, 3), 99, np.uint8)))
+    (folder / "notes.txt").write_text("no picture")
+    noise = np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)
+    (folder / "cut.png").write_bytes(encoded(noise)[:700])
+    decoded, fit = [], data.fit
+    monkeypatch.setattr(data, "fit", lambda picture, side: decoded.append(side) or fit(picture, side))
+
+    def load(side=8):
+        decoded.clear()
+        capsys.readouterr()
+        return data.load_folder(folder, cache, side)[:, 0, 0, 0].tolist(), len(decoded), capsys.readouterr().err
+
+    first = load()
+    assert first[0] == [1, 0, 2, 3]  # in the order of their names
+    assert "skipped 'cut.png'" in first[2]
+    assert "skipped 'notes.txt'" in first[2]
+    assert "hidden" not in first[2]
+    assert load() == ([1, 0, 2, 3], 0, "")
+    (folder / "e.png").write_bytes(encoded(np.full((9, 9, 3), 4, np.uint8)))
+    assert load()[0] == [1, 0, 4, 2, 3]
+    os.utime(folder / "e.png", ns=(1, 1))
+    assert load()[1] == 6
+    (folder / "b.png").unlink()
+    assert load()[0] == [1, 4, 2, 3]
+    assert len(leftovers(cache)) == 1
+    assert load(16)[1] == 5
+    assert load()[1] == 0
+    assert len(leftovers(cache)) == 2
+    assert data.load_folder(folder, folder, 8).shape == (4, 3, 8, 8)  # a cache among the pictures is none of them
+    assert data.load_folder(folder, folder, 8).shape == (4, 3, 8, 8)
+    assert len(list(folder.glob("*.pictures"))) == 1
+
+
+def test_many_unreadable_files_are_counted_and_an_empty_folder_is_refused(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    with pytest.raises(UserError, match="there is no folder"):
+        data.load_folder(folder, tmp_path, 8)
+    folder.mkdir()
+    with pytest.raises(UserError, match="holds no files"):
+        data.load_folder(folder, tmp_path, 8)
+    for i in range(14):
+        (folder / f"{i}.txt").write_text("x")
+    with pytest.raises(UserError, match="holds no picture that can be read"):
+        data.load_folder(folder, tmp_path, 8)
+    (folder / "one.png").write_bytes(encoded(slope(9, 9)))
+    capsys.readouterr()
+    assert len(data.load_folder(folder, tmp_path, 8)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == f"skipped 4 more of {folder}'s 15 files"
+    with pytest.raises(UserError, match="cannot keep the decoded pictures in .* choose another --data-dir"):
+        data.load_folder(folder, folder / "1.txt", 8)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]), where=st.floats(0, 1),
+       junk=st.binary(min_size=1, max_size=4), cut=st.none() | st.floats(0, 1))  # fmt: skip
+def test_a_damaged_picture_is_read_or_skipped(kind, where, junk, cut, tmp_path, capsys):
+    content = bytearray(encoded(slope(20, 20), kind))
+    at = int(where * len(content))
+    content[at : at + len(junk)] = junk
+    content = content[: int(cut * len(content))] if cut is not None else content
+    good = encoded(slope(9, 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on odd pictures
+        pictures = list(data.decode(["bad", "good"], lambda name: io.BytesIO(good if name == "good" else content), 8, "x"))
+    assert pictures[0].shape in ((1, 3, 8, 8), (2, 3, 8, 8))
+    assert ("skipped 'bad': " in capsys.readouterr().err) == (len(pictures[0]) == 1)
 
 
 @pytest.mark.parametrize("image_size", [8, 16, 32])
@@ -1800,6 +2231,84 @@ def test_co_training_shows_what_it_restores(small, tmp_path, capsys):
     assert np.abs(blocks - small[::2, ::2]).max() <= 1
 
 
+def test_a_folder_of_anybodys_pictures_is_learnt(small, tmp_path, capsys):
+    folder, out = tmp_path / "my pictures", tmp_path / "run"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i}.png").write_bytes(encoded(slope(20 + i, 30, i % 6)))
+    (folder / "notes.txt").write_text("no picture")
+    train = ("--size", "tiny", *TRAIN, "--diff-aug", "none", "--data-dir", tmp_path / "data", "--save-every", 2)
+    assert run_main("--dataset", folder, *train, "--out", out) == 0
+    printed = capsys.readouterr()
+    assert f"on {folder} 8x8, 12 pictures" in printed.out
+    assert "skipped 'notes.txt'" in printed.err
+    moved = folder.rename(tmp_path / "elsewhere")
+    resume = ("--resume", out, "--steps", 6, "--data-dir", tmp_path / "data")
+    assert "there is no folder" in fails(capsys, *resume)
+    assert run_main(*resume, "--dataset", moved) == 0
+    assert [row["step"] for row in read_log(out)] == list("0123456")
+    options, where = transgan.choose_options(transgan.make_parser().parse_args(["--dataset", str(moved)]))
+    assert (options.size, options.image_size, options.steps, where.as_posix()) == ("S", 32, 500_000, "runs/elsewhere-S")
+
+
+@pytest.mark.parametrize(("name", "side", "stages"), [("stl10", 48, 3), ("celeba", 64, 4)])
+def test_the_larger_data_sets_are_learnt(name, side, stages, tmp_path, monkeypatch, capsys):
+    """One step of networks that are small but for their four stages, of pictures that were decoded before."""
+    monkeypatch.setitem(transgan.SIZES, "tiny", transgan.Size(256, (1, 1, 1), 16, 1))
+    monkeypatch.setattr(transgan, "JUDGED", 8)
+    pictures = np.stack([slope(side, side, i).transpose(2, 0, 1) for i in range(6)])
+    (tmp_path / f"{name}-{side}.pictures").write_bytes(pictures.tobytes())
+    made, grow = [], transgan.Generator.grow
+
+    def counted(self, x, first):
+        made.append(len(self.stages))
+        return grow(self, x, first)
+
+    monkeypatch.setattr(transgan.Generator, "grow", counted)
+    assert run_main("--dataset", name, "--size", "tiny", "--steps", 1, "--disc-steps", 1, "--batch-size", 2,
+                    "--gen-batch-size", 2, "--sr-weight", 1, "--locality", "4:1600", "--data-dir", tmp_path,
+                    "--out", tmp_path / "run") == 0  # fmt: skip
+    assert f"{name} {side}x{side}, 6 pictures" in capsys.readouterr().out
+    assert set(made) == {stages}
+    for kind, rows in (("step", 1), ("restored", 3)):
+        grid = Image.open(tmp_path / "run" / "samples" / f"{kind}-000001.png")
+        factor = max(1, 96 // side)
+        assert grid.size == ((8 * (side + 1) + 1) * factor, (rows * (side + 1) + 1) * factor), kind
+
+
+def parsed(*args):
+    return transgan.choose_options(transgan.make_parser().parse_args([str(arg) for arg in args]))[0]
+
+
+@pytest.mark.parametrize("name", transgan.PRESETS)
+def test_presets_are_the_papers_runs(name, capsys):
+    dataset, size = name.split("-")
+    options = parsed("--preset", name)
+    assert (options.dataset, options.size, options.loss) == (dataset, size, "wgangp-eps")
+    assert (options.batch_size, options.gen_batch_size, options.disc_steps, options.steps) == (64, 128, 5, 500_000)
+    assert (options.learning_rate, options.ema_decay, options.sr_weight) == (1e-4, 0.999, 50)
+    assert (options.diff_aug, options.locality) == (POLICY, "4:22,6:32,8:42,10:60")
+    changed = parsed("--preset", name, "--steps", 7, "--size", "tiny", "--diff-aug", "none", "--accumulate", 4)
+    assert changed == dataclasses.replace(options, steps=7, size="tiny", diff_aug="none", accumulate=4)
+    assert run_main("--summary", "--preset", name, "--batch-size", 48) == 0
+    command = capsys.readouterr().out.splitlines()[0].split()
+    assert command[0] == "transgan.py"
+    assert parsed(*command[1:]) == dataclasses.replace(options, batch_size=48)
+    assert len(command) == 1 + 2 * len(dataclasses.fields(options))
+
+
+def test_a_preset_gives_way_to_another_data_set(tmp_path):
+    assert parsed("--preset", "cifar10-S", "--dataset", "stl10").image_size == 48
+    assert parsed("--preset", "cifar10-S", "--dataset", tmp_path, "--image-size", 64).patch_size == 8
+    command = transgan.flags(parsed("--dataset", tmp_path / ".." / tmp_path.name))
+    assert shlex.split(command)[1] == str(tmp_path.resolve())
+
+
+@pytest.mark.parametrize(("side", "patch"), [(8, 4), (16, 4), (20, 4), (32, 4), (36, 4), (44, 4), (48, 6), (64, 8)])
+def test_patches_keep_the_papers_grid(side, patch):
+    assert parsed("--image-size", side).patch_size == patch
+
+
 def test_a_terminal_gets_one_live_line(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert run_main(*TRAIN, "--out", tmp_path / "run", "--loss", "hinge") == 0
@@ -1837,9 +2346,15 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(loss, small, tmp_path,
 
 def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "empty").mkdir()
     for args, message in (
         (["--size", "XXL"], "invalid choice: 'XXL'"),
-        (["--dataset", "imagenet"], "invalid choice: 'imagenet'"),
+        (["--dataset", "imagenet"], "'imagenet' is neither a folder nor one of cifar10, stl10, celeba, shapes"),
+        (["--dataset", ""], "'' is neither a folder nor one of"),
+        (["--dataset", tmp_path / "file"], "is neither a folder nor one of"),
+        (["--dataset", tmp_path / "empty"], "holds no files"),
+        (["--preset", "cifar10-XXL"], "invalid choice: 'cifar10-XXL'"),
+        (["--accumulate", "0"], "0 must be from 1"),
         (["--loss", "mse"], "invalid choice: 'mse'"),
         (["--steps", "many"], "'many' is not a whole number"),
         (["--steps", "0"], "0 must be from 1"),
@@ -1852,7 +2367,7 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
         (["--locality", "near"], "'near' must be none, or pairs"),
         (["--locality", "4:22,4:32"], "both growing"),
         (["--locality", "4:22,6:1601"], "epochs up to 1600"),
-        (["--locality-stages", "4"], "must be from 1 to 3"),
+        (["--locality-stages", "5"], "must be from 1 to 4"),
         (["--diff-aug", "blur"], "'blur' must be none, or some of translation,cutout,color"),
         (["--diff-aug", "color,color"], "each once"),
         (["--diff-aug", "none,color"], "must be none, or some"),
@@ -1861,7 +2376,8 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
         (["--patch-size", "5"], "--patch-size 5 does not divide --image-size 16"),
         (["--batch-size", "1000"], "lower --batch-size"),
         (["--out", tmp_path / "file" / "run"], "choose another --out"),
-        (["--dataset", "cifar10", "--image-size", "48"], "32 pixels a side"),
+        (["--dataset", "cifar10", "--image-size", "48"], "cifar10 has pictures of 32 pixels a side, not 48"),
+        (["--preset", "stl10-XL", "--image-size", "32"], "stl10 has pictures of 48 pixels a side, not 32"),
         (["--dataset", "cifar10", "--data-dir", tmp_path / "file"], "cannot download"),
     ):
         if "--out" not in args:
@@ -1906,6 +2422,9 @@ def nonsense_checkpoints(good):
     yield "unknown option", options(colour="red"), "options of another version"
     yield "option of another type", options(steps="9"), "its option steps is '9'"
     yield "unknown size", options(size="XXL"), "data set, size or loss"
+    yield "size of no text", options(size=["S"]), "data set, size or loss"
+    yield "data set of no text", options(dataset={}), "data set, size or loss"
+    yield "unknown data set", options(dataset="imagenet"), "its data set 'imagenet' is no full path"
     yield "unknown augmentation", options(diff_aug="blur"), "its option diff_aug is 'blur'"
     yield "augmentation of no text", options(diff_aug=3), "its option diff_aug is 3"
     yield "unknown locality", options(locality="4:4:4"), "its option locality is '4:4:4'"
@@ -1931,6 +2450,8 @@ def test_resuming_from_nonsense(small, tmp_path, capsys):
         assert message in fails(capsys, "--resume", bad, "--steps", 9), name
         assert (checkpoint.read_bytes() if checkpoint.exists() else None) == before, name
     assert "leave out --size" in fails(capsys, "--resume", good, "--size", "S")
+    assert "leave out --dataset" in fails(capsys, "--resume", good, "--dataset", tmp_path)
+    assert "leave out --preset" in fails(capsys, "--resume", good, "--preset", "cifar10-S")
     assert "is finished" in fails(capsys, "--resume", good)
     assert "holds a run already" in fails(capsys, *TRAIN, "--out", good)
     (good / "log.csv").write_bytes(b"step\n\xff\xfe")

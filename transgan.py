@@ -11,7 +11,7 @@ data augmentation, co-training and locality-aware initialization.
 
 Contents
     1. Building blocks        Linear, LayerNorm, Attention, MLP, Block
-    2. The two networks       upscale, window_mask, Generator, Discriminator, SIZES
+    2. The two networks       SIZES, upscale, window_mask, Generator, Discriminator
     3. Losses                 gradient_penalty, discriminator_loss, generator_loss, super_resolution_error
     4. Augmentation           diff_augment, draw_augmentation
     5. Training               Options, Trainer: one step of each network, moving average, checkpoints
@@ -34,6 +34,7 @@ import functools
 import itertools
 import json
 import math
+import shlex
 import sys
 import tempfile
 import time
@@ -174,6 +175,16 @@ SIZES = {
     "XL": Size(1024, (5, 4, 2)),
 }
 NUM_HEADS = 4
+
+
+def stage_depths(size, image_size):
+    """The generator's blocks per stage: a size's depths, with a stage more for pictures of 64 pixels a side and above.
+
+    So TransGAN-XL has (5, 4, 4, 2) on CelebA, as in the paper. Sizes whose width does not divide among the heads of a
+    fourth stage, tiny and S, make these pictures in three, from 16x16 tokens.
+    """
+    depths, heads = SIZES[size].depths, NUM_HEADS * 4**3
+    return depths[:2] + depths[1:] if image_size >= 64 and SIZES[size].embed_dim % heads == 0 else depths
 
 
 def upscale(x):
@@ -474,6 +485,7 @@ class Options:
     sr_weight: float = 50.0
     locality: str = "4:22,6:32,8:42,10:60"
     locality_stages: int = 1
+    accumulate: int = 1
 
 
 EPOCHS = 1600  # of the authors' run: 500,000 steps of 5 batches of 32 of 50,000 pictures
@@ -520,9 +532,8 @@ class Trainer:
         rng, co_training = data.random_stream("weights", seed), options.sr_weight > 0
         if co_training:
             self.co_batches = data.Batches(pictures, options.gen_batch_size, seed, "co-training order")
-        self.generator = Generator(
-            options.image_size, size.embed_dim, size.depths, rng, dtype=dtype, co_training=co_training
-        )
+        depths = stage_depths(options.size, options.image_size)
+        self.generator = Generator(options.image_size, size.embed_dim, depths, rng, dtype=dtype, co_training=co_training)
         self.discriminator = Discriminator(
             options.image_size, options.patch_size, size.disc_embed_dim, size.disc_depth, rng, dtype=dtype
         )
@@ -605,21 +616,35 @@ class Trainer:
         """Move `parameters` down the gradient of loss(scores(*inputs)); returns what `loss` returns.
 
         In principle: values = loss(scores(*inputs), ...); total = grad(values[0], parameters); clip; Adam's step. But the
-        batch is shared out among threads, each with its share of every input, because NumPy's elementwise operations run
-        on one core. Scores are numbers per sample, so shares do not meet before the loss, and the graph is cut there:
+        batch is cut into shares. Threads work on several at a time, because NumPy's elementwise operations run on one
+        core; and with options.accumulate = n only one n-th of the batch is in memory at once. Scores are numbers per
+        sample, so shares do not meet before the loss, and the graph is cut there:
             d loss / d parameters = sum over shares of (d loss / d s_share) (d s_share / d parameters).
-        Each thread computes its scores; the loss is taken of copies without history, the leaves, and differentiated
-        towards each of them; and each thread carries that gradient on from its scores to the parameters.
+        First the scores of each share are computed; the loss is taken of copies without history, the leaves, and
+        differentiated towards each of them; then that gradient is carried on from each share's scores to the parameters.
+        Whoever saves memory throws the history of the scores away, and computes them a second time for the last part.
         """
-        threads, parameters = self.threads, list(parameters.values())
-        shares = zip(*(np.array_split(x, threads) for x in inputs), strict=True)
+        threads, accumulate, parameters = self.threads, self.options.accumulate, list(parameters.values())
+        shares = zip(*(np.array_split(x, threads * accumulate) for x in inputs), strict=True)
         shares = [[self.array(x) for x in share] for share in shares if len(share[0])]
-        parts = list(self.map(lambda share: scores(*share), shares))  # (rows, B/threads) each
+
+        def forward(share):
+            part = scores(*share)  # (rows, B / shares)
+            return part if accumulate == 1 else part.detach()
+
+        def backward(share, part, towards):
+            return grad(part if accumulate == 1 else scores(*share), parameters, towards)
+
+        parts = list(self.map(forward, shares))
         leaves = [Tensor(part.data, requires_grad=True) for part in parts]
         values = loss(ag.concatenate(leaves, axis=1), self.options.loss)
-        towards = grad(values[0], leaves)
-        gradients = list(self.map(lambda pair: grad(pair[0], parameters, pair[1]), zip(parts, towards, strict=True)))
-        total = list(self.map(lambda pieces: functools.reduce(ag.add, pieces), zip(*gradients, strict=True)))
+        work, total = list(zip(shares, parts, grad(values[0], leaves), strict=True)), []
+        del parts
+        while work:
+            gradients = list(self.map(lambda share: backward(*share), work[:threads]))
+            del work[:threads]
+            gradients += [total] if total else []
+            total = list(self.map(lambda pieces: functools.reduce(ag.add, pieces), zip(*gradients, strict=True)))
         factor, _ = ag.clip_by_global_norm(total, MAX_NORM)
         adam.step(total, rate, factor, self.map)
         return values
@@ -899,13 +924,27 @@ def train(trainer, out, sample_every, save_every, resumed=False):
 
 # --- 7. Command line --------------------------------------------------------------------------------------------------
 
-DEFAULTS = {  # what --dataset decides where nothing else is said
-    "cifar10": {"size": "S", "image_size": 32, "steps": 500_000},
+DEFAULTS = {  # what --dataset decides where nothing else is said; a folder of pictures is like cifar10
+    "cifar10": {},
+    "stl10": {"size": "XL", "image_size": 48},
+    "celeba": {"size": "XL", "image_size": 64},
     "shapes": {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "batch_size": 16, "gen_batch_size": 16,
                "diff_aug": "none"},
 }  # fmt: skip
 # A laptop's run ends long before the paper's average over thousands of steps forgets the first, and has no time to spare.
 TINY_DEFAULTS = {"learning_rate": 5e-4, "ema_decay": 0.99, "sr_weight": 0.0, "locality": "none"}
+# The paper's own runs, with the batches that its text gives (the authors' code has half of these, our default).
+PAPER = {"loss": "wgangp-eps", "steps": 500_000, "batch_size": 64, "gen_batch_size": 128, "disc_steps": 5,
+         "learning_rate": 1e-4, "ema_decay": 0.999, "diff_aug": Options.diff_aug, "sr_weight": 50.0,
+         "locality": Options.locality, "locality_stages": 1}  # fmt: skip
+PRESETS = {f"{dataset}-{size}": PAPER | {"dataset": dataset, "size": size} for dataset, size in
+           [*(("cifar10", size) for size in ("S", "M", "L", "XL")), ("stl10", "XL"), ("celeba", "XL")]}  # fmt: skip
+
+
+def flags(options):
+    """The command line that gives these options, whatever the defaults."""
+    pairs = dataclasses.asdict(options).items()
+    return " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in pairs)
 
 
 def summary(options):
@@ -920,10 +959,10 @@ def summary(options):
         rows.append((network, stage, tokens, width, blocks, f"{parameters:,}", f"{operations:,}"))
         totals.append((network, parameters, operations))
 
-    width = size.embed_dim
-    side = options.image_size // 2 ** (len(size.depths) - 1)
+    width, depths = size.embed_dim, stage_depths(options.size, options.image_size)
+    side = options.image_size // 2 ** (len(depths) - 1)
     add("generator", "noise", side**2, width, "", (width + 1) * side**2 * width, side**2 * width**2)
-    for k, depth in enumerate(size.depths):
+    for k, depth in enumerate(depths):
         tokens, stage_width = (side * 2**k) ** 2, width // 4**k
         parameters, operations = block(tokens, stage_width, depth)
         name = f"{side * 2**k}x{side * 2**k}"
@@ -959,9 +998,10 @@ class Parser(argparse.ArgumentParser):
 
 MANY = 2**31 - 1
 LIMITS = {  # the kind, least and largest value of each option that is a number
-    "image_size": (int, 8, 256), "patch_size": (int, 1, 256), "steps": (int, 1, MANY), "batch_size": (int, 1, MANY),
+    "image_size": (int, 8, 128), "patch_size": (int, 1, 128), "steps": (int, 1, MANY), "batch_size": (int, 1, MANY),
     "gen_batch_size": (int, 1, MANY), "disc_steps": (int, 1, MANY), "learning_rate": (float, 0, 1),
-    "ema_decay": (float, 0, 1), "seed": (int, 0, MANY), "sr_weight": (float, 0, MANY), "locality_stages": (int, 1, 3),
+    "ema_decay": (float, 0, 1), "seed": (int, 0, MANY), "sr_weight": (float, 0, MANY), "locality_stages": (int, 1, 4),
+    "accumulate": (int, 1, MANY),
 }  # fmt: skip
 
 
@@ -1010,6 +1050,15 @@ def folder(text):
     return Path(text)
 
 
+def pictures(text):
+    """An argument type: the name of a data set, or a folder that is there, as its full path."""
+    if text in DEFAULTS:
+        return text
+    if not text or not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor one of {', '.join(DEFAULTS)}")
+    return str(Path(text).resolve())
+
+
 def make_parser():
     """The command line. Options that define the run have no default here: `choose_options` knows where theirs is."""
     parser = Parser(
@@ -1018,25 +1067,34 @@ def make_parser():
         description="Train TransGAN, a GAN made of two transformers, and watch it learn.\n\n"
         "  python transgan.py                       built-in pictures of shapes, minutes on a laptop\n"
         "  python transgan.py --dataset cifar10     the paper's size S on CIFAR-10 (170 MB, downloaded once)\n"
+        "  python transgan.py --dataset PATH        your own pictures, in a folder\n"
         "  python transgan.py --resume runs/NAME    go on where a run was stopped",
         epilog="A run's folder holds samples/ (step-*: grids of the same noise, over time; restored-*: real pictures made\n"
         "small, what the generator makes of them, and the originals), log.csv (a row a step; distance is the sliced\n"
         "Wasserstein distance between generated and real pictures), checkpoint.npz, and locality.png where there is some.",
     )
     what = parser.add_argument_group("what to train")
-    what.add_argument("--dataset", choices=DEFAULTS, help="pictures to learn (default: shapes, drawn by the program)")
+    what.add_argument("--dataset", type=pictures, metavar="NAME", help="pictures to learn: shapes, drawn by the program; "
+                      "cifar10, stl10 (2.6 GB) or celeba (1.4 GB); or a folder of any pictures, of which the middle is cut "
+                      "out and resized (default: shapes)")  # fmt: skip
+    what.add_argument("--preset", choices=PRESETS, metavar="NAME", help="all options as the paper has them: "
+                      f"{', '.join(PRESETS)}; what else is given goes before")  # fmt: skip
     what.add_argument("--size", choices=SIZES, help="networks: the paper's S, M, L, XL, or tiny for a laptop "
-                      "(default: tiny for shapes, else S)")  # fmt: skip
+                      "(default: S; tiny for shapes, XL for stl10 and celeba)")  # fmt: skip
     what.add_argument("--image-size", type=number(*LIMITS["image_size"]), metavar="N",
-                      help="pixels a side, for shapes (default: 16; CIFAR-10 has 32)")  # fmt: skip
+                      help="pixels a side, for a folder (default: 32) and for shapes (default: 16); "
+                      "cifar10 has 32, stl10 48, celeba 64")  # fmt: skip
     what.add_argument("--patch-size", type=number(*LIMITS["patch_size"]), metavar="N",
-                      help="pixels a side of the discriminator's patches (default: 4)")  # fmt: skip
+                      help="pixels a side of the discriminator's patches (default: an 8x8 grid, at least 4)")  # fmt: skip
     how = parser.add_argument_group("how to train; the defaults are the authors', and smaller on a laptop")
     how.add_argument("--loss", choices=LOSSES, help="the adversarial loss (default: wgangp-eps)")
     how.add_argument("--steps", type=number(*LIMITS["steps"]), metavar="N",
                      help="generator steps (default: 500000; for shapes 1000)")  # fmt: skip
     how.add_argument("--batch-size", type=number(*LIMITS["batch_size"]), metavar="N",
                      help="real pictures a discriminator step (default: 32; for shapes 16)")  # fmt: skip
+    how.add_argument("--accumulate", type=number(*LIMITS["accumulate"]), metavar="N",
+                     help="work through each batch in N parts, in an N-th of the memory, up to half as long again; "
+                     "the steps are the same up to rounding (default: 1)")  # fmt: skip
     how.add_argument("--gen-batch-size", type=number(*LIMITS["gen_batch_size"]), metavar="N",
                      help="generated pictures a generator step (default: 64; for shapes 16)")  # fmt: skip
     how.add_argument("--disc-steps", type=number(*LIMITS["disc_steps"]), metavar="N",
@@ -1064,7 +1122,8 @@ def make_parser():
                        help="where data sets are kept (default: data)")  # fmt: skip
     where.add_argument("--out", type=folder, metavar="DIR", help="the run's folder (default: runs/DATASET-SIZE)")
     where.add_argument("--resume", type=folder, metavar="DIR",
-                       help="go on with the run in DIR, with its own options; only --steps may change them")  # fmt: skip
+                       help="go on with the run in DIR, with its own options; only --steps, --accumulate and the path "
+                       "of a folder of pictures may change")  # fmt: skip
     where.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto",
                        help="gpu needs CuPy (default: auto, the GPU if there is one)")  # fmt: skip
     where.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads that share a batch; another "
@@ -1082,23 +1141,35 @@ def choose_options(args):
     """(Options, the run's folder) of parsed arguments: the checkpoint's when resuming, else the data set's defaults."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if getattr(args, f.name) is not None}
     if args.resume:
+        if args.preset:
+            raise UserError(f"a run goes on with its own options; leave out --preset {args.preset}")
         saved = read_options(args.resume / "checkpoint.npz")
+        moved = saved.dataset not in DEFAULTS and given.get("dataset") not in DEFAULTS
+        changeable = {"steps", "accumulate"} | ({"dataset"} if moved else set())
         for name, value in given.items():
-            if name != "steps" and value != getattr(saved, name):
+            if name not in changeable and value != getattr(saved, name):
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"the run in {args.resume} has {flag} {getattr(saved, name)}; leave out {flag} {value}")
         return check_options(dataclasses.replace(saved, **given)), args.out or args.resume
-    dataset = given.setdefault("dataset", "shapes")
-    chosen = DEFAULTS[dataset] | given
-    if chosen["size"] == "tiny":
+    preset = PRESETS.get(args.preset, {})
+    dataset = given.get("dataset") or preset.get("dataset", "shapes")
+    chosen = {"dataset": dataset} | DEFAULTS.get(dataset, {}) | preset | given
+    if chosen.get("size") == "tiny":
         chosen = TINY_DEFAULTS | chosen
-    options = check_options(Options(**chosen))
-    return options, args.out or Path("runs") / f"{dataset}-{options.size}"
+    options = Options(**chosen)
+    if "patch_size" not in given:  # an 8x8 grid, as the paper's at 32x32, or 4x4 pixels where these are more
+        side = options.image_size
+        options.patch_size = max(p for p in range(1, max(4, side // 8) + 1) if side % p == 0)
+    return check_options(options), args.out or Path("runs") / f"{Path(dataset).name}-{options.size}"
 
 
 def check_options(options):
     """The options, if the networks can have them. Raises UserError otherwise."""
-    doubled = 2 ** (len(SIZES[options.size].depths) - 1)
+    side = data.SIDES.get(options.dataset, options.image_size)
+    if options.image_size != side:
+        raise UserError(f"{options.dataset} has pictures of {side} pixels a side, not {options.image_size}; "
+                        "leave out --image-size")  # fmt: skip
+    doubled = 2 ** (len(stage_depths(options.size, options.image_size)) - 1)
     if options.image_size % doubled:
         raise UserError(f"--image-size {options.image_size} must divide by {doubled}: the picture doubles between stages")
     if options.image_size % options.patch_size:
@@ -1125,8 +1196,11 @@ def read_options(path):
             known = False
         if not known:
             raise UserError(f"{path}: its option {name} is {value!r}; start a new run")
-    if options.dataset not in DEFAULTS or options.size not in SIZES or options.loss not in LOSSES:
+    named = [options.dataset, options.size, options.loss]
+    if not all(isinstance(name, str) for name in named) or options.size not in SIZES or options.loss not in LOSSES:
         raise UserError(f"{path}: it names a data set, size or loss that there is not; start a new run")
+    if options.dataset not in DEFAULTS and not Path(options.dataset).is_absolute():
+        raise UserError(f"{path}: its data set {options.dataset!r} is no full path; start a new run")
     return options
 
 
@@ -1151,7 +1225,7 @@ def run(args):
     """What the command line asks for. Raises UserError."""
     options, out = choose_options(args)
     if args.summary:
-        print(summary(options))
+        print(f"transgan.py {flags(options)}\n\n{summary(options)}")
         return
     try:
         device = ag.use_device(args.device)
