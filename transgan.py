@@ -680,13 +680,15 @@ class Trainer:
         return self._averaged(self.generator.super_resolve, small)
 
     def _averaged(self, function, inputs):
+        def part(inputs):
+            with ag.no_grad():
+                return ag.to_numpy(function(Tensor(self.array(inputs))).data)
+
         own = {name: p.data for name, p in self.gen_parameters.items()}
         for name, p in self.gen_parameters.items():
             p.data = self.average[name]
         try:
-            with ag.no_grad():
-                parts = [function(Tensor(self.array(inputs[i : i + 64]))).data for i in range(0, len(inputs), 64)]
-            return np.concatenate([ag.to_numpy(part) for part in parts])
+            return np.concatenate(list(self.map(part, (inputs[i : i + 64] for i in range(0, len(inputs), 64)))))
         finally:
             for name, p in self.gen_parameters.items():
                 p.data = own[name]
