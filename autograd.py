@@ -1110,14 +1110,13 @@ def batch_norm(x, mean, variance, weight, bias, eps=1e-5):
 
 
 def spectral_norm(weight, u):
-    """weight / s, with s its largest singular value as a matrix (O, -1), as u sees it (Miyato et al. 2018, algorithm 1).
+    """weight / s, with s its largest singular value as a matrix W (O, -1), as u sees it (Miyato et al. 2018).
 
-    u: an array (O,), the direction that `power_iteration` improves. s = u^T W v with v = W^T u / |W^T u|, and the
-    gradient takes u and v for constants, as the authors do.
+    u: an array (O,), the direction that `power_iteration` improves; it counts as a constant. s = |W^T u|, which is their
+    u^T W v for v = W^T u / |W^T u|, and so is its gradient: ds = u^T dW v.
     """
-    matrix = weight.reshape(len(weight), -1)
-    v = _unit(matrix.data.T @ u)
-    return weight / (Tensor(u[None]) @ matrix @ Tensor(v[:, None])).reshape(())
+    product = Tensor(u[None]) @ weight.reshape(len(weight), -1)  # (1, -1)
+    return weight / sqrt((product * product).sum() + 1e-24)
 
 
 def power_iteration(weight, u):

@@ -54,17 +54,37 @@ from data import UserError
 class Module:
     """A part of a network: its parameters are the Tensors, Modules and lists of Modules among its attributes."""
 
+    training = True  # of interest to batch normalization alone, see paper/networks.py
+
     def parameters(self):
         """All parameters by name, in the order they were set: {"blocks.0.mlp.expand.weight": Tensor, ...}."""
+        return self._found(Tensor)
+
+    def buffers(self):
+        """All plain arrays by name: what training changes otherwise than by a gradient. TransGAN has none."""
+        return self._found(ag.xp.ndarray)
+
+    def _found(self, kind):
         found = {}
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
+            if isinstance(value, kind):
                 found[name] = value
             for part, module in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 if isinstance(module, Module):
                     prefix = name if part is None else f"{name}.{part}"
-                    found.update({f"{prefix}.{inner}": x for inner, x in module.parameters().items()})
+                    found.update({f"{prefix}.{inner}": x for inner, x in module._found(kind).items()})
         return found
+
+    def modules(self):
+        """This module and all that are part of it, one after another."""
+        yield self
+        for value in vars(self).values():
+            for module in value if isinstance(value, list) else [value]:
+                if isinstance(module, Module):
+                    yield from module.modules()
+
+    def prepare(self):
+        """What a module does before each of its updates: see spectral normalization in paper/networks.py."""
 
 
 class Init:
@@ -486,6 +506,9 @@ class Options:
     locality: str = "4:22,6:32,8:42,10:60"
     locality_stages: int = 1
     accumulate: int = 1
+    generator: str = "transgan"
+    discriminator: str = "transgan"
+    beta2: float = 0.99
 
 
 EPOCHS = 1600  # of the authors' run: 500,000 steps of 5 batches of 32 of 50,000 pictures
@@ -508,6 +531,29 @@ def locality_pairs(text):
     return [(int(half_width), float(epoch)) for half_width, epoch in pairs]
 
 
+NETWORKS = ("transgan", "autogan", "resnet")
+
+
+def make_generator(options, rng, dtype=np.float32):
+    """The generator of a run, its weights drawn from `rng`. Raises ValueError for pictures that it cannot make."""
+    if options.generator == "transgan":
+        depths, width = stage_depths(options.size, options.image_size), SIZES[options.size].embed_dim
+        return Generator(options.image_size, width, depths, rng, dtype=dtype, co_training=options.sr_weight > 0)
+    from paper import networks
+
+    return networks.make_generator(options.generator, options.size, options.image_size, rng, dtype)
+
+
+def make_discriminator(options, rng, dtype=np.float32):
+    """The discriminator of a run, its weights drawn from `rng`. Raises ValueError for pictures that it cannot cut."""
+    size = SIZES[options.size]
+    if options.discriminator == "transgan":
+        return Discriminator(options.image_size, options.patch_size, size.disc_embed_dim, size.disc_depth, rng, dtype=dtype)
+    from paper import networks
+
+    return networks.make_discriminator(options.discriminator, options.size, options.image_size, rng, dtype)
+
+
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 THREAD_SHARE = 1 << 15  # elements of a layer worth a thread of their own: with fewer, handing over costs what it saves
 MAX_NORM = 5.0  # the norm to which each network's gradient is clipped
@@ -522,28 +568,29 @@ class Trainer:
     """
 
     def __init__(self, options, pictures, threads=None, dtype=np.float32):
-        size, seed = SIZES[options.size], options.seed
+        seed = options.seed
         self.options, self.dtype, self.step = options, dtype, 0
-        elements = options.batch_size * (options.image_size // options.patch_size) ** 2 * size.disc_embed_dim
+        elements = options.batch_size * (options.image_size // options.patch_size) ** 2 * SIZES[options.size].disc_embed_dim
+        if options.discriminator != "transgan":
+            elements = options.batch_size * options.image_size**2 * 16  # or more
         threads = threads or min(CORES, max(1, elements // THREAD_SHARE))
         self.threads = min(threads, options.batch_size, options.gen_batch_size) if ag.xp is np else 1
         self.map = futures.ThreadPoolExecutor(self.threads).map if self.threads > 1 else map
         self.batches = data.Batches(pictures, options.batch_size, seed)
-        rng, co_training = data.random_stream("weights", seed), options.sr_weight > 0
-        if co_training:
+        rng = data.random_stream("weights", seed)
+        if options.sr_weight:
             self.co_batches = data.Batches(pictures, options.gen_batch_size, seed, "co-training order")
-        depths = stage_depths(options.size, options.image_size)
-        self.generator = Generator(options.image_size, size.embed_dim, depths, rng, dtype=dtype, co_training=co_training)
-        self.discriminator = Discriminator(
-            options.image_size, options.patch_size, size.disc_embed_dim, size.disc_depth, rng, dtype=dtype
-        )
+        self.generator = make_generator(options, rng, dtype)
+        self.discriminator = make_discriminator(options, rng, dtype)
+        # Batch normalization looks at a whole batch, which then cannot be shared out.
+        self.whole = bool(self.generator.buffers())
         self.half_width = None
         self.set_window()
         self.gen_parameters = self.generator.parameters()
         self.disc_parameters = self.discriminator.parameters()
         self.average = {name: p.data.copy() for name, p in self.gen_parameters.items()}
-        self.gen_adam = ag.Adam(self.gen_parameters.values())
-        self.disc_adam = ag.Adam(self.disc_parameters.values())
+        self.gen_adam = ag.Adam(self.gen_parameters.values(), (0.0, options.beta2))
+        self.disc_adam = ag.Adam(self.disc_parameters.values(), (0.0, options.beta2))
 
     def train_step(self):
         """One step: `disc_steps` updates of the discriminator, then one of the generator, then the moving average.
@@ -576,10 +623,18 @@ class Trainer:
         flip(real, rng)
         mix = rng.random((batch, 1, 1, 1))
         noise, draws = self.noise(batch, rng), self.draws((batch, 3), rng)
+        for module in self.discriminator.modules():
+            module.prepare()
+
+        def generated(noise):
+            with ag.no_grad():
+                return self.generator(Tensor(noise)).data
+
+        if self.whole:
+            noise = ag.to_numpy(generated(self.array(noise)))
 
         def scores(real, noise, mix, draws):
-            with ag.no_grad():
-                fake = self.generator(Tensor(noise)).data
+            fake = noise if self.whole else generated(noise)
 
             def augment(pictures, row):
                 return diff_augment(pictures, self.options.diff_aug, draws[:, row])
@@ -587,7 +642,9 @@ class Trainer:
             return discriminator_scores(self.discriminator, real, fake, mix, name, augment)
 
         inputs = [real, noise, mix, draws]
-        loss, penalty = self.update(scores, inputs, discriminator_loss, self.disc_parameters, self.disc_adam, rate)
+        loss, penalty = self.update(
+            scores, inputs, discriminator_loss, self.disc_parameters, self.disc_adam, rate, self.threads
+        )
         return {"disc_loss": loss.data, "penalty": None if penalty is None else penalty.data}
 
     def generator_step(self, rate, rng):
@@ -609,10 +666,11 @@ class Trainer:
         inputs = [self.noise(batch, rng), self.draws((batch,), rng)]
         if sr_weight:
             inputs.append(flip(self.co_batches[self.step], rng))
-        total, error = self.update(scores, inputs, loss, self.gen_parameters, self.gen_adam, rate)
+        threads = 1 if self.whole else self.threads
+        total, error = self.update(scores, inputs, loss, self.gen_parameters, self.gen_adam, rate, threads)
         return {"gen_loss": total.data, "sr_loss": None if error is None else error.data}
 
-    def update(self, scores, inputs, loss, parameters, adam, rate):
+    def update(self, scores, inputs, loss, parameters, adam, rate, threads):
         """Move `parameters` down the gradient of loss(scores(*inputs)); returns what `loss` returns.
 
         In principle: values = loss(scores(*inputs), ...); total = grad(values[0], parameters); clip; Adam's step. But the
@@ -624,7 +682,7 @@ class Trainer:
         differentiated towards each of them; then that gradient is carried on from each share's scores to the parameters.
         Whoever saves memory throws the history of the scores away, and computes them a second time for the last part.
         """
-        threads, accumulate, parameters = self.threads, self.options.accumulate, list(parameters.values())
+        accumulate, parameters = self.options.accumulate, list(parameters.values())
         shares = zip(*(np.array_split(x, threads * accumulate) for x in inputs), strict=True)
         shares = [[self.array(x) for x in share] for share in shares if len(share[0])]
 
@@ -687,20 +745,26 @@ class Trainer:
         own = {name: p.data for name, p in self.gen_parameters.items()}
         for name, p in self.gen_parameters.items():
             p.data = self.average[name]
+        modules = list(self.generator.modules())
+        for module in modules:
+            module.training = False
         try:
             return np.concatenate(list(self.map(part, (inputs[i : i + 64] for i in range(0, len(inputs), 64)))))
         finally:
             for name, p in self.gen_parameters.items():
                 p.data = own[name]
+            for module in modules:
+                module.training = True
 
     def _state(self):
         """Every array that training changes, by the name it has in a checkpoint."""
         state = {}
-        for network, parameters, adam in (
-            ("generator", self.gen_parameters, self.gen_adam),
-            ("discriminator", self.disc_parameters, self.disc_adam),
+        for network, parameters, buffers, adam in (
+            ("generator", self.gen_parameters, self.generator.buffers(), self.gen_adam),
+            ("discriminator", self.disc_parameters, self.discriminator.buffers(), self.disc_adam),
         ):
             state |= {f"{network}/{name}": p.data for name, p in parameters.items()}
+            state |= {f"{network}/{name}": x for name, x in buffers.items()}
             for moment, arrays in (("m", adam.m), ("v", adam.v)):
                 state |= {f"{network}/adam.{moment}/{name}": x for name, x in zip(parameters, arrays, strict=False)}
         return state | {f"average/{name}": x for name, x in self.average.items()}
@@ -933,6 +997,11 @@ DEFAULTS = {  # what --dataset decides where nothing else is said; a folder of p
     "shapes": {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "batch_size": 16, "gen_batch_size": 16,
                "diff_aug": "none"},
 }  # fmt: skip
+# The peers of the paper's tables, as their authors trained them; a mixed pair is trained as its discriminator asks for.
+PEER_DEFAULTS = {
+    "autogan": {"loss": "hinge", "learning_rate": 2e-4, "beta2": 0.9, "diff_aug": "none"},
+    "resnet": {"learning_rate": 2e-4, "beta2": 0.9, "diff_aug": "none"},
+}
 # A laptop's run ends long before the paper's average over thousands of steps forgets the first, and has no time to spare.
 TINY_DEFAULTS = {"learning_rate": 5e-4, "ema_decay": 0.99, "sr_weight": 0.0, "locality": "none"}
 # The paper's own runs, with the batches that its text gives (the authors' code has half of these, our default).
@@ -951,44 +1020,62 @@ def flags(options):
 
 def summary(options):
     """Both networks as a table, one line each stage: tokens, width, blocks, parameters, multiply-adds a picture."""
-    size = SIZES[options.size]
-    rows, totals = [("network", "stage", "tokens", "width", "blocks", "parameters", "multiply-adds")], []
-
-    def block(tokens, width, blocks):  # qkv, projection and the MLP's two layers; q k^T and p v
-        return blocks * (12 * width**2 + 10 * width), blocks * (12 * tokens * width**2 + 2 * tokens**2 * width)
-
-    def add(network, stage, tokens, width, blocks, parameters, operations):
-        rows.append((network, stage, tokens, width, blocks, f"{parameters:,}", f"{operations:,}"))
-        totals.append((network, parameters, operations))
-
-    width, depths = size.embed_dim, stage_depths(options.size, options.image_size)
-    side = options.image_size // 2 ** (len(depths) - 1)
-    add("generator", "noise", side**2, width, "", (width + 1) * side**2 * width, side**2 * width**2)
-    for k, depth in enumerate(depths):
-        tokens, stage_width = (side * 2**k) ** 2, width // 4**k
-        parameters, operations = block(tokens, stage_width, depth)
-        name = f"{side * 2**k}x{side * 2**k}"
-        add("generator", name, tokens, stage_width, depth, parameters + tokens * stage_width, operations)
-    add("generator", "RGB", tokens, 3, "", 3 * stage_width + 3, tokens * stage_width * 3)
+    rows = [("network", "stage", "tokens", "width", "blocks", "parameters", "multiply-adds")]
+    for network, own_rows, make in (
+        ("generator", generator_rows, make_generator),
+        ("discriminator", discriminator_rows, make_discriminator),
+    ):
+        peer = getattr(options, network) != "transgan"
+        own = peer_rows(make(options, np.random.default_rng(0))) if peer else own_rows(options)
+        rows += [(network, *row[:4], *(f"{x:,}" if x else "" for x in row[4:])) for row in own]
+        total = [sum(column) for column in zip(*(row[4:] for row in own), strict=True)]
+        rows.append((network, "total", "", "", "", *(f"{x:,}" if x else "" for x in total)))
     if options.sr_weight:
-        second = width // 4
-        numbers = f"{4 * second:,}", f"{4 * side**2 * 3 * second:,}"
-        rows.append(("co-training", "from RGB", 4 * side**2, second, "", *numbers))
-
-    patch, width, depth = options.patch_size, size.disc_embed_dim, size.disc_depth
-    patches = (options.image_size // patch) ** 2
-    inputs = 3 * patch**2
-    add("discriminator", "patches", patches, width, "", (inputs + 1) * width, patches * inputs * width)
-    parameters, operations = block(1 + patches, width, depth)
-    positions = (patches + 2) * width
-    add("discriminator", "blocks", 1 + patches, width, depth, parameters + positions, operations)
-    add("discriminator", "head", 1, width, "", 3 * width + 1, width)
-    for network in ("generator", "discriminator"):
-        parts = [t[1:] for t in totals if t[0] == network]
-        rows.append((network, "total", "", "", "", *(f"{sum(column):,}" for column in zip(*parts, strict=True))))
+        side, width = first_side(options), SIZES[options.size].embed_dim // 4
+        numbers = f"{4 * width:,}", f"{4 * side**2 * 3 * width:,}"
+        rows.append(("co-training", "from RGB", 4 * side**2, width, "", *numbers))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     align = "<<>>>>>"
     return "\n".join("  ".join(f"{x!s:{a}{w}}" for x, a, w in zip(row, align, widths, strict=True)) for row in rows)
+
+
+def first_side(options):
+    """Tokens a side of the generator's first stage."""
+    return options.image_size // 2 ** (len(stage_depths(options.size, options.image_size)) - 1)
+
+
+def block_numbers(tokens, width, blocks):
+    """Parameters and multiply-adds of encoder blocks: of qkv, projection and the MLP's two layers, and of q k^T and p v."""
+    return blocks * (12 * width**2 + 10 * width), blocks * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+
+def generator_rows(options):
+    """(stage, tokens, width, blocks, parameters, multiply-adds) of each stage of TransGAN's generator."""
+    width, side = SIZES[options.size].embed_dim, first_side(options)
+    rows = [("noise", side**2, width, "", (width + 1) * side**2 * width, side**2 * width**2)]
+    for k, depth in enumerate(stage_depths(options.size, options.image_size)):
+        tokens, stage_width = (side * 2**k) ** 2, width // 4**k
+        parameters, operations = block_numbers(tokens, stage_width, depth)
+        positions = tokens * stage_width
+        rows.append((f"{side * 2**k}x{side * 2**k}", tokens, stage_width, depth, parameters + positions, operations))
+    return [*rows, ("RGB", tokens, 3, "", 3 * stage_width + 3, tokens * stage_width * 3)]
+
+
+def discriminator_rows(options):
+    """(stage, tokens, width, blocks, parameters, multiply-adds) of each part of TransGAN's discriminator."""
+    width, depth = SIZES[options.size].disc_embed_dim, SIZES[options.size].disc_depth
+    patches, inputs = (options.image_size // options.patch_size) ** 2, 3 * options.patch_size**2
+    parameters, operations = block_numbers(1 + patches, width, depth)
+    return [
+        ("patches", patches, width, "", (inputs + 1) * width, patches * inputs * width),
+        ("blocks", 1 + patches, width, depth, parameters + (patches + 2) * width, operations),
+        ("head", 1, width, "", 3 * width + 1, width),
+    ]
+
+
+def peer_rows(network):
+    """The same of any network, by the names of its parameters; operations are not counted."""
+    return [(name, "", " x ".join(map(str, p.shape)), "", p.size, 0) for name, p in network.parameters().items()]
 
 
 class Parser(argparse.ArgumentParser):
@@ -1003,7 +1090,7 @@ LIMITS = {  # the kind, least and largest value of each option that is a number
     "image_size": (int, 8, 128), "patch_size": (int, 1, 128), "steps": (int, 1, MANY), "batch_size": (int, 1, MANY),
     "gen_batch_size": (int, 1, MANY), "disc_steps": (int, 1, MANY), "learning_rate": (float, 0, 1),
     "ema_decay": (float, 0, 1), "seed": (int, 0, MANY), "sr_weight": (float, 0, MANY), "locality_stages": (int, 1, 4),
-    "accumulate": (int, 1, MANY),
+    "accumulate": (int, 1, MANY), "beta2": (float, 0, 1 - 1e-6),
 }  # fmt: skip
 
 
@@ -1083,6 +1170,9 @@ def make_parser():
                       f"{', '.join(PRESETS)}; what else is given goes before")  # fmt: skip
     what.add_argument("--size", choices=SIZES, help="networks: the paper's S, M, L, XL, or tiny for a laptop "
                       "(default: S; tiny for shapes, XL for stl10 and celeba)")  # fmt: skip
+    for network in ("generator", "discriminator"):
+        what.add_argument(f"--{network}", choices=NETWORKS, help="the paper's, or a convolutional one it is compared with: "
+                          "AutoGAN's or WGAN-GP's residual network (default: transgan)")  # fmt: skip
     what.add_argument("--image-size", type=number(*LIMITS["image_size"]), metavar="N",
                       help="pixels a side, for a folder (default: 32) and for shapes (default: 16); "
                       "cifar10 has 32, stl10 48, celeba 64")  # fmt: skip
@@ -1103,6 +1193,8 @@ def make_parser():
                      help="discriminator steps a generator step (default: 5; for shapes 2)")  # fmt: skip
     how.add_argument("--learning-rate", type=number(*LIMITS["learning_rate"]), metavar="R",
                      help="Adam's rate at the start; it falls to 0 in a line (default: 1e-4; for tiny 5e-4)")  # fmt: skip
+    how.add_argument("--beta2", type=number(*LIMITS["beta2"]), metavar="R",
+                     help="how long Adam remembers squares (default: 0.99; 0.9 for other discriminators)")  # fmt: skip
     how.add_argument("--ema-decay", type=number(*LIMITS["ema_decay"]), metavar="R",
                      help="decay of the moving average of the generator that makes the samples "
                      "(default: 0.999; for tiny 0.99)")  # fmt: skip
@@ -1156,6 +1248,9 @@ def choose_options(args):
     preset = PRESETS.get(args.preset, {})
     dataset = given.get("dataset") or preset.get("dataset", "shapes")
     chosen = {"dataset": dataset} | DEFAULTS.get(dataset, {}) | preset | given
+    if chosen.get("generator", "transgan") != "transgan":
+        chosen = {"sr_weight": 0.0, "locality": "none"} | chosen
+    chosen = PEER_DEFAULTS.get(chosen.get("discriminator"), {}) | chosen
     if chosen.get("size") == "tiny":
         chosen = TINY_DEFAULTS | chosen
     options = Options(**chosen)
@@ -1171,9 +1266,16 @@ def check_options(options):
     if options.image_size != side:
         raise UserError(f"{options.dataset} has pictures of {side} pixels a side, not {options.image_size}; "
                         "leave out --image-size")  # fmt: skip
-    doubled = 2 ** (len(stage_depths(options.size, options.image_size)) - 1)
+    peer = options.generator != "transgan"
+    doubled = 8 if peer else 2 ** (len(stage_depths(options.size, options.image_size)) - 1)
     if options.image_size % doubled:
         raise UserError(f"--image-size {options.image_size} must divide by {doubled}: the picture doubles between stages")
+    if peer and (options.sr_weight or options.locality != "none"):
+        raise UserError(f"--sr-weight and --locality are TransGAN's; leave them out for --generator {options.generator}")
+    if peer and options.accumulate > 1:
+        raise UserError(f"--accumulate cannot be: the batch norm of --generator {options.generator} wants whole batches")
+    if options.discriminator != "transgan" and options.image_size % 4:
+        raise UserError(f"--image-size {options.image_size} must divide by 4: --discriminator halves the picture twice")
     if options.image_size % options.patch_size:
         raise UserError(f"--patch-size {options.patch_size} does not divide --image-size {options.image_size}")
     return options
@@ -1198,9 +1300,11 @@ def read_options(path):
             known = False
         if not known:
             raise UserError(f"{path}: its option {name} is {value!r}; start a new run")
-    named = [options.dataset, options.size, options.loss]
-    if not all(isinstance(name, str) for name in named) or options.size not in SIZES or options.loss not in LOSSES:
-        raise UserError(f"{path}: it names a data set, size or loss that there is not; start a new run")
+    named = {"dataset": None, "size": SIZES, "loss": LOSSES, "generator": NETWORKS, "discriminator": NETWORKS}
+    for name, known in named.items():
+        value = getattr(options, name)
+        if not isinstance(value, str) or (known and value not in known):
+            raise UserError(f"{path}: its option {name} is {value!r}; start a new run")
     if options.dataset not in DEFAULTS and not Path(options.dataset).is_absolute():
         raise UserError(f"{path}: its data set {options.dataset!r} is no full path; start a new run")
     return options
@@ -1275,6 +1379,7 @@ def one_line(message):
 
 
 if __name__ == "__main__":
+    sys.modules["transgan"] = sys.modules[__name__]  # for what paper/ imports from here
     for stream in (sys.stdout, sys.stderr):
         if stream:  # None where the shell closed it
             stream.reconfigure(errors="backslashreplace")  # for names of files that cannot be printed as they are

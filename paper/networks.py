@@ -1,0 +1,254 @@
+"""The convolutional peers of the paper's tables: AutoGAN, and the residual networks of WGAN-GP.
+
+The story of this chapter: what TransGAN does without. A convolution gives every place of a picture the same small filter;
+a generator of convolutions doubles its picture between them, a discriminator halves it. Both kinds here are made of
+residual blocks; they differ in how these are wired, and in what keeps the discriminator's slope in bounds: AutoGAN divides
+every weight by its largest singular value, WGAN-GP leaves that to the gradient penalty in the loss.
+
+Contents
+    1. Layers           Conv2d, SpectralLinear, BatchNorm
+    2. Generators       AutoGANGenerator with its Cell, ResNetGenerator with its UpBlock
+    3. Discriminators   ResidualDiscriminator with its DownBlock, which serves both
+
+In comments on shapes: B batch, C channels, H and W height and width, Z latent_dim.
+"""
+
+import math
+
+import numpy as np
+
+import autograd as ag
+from autograd import Tensor
+from transgan import Init, Linear, Module
+
+LATENT_DIM = 128
+
+# --- 1. Layers --------------------------------------------------------------------------------------------------------
+
+
+class Conv2d(Module):
+    """Convolution that keeps the picture's size: (B, inputs, H, W) -> (B, outputs, H, W), for an odd kernel.
+
+    Weights are drawn from U(-b, b) with b = sqrt(6 / ((inputs + outputs) kernel^2)) (Glorot and Bengio 2010, eq. 16, as the
+    authors' scripts ask for), biases from U(-1/sqrt(k), 1/sqrt(k)) for k = inputs * kernel^2. spectral=True divides the
+    weight by its largest singular value, as `u`, an array (outputs,), sees it.
+    """
+
+    def __init__(self, inputs, outputs, kernel, init, spectral=False):
+        shape = (outputs, inputs, kernel, kernel)
+        bound = math.sqrt(6 / ((inputs + outputs) * kernel**2))
+        self.weight = init.parameter(init.rng.uniform(-bound, bound, shape))
+        bound = (inputs * kernel**2) ** -0.5
+        self.bias = init.parameter(init.rng.uniform(-bound, bound, (outputs,)))
+        self.padding = kernel // 2
+        if spectral:
+            self.u = start_of_power_iteration(self.weight, init)
+
+    def __call__(self, x):
+        weight = ag.spectral_norm(self.weight, self.u) if hasattr(self, "u") else self.weight
+        return ag.conv2d(x, weight, self.bias, padding=self.padding)
+
+    def prepare(self):
+        if hasattr(self, "u"):
+            self.u[...] = ag.power_iteration(self.weight.data, self.u)
+
+
+class SpectralLinear(Module):
+    """A linear layer without bias to one number, its weight as `Conv2d`'s with spectral=True: (B, inputs) -> (B, 1)."""
+
+    def __init__(self, inputs, init):
+        self.weight = init.linear(inputs, 1)[0]  # (inputs, 1)
+        self.u = start_of_power_iteration(self.weight, init)
+
+    def __call__(self, x):
+        return x @ ag.spectral_norm(self.weight, self.u)
+
+    prepare = Conv2d.prepare
+
+
+def start_of_power_iteration(weight, init):
+    """A direction (outputs,) of unit length, turned towards the first singular vector of `weight`."""
+    u = ag.xp.asarray(init.rng.standard_normal(len(weight)).astype(weight.dtype))
+    for _ in range(15):  # as PyTorch starts it
+        u = ag.power_iteration(weight.data, u)
+    return u
+
+
+class BatchNorm(Module):
+    """Batch normalization, eps 1e-5: (B, C, H, W) -> the same. While `training`, by the batch's own mean and variance, of
+    which running averages are kept (a tenth of the new one each time); else by these averages."""
+
+    def __init__(self, channels, init):
+        self.weight, self.bias = init.parameter(np.ones(channels)), init.parameter(np.zeros(channels))
+        self.mean = ag.xp.zeros((1, channels, 1, 1), init.dtype)
+        self.variance = ag.xp.ones((1, channels, 1, 1), init.dtype)
+        self.training = True
+
+    def __call__(self, x):
+        mean, variance = Tensor(self.mean), Tensor(self.variance)
+        if self.training:
+            mean, variance = ag.batch_statistics(x)
+            count = x.size // x.shape[1]
+            for running, new in ((self.mean, mean.data), (self.variance, variance.data * (count / max(count - 1, 1)))):
+                running *= 0.9
+                running += 0.1 * new
+        return ag.batch_norm(x, mean, variance, self.weight, self.bias)
+
+
+# --- 2. Generators ----------------------------------------------------------------------------------------------------
+
+
+def _start(image_size):
+    """Pixels a side before the three doublings of both generators. Raises ValueError."""
+    if image_size % 8:
+        raise ValueError(f"a picture of {image_size} pixels cannot be halved three times")
+    return image_size // 8
+
+
+class Cell(Module):
+    """A cell of AutoGAN: (B, C, H, W) -> skip feature and result, both (B, C, 2H, 2W).
+
+    h = conv(upsample(relu(x))), the skip feature; h += conv1x1(upsampled skip feature) for each of the cells before;
+    the result is conv(relu(h)), plus conv1x1(upsample(x)) where there is a shortcut.
+    """
+
+    def __init__(self, channels, upsample, skips, shortcut, init):
+        self.upsample = upsample
+        self.conv1, self.conv2 = Conv2d(channels, channels, 3, init), Conv2d(channels, channels, 3, init)
+        self.shortcut = Conv2d(channels, channels, 1, init) if shortcut else None
+        self.skips = [Conv2d(channels, channels, 1, init) for _ in range(skips)]
+
+    def __call__(self, x, earlier):
+        side = 2 * x.shape[2]
+        skip = h = self.conv1(self.upsample(ag.relu(x), side))  # (B, C, 2H, 2W)
+        for conv, feature in zip(self.skips, earlier, strict=True):
+            h = h + conv(self.upsample(feature, side))
+        out = self.conv2(ag.relu(h))
+        return skip, out if self.shortcut is None else out + self.shortcut(self.upsample(x, side))
+
+
+def nearest(x, side):
+    return ag.upsample_nearest(x, side // x.shape[2])
+
+
+def bilinear(x, side):
+    return ag.resize_bilinear(x, side, side)
+
+
+class AutoGANGenerator(Module):
+    """The generator that AutoGAN's search found for CIFAR-10 (Gong et al. 2019): (B, Z) -> (B, 3, S, S) in [-1, 1].
+
+    Raises ValueError if image_size S does not divide by 8.
+    """
+
+    def __init__(self, image_size, channels, init):
+        self.latent_dim, self.start, self.channels = LATENT_DIM, _start(image_size), channels
+        self.project = Linear(LATENT_DIM, self.start**2 * channels, init)
+        self.cells = [Cell(channels, nearest, 0, True, init), Cell(channels, bilinear, 1, True, init),
+                      Cell(channels, nearest, 2, False, init)]  # fmt: skip
+        self.norm = BatchNorm(channels, init)
+        self.to_rgb = Conv2d(channels, 3, 3, init)
+
+    def __call__(self, z):
+        x = self.project(z).reshape(len(z), self.channels, self.start, self.start)  # (B, C, S/8, S/8)
+        skips = []
+        for cell in self.cells:
+            skip, x = cell(x, skips)  # twice as high and wide
+            skips.append(skip)
+        return ag.tanh(self.to_rgb(ag.relu(self.norm(x))))  # (B, 3, S, S)
+
+
+class UpBlock(Module):
+    """(B, C, H, W) -> (B, C, 2H, 2W): upsample(x) through a 1x1 convolution, plus norm, relu, upsample, conv, norm, relu,
+    conv."""
+
+    def __init__(self, channels, init):
+        self.norm1, self.norm2 = BatchNorm(channels, init), BatchNorm(channels, init)
+        self.conv1, self.conv2 = Conv2d(channels, channels, 3, init), Conv2d(channels, channels, 3, init)
+        self.shortcut = Conv2d(channels, channels, 1, init)
+
+    def __call__(self, x):
+        h = self.conv1(ag.upsample_nearest(ag.relu(self.norm1(x)), 2))
+        return self.shortcut(ag.upsample_nearest(x, 2)) + self.conv2(ag.relu(self.norm2(h)))
+
+
+class ResNetGenerator(Module):
+    """WGAN-GP's residual generator for CIFAR-10 (Gulrajani et al. 2017, appendix): (B, Z) -> (B, 3, S, S) in [-1, 1].
+
+    Raises ValueError if image_size S does not divide by 8.
+    """
+
+    def __init__(self, image_size, channels, init):
+        self.latent_dim, self.start, self.channels = LATENT_DIM, _start(image_size), channels
+        self.project = Linear(LATENT_DIM, self.start**2 * channels, init)
+        self.blocks = [UpBlock(channels, init) for _ in range(3)]
+        self.norm = BatchNorm(channels, init)
+        self.to_rgb = Conv2d(channels, 3, 3, init)
+
+    def __call__(self, z):
+        x = self.project(z).reshape(len(z), self.channels, self.start, self.start)  # (B, C, S/8, S/8)
+        for block in self.blocks:
+            x = block(x)
+        return ag.tanh(self.to_rgb(ag.relu(self.norm(x))))  # (B, 3, S, S)
+
+
+# --- 3. Discriminators ------------------------------------------------------------------------------------------------
+
+
+class DownBlock(Module):
+    """A residual block: relu, conv, relu, conv and, with halve, the mean of 2x2 pixels; plus x, with halve through a 1x1
+    convolution and the same mean. The first block of a network sees pixels, which want no relu."""
+
+    def __init__(self, inputs, outputs, halve, init, spectral, first=False):
+        self.conv1 = Conv2d(inputs, outputs, 3, init, spectral)
+        self.conv2 = Conv2d(outputs, outputs, 3, init, spectral)
+        self.shortcut = Conv2d(inputs, outputs, 1, init, spectral) if halve else None
+        self.first = first
+
+    def __call__(self, x):
+        h = self.conv2(ag.relu(self.conv1(x if self.first else ag.relu(x))))
+        if self.shortcut is None:
+            return h + x
+        return ag.avg_pool2d(h, 2, 2) + self.shortcut(ag.avg_pool2d(x, 2, 2))
+
+
+class ResidualDiscriminator(Module):
+    """Four residual blocks, of which two halve, then relu, a sum or mean over places, and a score: (B, 3, S, S) -> (B,).
+
+    spectral=True, pool="sum": AutoGAN's discriminator (Gong et al. 2019). spectral=False, pool="mean": WGAN-GP's critic
+    (Gulrajani et al. 2017, appendix).
+    Raises ValueError if image_size S does not divide by 4.
+    """
+
+    def __init__(self, image_size, channels, init, spectral, pool):
+        if image_size % 4:
+            raise ValueError(f"a picture of {image_size} pixels cannot be halved twice")
+        halving = [True, True, False, False]
+        self.blocks = [DownBlock(channels if i else 3, channels, halve, init, spectral, first=not i)
+                       for i, halve in enumerate(halving)]  # fmt: skip
+        self.score = SpectralLinear(channels, init) if spectral else Linear(channels, 1, init)
+        self.pool = {"sum": ag.reduce_sum, "mean": ag.reduce_mean}[pool]
+
+    def __call__(self, pictures):
+        x = pictures
+        for block in self.blocks:
+            x = block(x)
+        return self.score(self.pool(ag.relu(x), (2, 3))).reshape(-1)  # (B, C, S/4, S/4) -> (B, C) -> (B,)
+
+
+CHANNELS = {"tiny": {"autogan": (32, 16), "resnet": (16, 16)}}  # of generator and discriminator; others are as published
+PUBLISHED = {"autogan": (256, 128), "resnet": (128, 128)}
+
+
+def make_generator(name, size, image_size, rng, dtype=np.float32):
+    """The generator `name`, autogan or resnet, for pictures of image_size. Raises ValueError."""
+    channels = CHANNELS.get(size, PUBLISHED)[name][0]
+    kind = {"autogan": AutoGANGenerator, "resnet": ResNetGenerator}[name]
+    return kind(image_size, channels, Init(rng, "uniform", dtype))
+
+
+def make_discriminator(name, size, image_size, rng, dtype=np.float32):
+    """The discriminator `name`, autogan or resnet, for pictures of image_size. Raises ValueError."""
+    channels = CHANNELS.get(size, PUBLISHED)[name][1]
+    init = Init(rng, "uniform", dtype)
+    return ResidualDiscriminator(image_size, channels, init, name == "autogan", "sum" if name == "autogan" else "mean")

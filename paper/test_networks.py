@@ -1,0 +1,319 @@
+"""The promises of paper/networks.py, as properties: derivatives, parity with PyTorch, training and its resumption."""
+
+import json
+
+import test_transgan as base  # first: it imports transgan before NumPy
+from test_transgan import no_proxy, rehearsed_gpu, small  # noqa: F401 (fixtures)
+
+import numpy as np  # isort: skip
+import pytest
+from hypothesis import given, settings
+
+import autograd as ag
+import transgan
+from autograd import Tensor, grad
+from paper import networks
+
+PEERS = ("autogan", "resnet")
+PAIRS = [("autogan", "autogan"), ("resnet", "resnet"), ("transgan", "autogan"), ("autogan", "transgan")]
+COUNTS = {"autogan": (4_405_251, 1_053_824), "resnet": (1_204_483, 1_053_825)}  # of the same layers in PyTorch, below
+
+
+def small_pair(name, dtype=np.float64, seed=0, side=8):
+    init = transgan.Init(np.random.default_rng(seed), "uniform", dtype)
+    generator = {"autogan": networks.AutoGANGenerator, "resnet": networks.ResNetGenerator}[name](side, 3, init)
+    pool = {"autogan": "sum", "resnet": "mean"}[name]
+    return generator, networks.ResidualDiscriminator(side, 2, init, name == "autogan", pool)
+
+
+@pytest.mark.parametrize("name", PEERS)
+@settings(max_examples=2)
+@given(seed=base.seeds)
+def test_derivatives_of_whole_networks(name, seed):
+    generator, discriminator = small_pair(name, seed=seed)
+    z, x = base.normal(seed, (3, networks.LATENT_DIM), (2, 3, 8, 8))
+    for network, inputs in ((generator, z), (discriminator, x)):
+        parameters = network.parameters()
+
+        def function(inputs, *values, network=network, parameters=parameters):
+            before = [p.data for p in parameters.values()]
+            nodes = [p.node for p in parameters.values()]
+            for p, value in zip(parameters.values(), values, strict=True):
+                p.data, p.node = value.data, value.node
+            try:
+                return network(inputs)
+            finally:
+                for p, array, node in zip(parameters.values(), before, nodes, strict=True):
+                    p.data, p.node = array, node
+
+        smooth = [inputs, *(ag.to_numpy(p) for p in parameters.values())]
+        assert ag.gradient_check(function, [ag.xp.asarray(a) for a in smooth], order=2, coordinates=1, step=1e-6) < 1e-4
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_parameter_counts_as_the_published_code_has_them(name):
+    rng = base.Zeros()
+    generator = networks.make_generator(name, "S", 32, rng)
+    discriminator = networks.make_discriminator(name, "S", 32, rng)
+    assert (base.count(generator), base.count(discriminator)) == COUNTS[name]
+    options = transgan.Options(generator=name, discriminator=name, sr_weight=0, locality="none")
+    totals = [line.split()[-1] for line in transgan.summary(options).splitlines() if " total " in line]
+    assert [int(total.replace(",", "")) for total in totals] == list(COUNTS[name])
+
+
+def test_networks_refuse_pictures_that_do_not_halve():
+    init = transgan.Init(np.random.default_rng(0), "uniform")
+    for make in (networks.AutoGANGenerator, networks.ResNetGenerator):
+        with pytest.raises(ValueError, match="picture of 20 pixels cannot be halved three times"):
+            make(20, 4, init)
+    with pytest.raises(ValueError, match="picture of 18 pixels cannot be halved twice"):
+        networks.ResidualDiscriminator(18, 4, init, True, "sum")
+
+
+def test_spectral_norm_makes_every_weight_of_autogan_one_in_norm():
+    _, discriminator = small_pair("autogan")
+    for _ in range(200):
+        discriminator_prepare(discriminator)
+    used = [m for m in discriminator.modules() if hasattr(m, "u")]
+    assert len(used) == 4 * 2 + 2 + 1  # two convolutions a block, two shortcuts, the score
+    for module in used:
+        weight = ag.to_numpy(ag.spectral_norm(module.weight, module.u))
+        values = np.linalg.svd(weight.reshape(len(weight), -1), compute_uv=False)
+        assert values[0] == pytest.approx(1, abs=1e-3)
+    _, plain = small_pair("resnet")
+    assert not [m for m in plain.modules() if hasattr(m, "u")]
+
+
+def discriminator_prepare(network):
+    for module in network.modules():
+        module.prepare()
+
+
+def test_batch_norm_keeps_running_averages_and_uses_them_for_samples():
+    init = transgan.Init(np.random.default_rng(0), "uniform", np.float64)
+    norm, (x,) = networks.BatchNorm(3, init), base.normal(1, (4, 3, 5, 5), scale=2.0)
+    y = ag.to_numpy(norm(Tensor(ag.xp.asarray(x))))
+    np.testing.assert_allclose(y.mean(axis=(0, 2, 3)), 0, atol=1e-9)
+    base.close(norm.mean, 0.1 * x.mean(axis=(0, 2, 3), keepdims=True))
+    base.close(norm.variance, 0.9 + 0.1 * x.var(axis=(0, 2, 3), ddof=1, keepdims=True))
+    for _ in range(300):
+        norm(Tensor(ag.xp.asarray(x)))
+    norm.training = False
+    one = ag.to_numpy(norm(Tensor(ag.xp.asarray(x[:1]))))  # one picture's result no longer depends on the others
+    expected = (x[:1] - x.mean(axis=(0, 2, 3), keepdims=True)) / np.sqrt(
+        x.var(axis=(0, 2, 3), ddof=1, keepdims=True) + 1e-5
+    )
+    np.testing.assert_allclose(one, expected, rtol=1e-6, atol=1e-6)
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+def torch_layers(torch, name, channels):
+    """The layers of the published code with so many channels, (generator's, discriminator's), by our names."""
+    nn, (g, d) = torch.nn, channels
+    norm, conv = nn.BatchNorm2d, nn.Conv2d
+    if name == "autogan":
+        generator = {"project": nn.Linear(128, 16 * g), "norm": norm(g), "to_rgb": conv(g, 3, 3, padding=1)}
+        for i in range(3):
+            generator |= {f"cells.{i}.conv{k}": conv(g, g, 3, padding=1) for k in (1, 2)}
+            generator |= {f"cells.{i}.skips.{k}": conv(g, g, 1) for k in range(i)}
+            generator |= {f"cells.{i}.shortcut": conv(g, g, 1)} if i < 2 else {}
+    else:
+        generator = {"project": nn.Linear(128, 16 * g), "norm": norm(g), "to_rgb": conv(g, 3, 3, padding=1)}
+        for i in range(3):
+            generator |= {f"blocks.{i}.conv{k}": conv(g, g, 3, padding=1) for k in (1, 2)}
+            generator |= {f"blocks.{i}.norm{k}": norm(g) for k in (1, 2)}
+            generator |= {f"blocks.{i}.shortcut": conv(g, g, 1)}
+    discriminator = {"score": nn.Linear(d, 1, bias=name != "autogan")}
+    for i in range(4):
+        discriminator |= {f"blocks.{i}.conv1": conv(d if i else 3, d, 3, padding=1)}
+        discriminator |= {f"blocks.{i}.conv2": conv(d, d, 3, padding=1)}
+        discriminator |= {f"blocks.{i}.shortcut": conv(d if i else 3, d, 1)} if i < 2 else {}
+    return generator, discriminator
+
+
+def torch_generator(torch, layers, name, z, channels):
+    """The published generators' forward pass, written with PyTorch's functions."""
+    f = torch.nn.functional
+    x = layers["project"](z).view(len(z), channels, 4, 4)
+    if name == "autogan":
+        skips = []
+        for i, mode in enumerate(("nearest", "bilinear", "nearest")):
+            side, cell = 2 * x.shape[2], f"cells.{i}"
+            skip = h = layers[f"{cell}.conv1"](f.interpolate(f.relu(x), scale_factor=2, mode=mode))
+            for k, feature in enumerate(skips):
+                h = h + layers[f"{cell}.skips.{k}"](f.interpolate(feature, size=(side, side), mode=mode))
+            h = layers[f"{cell}.conv2"](f.relu(h))
+            if i < 2:
+                h = h + layers[f"{cell}.shortcut"](f.interpolate(x, scale_factor=2, mode=mode))
+            skips.append(skip)
+            x = h
+    else:
+        for i in range(3):
+            block = f"blocks.{i}"
+            h = f.interpolate(f.relu(layers[f"{block}.norm1"](x)), scale_factor=2)
+            h = layers[f"{block}.conv2"](f.relu(layers[f"{block}.norm2"](layers[f"{block}.conv1"](h))))
+            x = layers[f"{block}.shortcut"](f.interpolate(x, scale_factor=2)) + h
+    return torch.tanh(layers["to_rgb"](f.relu(layers["norm"](x))))
+
+
+def torch_discriminator(torch, layers, name, x):
+    """The published discriminators' forward pass: averages after the convolutions, as they have them."""
+    f = torch.nn.functional
+    for i in range(4):
+        block = f"blocks.{i}"
+        h = layers[f"{block}.conv2"](f.relu(layers[f"{block}.conv1"](x if i == 0 else f.relu(x))))
+        if i < 2:
+            h = f.avg_pool2d(h, 2)
+            x = (
+                layers[f"{block}.shortcut"](f.avg_pool2d(x, 2))
+                if i == 0
+                else f.avg_pool2d(layers[f"{block}.shortcut"](x), 2)
+            )
+        x = h + x
+    x = f.relu(x)
+    return layers["score"](x.sum((2, 3)) if name == "autogan" else x.mean((2, 3))).reshape(-1)
+
+
+def count_torch(layers):
+    return sum(p.numel() for layer in layers.values() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_counts_outputs_and_gradients_agree_with_pytorch(name):
+    torch = pytest.importorskip("torch")
+    assert tuple(map(count_torch, torch_layers(torch, name, networks.PUBLISHED[name]))) == COUNTS[name]
+    torch.manual_seed(0)
+    channels = (5, 4)
+    layers = torch_layers(torch, name, channels)
+    init = transgan.Init(np.random.default_rng(0), "uniform", np.float64)
+    kind = {"autogan": networks.AutoGANGenerator, "resnet": networks.ResNetGenerator}[name]
+    ours = (
+        kind(32, channels[0], init),
+        networks.ResidualDiscriminator(32, channels[1], init, name == "autogan", "sum" if name == "autogan" else "mean"),
+    )
+    leaves = []
+    for network, group in zip(ours, layers, strict=True):
+        assert set(network.parameters()) == {f"{k}.{p}" for k, v in group.items() for p, _ in v.named_parameters()}
+        for key, layer in group.items():
+            layer.double()
+            for part, p in layer.named_parameters():
+                mine, transposed = network.parameters()[f"{key}.{part}"], part == "weight" and p.ndim == 2
+                p.data = torch.tensor(ag.to_numpy(mine).T if transposed else ag.to_numpy(mine))
+                leaves.append((f"{key}.{part}", mine, p, transposed))
+        if name == "autogan" and network is ours[1]:
+            # PyTorch's own spectral normalization, made to stand where ours does: no step of the power method in evaluation
+            for key, layer in group.items():
+                layer = torch.nn.utils.spectral_norm(layer).eval()
+                u = next(m for n, m in named(network) if n == key).u
+                weight = layer.weight_orig.detach().reshape(len(layer.weight_orig), -1)
+                if key == "score":
+                    weight, u = layer.weight_orig.detach(), np.ones(1)
+                v = torch.nn.functional.normalize(weight.T @ torch.tensor(ag.to_numpy(u)), dim=0)
+                layer.weight_u.data, layer.weight_v.data = torch.tensor(ag.to_numpy(u)), v
+    rng = np.random.default_rng(1)
+    z, x = rng.standard_normal((3, 128)), rng.uniform(-1, 1, (3, 3, 32, 32))
+    made, theirs = ours[0](Tensor(ag.xp.asarray(z))), torch_generator(torch, layers[0], name, torch.tensor(z), channels[0])
+    base.assert_close_to_torch(made, theirs, "generator")
+    scores = ours[1](Tensor(ag.xp.asarray(x)))
+    their_scores = torch_discriminator(torch, layers[1], name, torch.tensor(x))
+    base.assert_close_to_torch(scores, their_scores, "discriminator")
+    parameters = [mine for _, mine, _, _ in leaves]
+    loss, their_loss = (made * made).sum() + (scores * scores).sum(), (theirs**2).sum() + (their_scores**2).sum()
+    gradients = torch.autograd.grad(their_loss, [p for _, _, p, _ in leaves])
+    largest = max(float(g.abs().max()) for g in gradients)  # a bias before a batch norm has none but rounding's
+    for (key, _, _, transposed), a, b in zip(leaves, grad(loss, parameters), gradients, strict=True):
+        a, b = ag.to_numpy(a), b.numpy()
+        np.testing.assert_allclose(a.T if transposed else a, b, atol=1e-10 * largest, rtol=1e-7, err_msg=key)
+
+
+def named(network, prefix=""):
+    """All modules of a network by name."""
+    for name, value in vars(network).items():
+        for part, module in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(module, transgan.Module):
+                path = prefix + (name if part is None else f"{name}.{part}")
+                yield path, module
+                yield from named(module, path + ".")
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def pair_trainer(generator, discriminator, threads=None, dtype=np.float32, **options):
+    plain = {} if generator == "transgan" else {"sr_weight": 0.0, "locality": "none"}
+    return base.small_trainer(threads, dtype, generator=generator, discriminator=discriminator, **plain, **options)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_resuming_is_exact_to_the_bit(pair, small, tmp_path):  # noqa: F811
+    loss = "hinge" if pair[1] == "autogan" else "wgangp-eps"
+    unbroken, first = (pair_trainer(*pair, loss=loss, diff_aug=base.POLICY) for _ in range(2))
+    for _ in range(4):
+        unbroken.train_step()
+    for _ in range(2):
+        first.train_step()
+    first.sample(first.noise(3, np.random.default_rng(0)))  # looking changes nothing
+    first.save(tmp_path / "checkpoint.npz")
+    second = pair_trainer(*pair, loss=loss, diff_aug=base.POLICY)
+    second.load(tmp_path / "checkpoint.npz")
+    for _ in range(2):
+        second.train_step()
+    base.assert_same_state(base.state_of(second), base.state_of(unbroken))
+    before = base.state_of(pair_trainer(*pair, loss=loss))
+    assert [name for name, value in base.state_of(unbroken).items() if (value == before[name]).all()] == []
+
+
+@base.on_cpu
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+def test_threads_share_a_batch_without_changing_the_step(pair, loss, small):  # noqa: F811
+    """Batch norm sees the whole batch, however many threads there are."""
+    runs = []
+    for threads in (1, 2):
+        trainer = pair_trainer(*pair, threads, np.float64, loss=loss)
+        for _ in range(2):
+            trainer.train_step()
+        runs.append(base.state_of(trainer))
+    base.assert_same_state(*runs, 1e-8)
+
+
+@base.on_cpu
+@pytest.mark.parametrize("pair", PAIRS)
+def test_rehearsal_of_training_on_a_gpu(pair, small, rehearsed_gpu):  # noqa: F811
+    def trained():
+        trainer = pair_trainer(*pair, 1, np.float64)
+        trainer.train_step()
+        return [trainer.sample(trainer.noise(3, np.random.default_rng(0))), *base.state_of(trainer).values()]
+
+    expected = trained()
+    assert ag.use_device("auto") == "a rehearsed GPU"
+    for a, b in zip(trained(), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_pairs_train_from_the_command_line(pair, small, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "run"
+    assert base.run_main(*base.TRAIN, "--generator", pair[0], "--discriminator", pair[1], "--out", out) == 0
+    assert [row["step"] for row in base.read_log(out)] == list("01234")
+    with np.load(out / "checkpoint.npz") as saved:
+        options = json.loads(str(saved["options"]))
+    assert (options["generator"], options["discriminator"]) == pair
+    assert (options["loss"], options["beta2"]) == (("hinge", 0.9) if pair[1] == "autogan" else
+                                                   ("wgangp-eps", 0.9 if pair[1] == "resnet" else 0.99))  # fmt: skip
+    assert base.run_main("--resume", out, "--steps", 5) == 0
+    assert "leave out --generator" in base.fails(capsys, "--resume", out, "--steps", 6, "--generator",
+                                                 "resnet" if pair[0] == "autogan" else "autogan")  # fmt: skip
+
+
+def test_options_that_do_not_go_together(small, tmp_path, capsys):  # noqa: F811
+    for args, message in (
+        (["--generator", "autogan", "--sr-weight", "1"], "--sr-weight and --locality are TransGAN's"),
+        (["--generator", "resnet", "--locality", "4:22"], "--sr-weight and --locality are TransGAN's"),
+        (["--generator", "autogan", "--accumulate", "2"], "wants whole batches"),
+        (["--generator", "autogan", "--image-size", "20"], "must divide by 8"),
+        (["--generator", "biggan"], "invalid choice: 'biggan'"),
+    ):
+        assert message in base.fails(capsys, *args, "--out", tmp_path / "run"), args
