@@ -46,7 +46,7 @@ class UserError(Exception):
     """Something a person can put right; its message is one line that says what is wrong and what to do."""
 
 
-PURPOSES = ("shapes", "order", "weights", "step", "judge", "co-training order")
+PURPOSES = ("shapes", "order", "weights", "step", "judge", "co-training order", "evaluate", "classifier")
 
 
 def random_stream(purpose, seed, number=0):
@@ -67,20 +67,20 @@ class Archive:
 
     name: str
     url: str
-    md5: str  # hexadecimal, as published
+    digest: str  # as published: the algorithm, and the first hexadecimal digits or all of them
     page: str  # where a person can fetch it by hand
 
 
 CIFAR10 = Archive(
     "cifar-10-python.tar.gz",
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-    "c58f30108f718f92721af3b95e74349a",
+    "md5:c58f30108f718f92721af3b95e74349a",
     "https://www.cs.toronto.edu/~kriz/cifar.html",
 )
 STL10 = Archive(
     "stl10_binary.tar.gz",
     "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
-    "91f7769df0f17e558f3565bffb0c7dfb",
+    "md5:91f7769df0f17e558f3565bffb0c7dfb",
     "https://cs.stanford.edu/~acoates/stl10/",
 )
 _CELEBA_KEY = "resourcekey=0-dYn9z10tMJOBAkviAcfdyQ"
@@ -88,7 +88,7 @@ CELEBA = Archive(
     "img_align_celeba.zip",
     "https://drive.usercontent.google.com/download?export=download&confirm=t"
     f"&id=0B7EVK8r0v71pZjFTYXZWM3FlRnM&{_CELEBA_KEY}",
-    "00d2c5bc6d35e252742224ab0c1e8fcb",
+    "md5:00d2c5bc6d35e252742224ab0c1e8fcb",
     f"https://drive.google.com/file/d/0B7EVK8r0v71pZjFTYXZWM3FlRnM/view?{_CELEBA_KEY}",
 )
 
@@ -97,7 +97,7 @@ def fetch(archive, data_dir):
     """The path of an archive in the folder data_dir, downloaded if it is not there, and checked. Raises UserError."""
     path = Path(data_dir) / archive.name
     if path.exists():
-        check_md5(path, archive, path)
+        check_digest(path, archive, path)
     else:
         download(archive, path)
     return path
@@ -135,7 +135,7 @@ def download(archive, path):
                 fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _receive(archive, out, path, by_hand)
         try:
-            check_md5(part, archive, archive.url)
+            check_digest(part, archive, archive.url)
         except UserError:
             part.unlink()
             raise
@@ -187,18 +187,19 @@ def _receive(archive, out, path, by_hand):
         )
 
 
-def check_md5(path, archive, source):
-    """Raise UserError, naming `source`, where the file at `path` came from, unless it has the archive's md5 sum."""
-    digest = hashlib.md5(usedforsecurity=False)
+def check_digest(path, archive, source):
+    """Raise UserError, naming `source`, where the file at `path` came from, unless it has the archive's digest."""
+    algorithm, expected = archive.digest.split(":")
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     try:
         with Path(path).open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; delete it, or choose another --data-dir") from None
-    if digest.hexdigest() != archive.md5:
+    if not digest.hexdigest().startswith(expected):
         raise UserError(
-            f"{source} is not the file expected (md5 {digest.hexdigest()}, not {archive.md5}); "
+            f"{source} is not the file expected ({algorithm} {digest.hexdigest()}, not {expected}); "
             f"delete it if it lies here, and start again, or fetch {archive.page} by hand into --data-dir"
         )
 
@@ -221,7 +222,7 @@ def load_cifar10(data_dir, archive=CIFAR10):
     folder = Path(data_dir) / CIFAR10_FOLDER
     if not folder.is_dir():
         extract_cifar10(fetch(archive, data_dir), folder)
-    return np.concatenate([read_cifar10(folder / name) for name in CIFAR10_TRAIN])
+    return np.concatenate([read_cifar10(folder / name)[0] for name in CIFAR10_TRAIN])
 
 
 def extract_cifar10(archive, folder):
@@ -254,7 +255,7 @@ def extract_cifar10(archive, folder):
 
 
 def read_cifar10(path):
-    """The pictures of one CIFAR-10 batch file: bytes, (N, 3, 32, 32).
+    """The pictures of one CIFAR-10 batch file, bytes (N, 3, 32, 32), and their classes, whole numbers (N,).
 
     Checks shape, type, and that there is a label from 0 to 9 for every picture. Raises UserError.
     """
@@ -278,7 +279,7 @@ def read_cifar10(path):
         raise UserError(f"{path}: expected a list of {len(rows)} labels")
     if not all(isinstance(label, int) and 0 <= label <= 9 for label in labels):
         raise UserError(f"{path}: labels must be whole numbers from 0 to 9")
-    return rows.reshape(-1, 3, 32, 32)
+    return rows.reshape(-1, 3, 32, 32), np.array(labels)
 
 
 def _refuse_bombs(content):
@@ -536,9 +537,14 @@ def draw_shapes(count, image_size=16, seed=0):
 
     The same arguments give the same pictures. Drawn four times too large and averaged down, for smooth edges.
     """
+    return _drawn(count, image_size, seed)[0]
+
+
+def _drawn(count, image_size, seed):
+    """The pictures of `draw_shapes` and their classes (count,): kind of shape and colour, one number for both."""
     rng = random_stream("shapes", seed, image_size)
     large = 4 * image_size
-    pictures = np.empty((count, 3, image_size, image_size), np.uint8)
+    pictures, labels = np.empty((count, 3, image_size, image_size), np.uint8), np.empty(count, int)
     ramp = np.linspace(0, 1, large)[:, None, None]
     for i in range(count):
         ground = np.array(GROUNDS[rng.integers(len(GROUNDS))], float)
@@ -548,8 +554,9 @@ def draw_shapes(count, image_size=16, seed=0):
         radius = large * rng.uniform(0.28, 0.38)
         x, y = large * rng.uniform(0.44, 0.56, 2)
         box = [x - radius, y - radius, x + radius, y + radius]
-        colour, draw = PALETTE[rng.integers(len(PALETTE))], ImageDraw.Draw(canvas)
-        kind = rng.integers(3)
+        number, draw = rng.integers(len(PALETTE)), ImageDraw.Draw(canvas)
+        colour, kind = PALETTE[number], rng.integers(3)
+        labels[i] = kind * len(PALETTE) + number
         if kind == 0:
             draw.ellipse(box, colour)
         elif kind == 1:
@@ -557,7 +564,7 @@ def draw_shapes(count, image_size=16, seed=0):
         else:
             draw.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], colour)
         pictures[i] = np.asarray(canvas.resize((image_size, image_size), Image.Resampling.BOX)).transpose(2, 0, 1)
-    return pictures
+    return pictures, labels
 
 
 # --- 6. Batches and grids ---------------------------------------------------------------------------------------------
@@ -575,6 +582,18 @@ def load_pictures(dataset, data_dir, image_size):
         return draw_shapes(SHAPES_COUNT, image_size)
     published = {"cifar10": load_cifar10, "stl10": load_stl10, "celeba": load_celeba}
     return published[dataset](data_dir) if dataset in published else load_folder(dataset, data_dir, image_size)
+
+
+def load_labels(dataset, data_dir, image_size):
+    """The class of each picture of `load_pictures`, whole numbers (N,) from 0, or None where none is known.
+
+    CIFAR-10 comes with ten classes; of the shapes, kind and colour make one. Raises UserError.
+    """
+    if dataset == "shapes":
+        return _drawn(SHAPES_COUNT, image_size, seed=0)[1]
+    if dataset == "cifar10":
+        return np.concatenate([read_cifar10(Path(data_dir) / CIFAR10_FOLDER / name)[1] for name in CIFAR10_TRAIN])
+    return None
 
 
 class Batches:
@@ -608,12 +627,42 @@ def scale(pictures):
     return pictures.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
+def to_bytes(pictures):
+    """The opposite of `scale`: floats in [-1, 1] to bytes, what lies outside is clipped; any shape."""
+    return ((np.clip(pictures, -1, 1) + 1) * 127.5).round().astype(np.uint8)
+
+
+def fingerprint(*arrays):
+    """Sixteen hexadecimal digits that tell these arrays from others."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        for first in range(0, len(array), CHUNK):
+            digest.update(np.ascontiguousarray(array[first : first + CHUNK]))
+    return digest.hexdigest()[:16]
+
+
+def save_arrays(path, **arrays):
+    """Write arrays as an .npz file, which appears when it is whole. Raises UserError."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            np.savez(file, **arrays)
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another --data-dir") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
 def save_grid(pictures, path, columns=8):
     """Write float pictures in [-1, 1], (N, 3, H, W), as one PNG, `columns` wide, small ones enlarged to be seen.
 
     Values outside the range are clipped. The file appears only when it is whole.
     """
-    pictures = ((np.clip(pictures, -1, 1) + 1) * 127.5).round().astype(np.uint8)
+    pictures = to_bytes(pictures)
     count, _, height, width = pictures.shape
     rows = -(-count // columns)
     grid = np.zeros((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), np.uint8)

@@ -1702,7 +1702,7 @@ def write_archive(path, files, kind=tarfile.REGTYPE):
 
 def of(archive, content, url="http://127.0.0.1:9/x"):
     """The same archive, but with the sum of `content`, at `url`, where nobody listens by default."""
-    return dataclasses.replace(archive, url=url, md5=hashlib.md5(content).hexdigest())
+    return dataclasses.replace(archive, url=url, digest=f"md5:{hashlib.md5(content).hexdigest()}")
 
 
 EXPECTED = np.concatenate([cifar_batch(i)[b"data"] for i in range(5)]).reshape(-1, 3, 32, 32)
@@ -2136,7 +2136,8 @@ def test_a_file_without_end_is_not_read(tmp_path, monkeypatch):
 def test_modern_pickles_and_missing_files(tmp_path):
     for protocol in (3, 4):
         (tmp_path / "batch").write_bytes(pickle.dumps(cifar_batch(3), protocol))
-        pictures = data.read_cifar10(tmp_path / "batch")
+        pictures, labels = data.read_cifar10(tmp_path / "batch")
+        assert labels.tolist() == cifar_batch(3)[b"labels"]
         np.testing.assert_array_equal(pictures.reshape(8, -1), cifar_batch(3)[b"data"])
     with pytest.raises(UserError, match="cannot read"):
         data.read_cifar10(tmp_path / "missing")
@@ -2153,7 +2154,7 @@ def test_damaged_pickles_only_ever_raise_our_own_error(tmp_path_factory, where, 
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(content[:cut])
     with contextlib.suppress(UserError):
-        assert data.read_cifar10(path).shape == (1, 3, 32, 32)
+        assert data.read_cifar10(path)[0].shape == (1, 3, 32, 32)
 
 
 def picture_kinds():

@@ -531,7 +531,7 @@ def locality_pairs(text):
     return [(int(half_width), float(epoch)) for half_width, epoch in pairs]
 
 
-NETWORKS = ("transgan", "autogan", "resnet")
+NAMES = {"transgan": "TransGAN", "autogan": "AutoGAN", "resnet": "ResNet"}  # of either network; the last is WGAN-GP's
 
 
 def make_generator(options, rng, dtype=np.float32):
@@ -832,6 +832,7 @@ def first_line(error):
 
 # --- 6. Watching it learn ---------------------------------------------------------------------------------------------
 
+LABELS = {"distance": "distance", "fid_own": "FID-own", "is_own": "IS-own"}  # what is measured, in the log and in words
 GRID = 64  # pictures in a sample grid
 JUDGED = 512  # pictures on each side of the distance
 PATIENCE = 600  # seconds that training may go without a sample grid and a checkpoint
@@ -856,7 +857,8 @@ class Log:
     Losses arrive as arrays on the device and are read a few at a time, so that a step need not wait for them.
     """
 
-    FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "sr_loss", "distance", "pictures_per_second", "seconds")
+    FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "sr_loss", "distance", "fid_own", "is_own",
+              "pictures_per_second", "seconds")  # fmt: skip
 
     def __init__(self, path, step, steps, resumed=False):
         self.first, self.steps = step, steps
@@ -881,16 +883,16 @@ class Log:
             os.replace(start, path)
             self.file = path.open("a", newline="")
             self.writer.writer = csv.writer(self.file)
-        self.live, self.waiting, self.distance = bool(sys.stdout and sys.stdout.isatty()), [], None
+        self.live, self.waiting, self.measured = bool(sys.stdout and sys.stdout.isatty()), [], {}
         self.start = self.shown = self.last = time.monotonic()
 
-    def add(self, step, losses, pictures, distance=None):
-        """Remember a step: its losses, how many real pictures it used, and the distance where it was measured."""
+    def add(self, step, losses, pictures, measured):
+        """Remember a step: its losses, how many real pictures it used, and the distance and scores that were measured."""
         now = time.monotonic()
-        row = {"step": step, "pictures_per_second": pictures / max(now - self.last, 1e-9), "distance": distance}
-        self.waiting.append(row | losses | {"seconds": self.earlier + now - self.start})
+        row = {"step": step, "pictures_per_second": pictures / max(now - self.last, 1e-9)}
+        self.waiting.append(row | losses | measured | {"seconds": self.earlier + now - self.start})
         self.last = now
-        self.distance = self.distance if distance is None else distance
+        self.measured |= measured
         if now - self.shown > (0.5 if self.live else 10) or step in (self.first, self.first + 1, self.steps):
             self.show()
 
@@ -907,8 +909,7 @@ class Log:
         for name, label in (("disc_loss", "D"), ("gen_loss", "G"), ("penalty", "penalty"), ("sr_loss", "SR")):
             if row.get(name) is not None:
                 parts.append(f"{label} {float(row[name]):.3f}")
-        if self.distance is not None:
-            parts.append(f"distance {self.distance:.3f}")
+        parts += [f"{LABELS[name]} {value:.3f}" for name, value in self.measured.items()]
         step, elapsed = row["step"], self.shown - self.start
         left = elapsed / max(step - self.first, 1) * (self.steps - step)
         speed = (sum(r["pictures_per_second"] for r in self.waiting) / len(self.waiting)) if step > self.first else 0
@@ -944,11 +945,12 @@ def explain_locality(options, path):
     data.save_grid(np.stack(pictures), path, columns=len(pictures))
 
 
-def train(trainer, out, sample_every, save_every, resumed=False):
+def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=None, scores=None):
     """Train until `trainer.options.steps`, writing samples, log and checkpoints into the folder `out`.
 
     sample_every, save_every: generator steps between sample grids and between checkpoints. Either is also made when it is
-    PATIENCE seconds old, because a step of the large sizes takes a CPU half a minute.
+    PATIENCE seconds old, because a step of the large sizes takes a CPU half a minute. evaluate_every: generator steps
+    between calls of scores(), which returns more numbers for the log.
     """
     options = trainer.options
     rng = data.random_stream("judge", options.seed)
@@ -967,19 +969,21 @@ def train(trainer, out, sample_every, save_every, resumed=False):
             small = downsample(real[: GRID // 8], factor)
             rows = [small.repeat(factor, 2).repeat(factor, 3), trainer.restore(small), real[: GRID // 8]]
             data.save_grid(np.concatenate(rows), out / "samples" / f"restored-{trainer.step:06d}.png")
-        return sliced_wasserstein(pictures, real)
+        return {"distance": sliced_wasserstein(pictures, real)}
 
     try:
         if trainer.step == 0:
-            log.add(0, {}, 0, look())
+            log.add(0, {}, 0, look() | (scores() if evaluate_every else {}))
             trainer.save(out / "checkpoint.npz")
         sampled = saved = time.monotonic()
         while trainer.step < options.steps:
             losses = trainer.train_step()
-            step, last, now, distance = trainer.step, trainer.step == options.steps, time.monotonic(), None
+            step, last, now, measured = trainer.step, trainer.step == options.steps, time.monotonic(), {}
             if last or step % sample_every == 0 or now - sampled > PATIENCE:
-                distance, sampled = look(), now
-            log.add(step, losses, options.batch_size * options.disc_steps, distance)
+                measured, sampled = look(), now
+            if evaluate_every and (last or step % evaluate_every == 0):
+                measured |= scores()
+            log.add(step, losses, options.batch_size * options.disc_steps, measured)
             if last or step % save_every == 0 or now - saved > PATIENCE:
                 log.show()
                 trainer.save(out / "checkpoint.npz")
@@ -1157,7 +1161,8 @@ def make_parser():
         "  python transgan.py                       built-in pictures of shapes, minutes on a laptop\n"
         "  python transgan.py --dataset cifar10     the paper's size S on CIFAR-10 (170 MB, downloaded once)\n"
         "  python transgan.py --dataset PATH        your own pictures, in a folder\n"
-        "  python transgan.py --resume runs/NAME    go on where a run was stopped",
+        "  python transgan.py --resume runs/NAME    go on where a run was stopped\n"
+        "  python transgan.py --evaluate runs/NAME  give its FID and Inception Score",
         epilog="A run's folder holds samples/ (step-*: grids of the same noise, over time; restored-*: real pictures made\n"
         "small, what the generator makes of them, and the originals), log.csv (a row a step; distance is the sliced\n"
         "Wasserstein distance between generated and real pictures), checkpoint.npz, and locality.png where there is some.",
@@ -1171,7 +1176,7 @@ def make_parser():
     what.add_argument("--size", choices=SIZES, help="networks: the paper's S, M, L, XL, or tiny for a laptop "
                       "(default: S; tiny for shapes, XL for stl10 and celeba)")  # fmt: skip
     for network in ("generator", "discriminator"):
-        what.add_argument(f"--{network}", choices=NETWORKS, help="the paper's, or a convolutional one it is compared with: "
+        what.add_argument(f"--{network}", choices=NAMES, help="the paper's, or a convolutional one it is compared with: "
                           "AutoGAN's or WGAN-GP's residual network (default: transgan)")  # fmt: skip
     what.add_argument("--image-size", type=number(*LIMITS["image_size"]), metavar="N",
                       help="pixels a side, for a folder (default: 32) and for shapes (default: 16); "
@@ -1227,6 +1232,19 @@ def make_parser():
                        help="steps between sample grids and distances (default: 100, and every 10 minutes)")  # fmt: skip
     watch.add_argument("--save-every", type=number(int, 1), metavar="N", default=100,
                        help="steps between checkpoints (default: 100, and every 10 minutes)")  # fmt: skip
+    watch.add_argument("--evaluate-every", type=number(int, 1), metavar="N",
+                       help="steps between FID-own and IS-own in the log (default: never)")  # fmt: skip
+    score = parser.add_argument_group("scores, see paper/scores.py")
+    score.add_argument("--evaluate", type=folder, metavar="DIR", help="give FID and Inception Score of the run in DIR")
+    score.add_argument("--features", choices=("inception", "own"), help="the network that looks: Inception-v3, as papers "
+                       "have it (91 MB, downloaded once), or a small classifier trained here on the data set, whose scores "
+                       "are named FID-own and IS-own (default: inception; for shapes own)")  # fmt: skip
+    score.add_argument("--num-images", type=number(int, 10), metavar="N",
+                       help="generated pictures to look at (default: 50000; for --evaluate-every 2000)")  # fmt: skip
+    score.add_argument("--inception", type=folder, metavar="PATH", help="a file with Inception-v3's weights, as "
+                       "pytorch-fid publishes them")  # fmt: skip
+    score.add_argument("--fid-stats", type=folder, metavar="PATH", help="a fid_stats_*.npz with mean and covariance of the "
+                       "real pictures (default: computed of the data set once, and kept)")  # fmt: skip
     watch.add_argument("--summary", action="store_true", help="print the networks as a table, and stop")
     return parser
 
@@ -1234,17 +1252,17 @@ def make_parser():
 def choose_options(args):
     """(Options, the run's folder) of parsed arguments: the checkpoint's when resuming, else the data set's defaults."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if getattr(args, f.name) is not None}
-    if args.resume:
+    if begun := args.resume or args.evaluate:
         if args.preset:
-            raise UserError(f"a run goes on with its own options; leave out --preset {args.preset}")
-        saved = read_options(args.resume / "checkpoint.npz")
+            raise UserError(f"a run has its own options; leave out --preset {args.preset}")
+        saved = read_options(begun / "checkpoint.npz")
         moved = saved.dataset not in DEFAULTS and given.get("dataset") not in DEFAULTS
-        changeable = {"steps", "accumulate"} | ({"dataset"} if moved else set())
+        changeable = ({"steps", "accumulate"} if args.resume else set()) | ({"dataset"} if moved else set())
         for name, value in given.items():
             if name not in changeable and value != getattr(saved, name):
                 flag = "--" + name.replace("_", "-")
-                raise UserError(f"the run in {args.resume} has {flag} {getattr(saved, name)}; leave out {flag} {value}")
-        return check_options(dataclasses.replace(saved, **given)), args.out or args.resume
+                raise UserError(f"the run in {begun} has {flag} {getattr(saved, name)}; leave out {flag} {value}")
+        return check_options(dataclasses.replace(saved, **given)), args.out or begun
     preset = PRESETS.get(args.preset, {})
     dataset = given.get("dataset") or preset.get("dataset", "shapes")
     chosen = {"dataset": dataset} | DEFAULTS.get(dataset, {}) | preset | given
@@ -1300,7 +1318,7 @@ def read_options(path):
             known = False
         if not known:
             raise UserError(f"{path}: its option {name} is {value!r}; start a new run")
-    named = {"dataset": None, "size": SIZES, "loss": LOSSES, "generator": NETWORKS, "discriminator": NETWORKS}
+    named = {"dataset": None, "size": SIZES, "loss": LOSSES, "generator": NAMES, "discriminator": NAMES}
     for name, known in named.items():
         value = getattr(options, name)
         if not isinstance(value, str) or (known and value not in known):
@@ -1329,6 +1347,8 @@ def holds_a_run(out):
 
 def run(args):
     """What the command line asks for. Raises UserError."""
+    if args.resume and args.evaluate:
+        raise UserError("--resume trains and --evaluate looks; leave out one of them")
     options, out = choose_options(args)
     if args.summary:
         print(f"transgan.py {flags(options)}\n\n{summary(options)}")
@@ -1338,17 +1358,27 @@ def run(args):
     except RuntimeError as error:
         raise UserError(str(error)) from None
     ag.keep_freed_memory()
-    prepare_folder(out, args.resume)
+    if not args.evaluate:
+        prepare_folder(out, args.resume)
     pictures = data.load_pictures(options.dataset, args.data_dir, options.image_size)
     trainer = Trainer(options, pictures, args.threads)
+    if args.evaluate or args.evaluate_every:
+        from paper import scores
+    if args.evaluate:
+        trainer.load(args.evaluate / "checkpoint.npz")
+        features = args.features or ("own" if options.dataset == "shapes" and not args.inception else "inception")
+        print(scores.evaluate(out, trainer, pictures, features, args.num_images or 50_000, args.data_dir, args.inception,
+                              args.fid_stats))  # fmt: skip
+        return
     if args.resume:
         trainer.load(args.resume / "checkpoint.npz")
         if trainer.step >= options.steps:
             raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {trainer.step}")
     threads = f", {trainer.threads} threads" if device == "cpu" else ""
-    print(f"TransGAN-{options.size} on {options.dataset} {options.image_size}x{options.image_size}, "
+    print(f"{NAMES[options.generator]}-{options.size} on {options.dataset} {options.image_size}x{options.image_size}, "
           f"{len(pictures):,} pictures, {device}{threads}, into {out}", flush=True)  # fmt: skip
-    train(trainer, out, args.sample_every, args.save_every, resumed=out == args.resume)
+    measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
+    train(trainer, out, args.sample_every, args.save_every, out == args.resume, args.evaluate_every, measure)
     print(f"done: {out / 'samples' / f'step-{trainer.step:06d}.png'}")
 
 

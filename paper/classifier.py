@@ -1,0 +1,155 @@
+"""A small classifier of our own, so that IS and FID can be computed in the features of a network that needs no download.
+
+The story of this chapter: Inception-v3 is a classifier of photographs, and its last layer but one is where FID looks. Any
+classifier will do to compare generators by, as long as nobody takes its numbers for those of the papers: ours are called
+FID-own and IS-own. It is trained on the data set itself, once, with the engine of this project: on classes where they are
+known (CIFAR-10; kind and colour of the shapes), and else on telling by how many quarters a picture was turned (Gidaris et
+al. 2018), which takes seeing what is in it. What it has learnt is kept in a file that goes by the pictures' fingerprint.
+
+Contents
+    1. The network     Classifier
+    2. Training it     cross_entropy, train_classifier
+    3. Keeping it      load_classifier
+"""
+
+import functools
+import sys
+import time
+from concurrent import futures
+from pathlib import Path
+
+import transgan  # first: it decides how many threads NumPy's matrix products use
+
+import numpy as np  # isort: skip
+
+import autograd as ag
+import data
+from autograd import Tensor, grad
+from paper.networks import Conv2d
+
+# --- 1. The network ---------------------------------------------------------------------------------------------------
+
+FEATURES = 128
+
+
+class Classifier(transgan.Module):
+    """Three convolutions and a linear layer: pictures (B, 3, S, S) -> features (B, 128) and logits (B, classes).
+
+    The features are the means over all places, after the last relu. S >= 4.
+    """
+
+    def __init__(self, classes, rng, dtype=np.float32):
+        init = transgan.Init(rng, "uniform", dtype)
+        self.convs = [Conv2d(inputs, outputs, 3, init) for inputs, outputs in ((3, 32), (32, 64), (64, FEATURES))]
+        self.head = transgan.Linear(FEATURES, classes, init)
+
+    def __call__(self, x):
+        for i, conv in enumerate(self.convs):
+            x = ag.relu(conv(ag.max_pool2d(x, 2, 2) if i else x))  # (B, 32, S, S), (B, 64, S/2, S/2), (B, 128, S/4, S/4)
+        features = x.mean(axis=(2, 3))
+        return features, self.head(features)
+
+
+# --- 2. Training it ---------------------------------------------------------------------------------------------------
+
+STEPS, BATCH, RATE = 1500, 64, 2e-3
+
+
+def cross_entropy(logits, labels):
+    """-log of the probability of the right class, softmax(logits)[label], for each row: (B, K), NumPy (B,) -> (B,)."""
+    logits = logits - logits.data.max(axis=1, keepdims=True)  # cancels in the result, and keeps exp from overflowing
+    one_hot = ag.xp.asarray(np.eye(logits.shape[1], dtype=logits.dtype)[labels])
+    return ag.log(ag.exp(logits).sum(axis=1)) - (logits * one_hot).sum(axis=1)
+
+
+def turned(pictures, rng):
+    """Square pictures (B, 3, S, S), each turned by 0 to 3 quarters, and by how many (B,)."""
+    quarters = rng.integers(0, 4, len(pictures))
+    return np.stack([np.rot90(x, k, (1, 2)) for x, k in zip(pictures, quarters, strict=True)]), quarters
+
+
+def train_classifier(pictures, labels, steps=STEPS):
+    """A Classifier of bytes (N, 3, S, S) with labels (N,), or of quarter turns if labels is None; and its accuracy.
+
+    Adam (0.9, 0.999) on batches of 64, mirrored at random where turns are not what is asked, the rate falling to 0 in a
+    line. The accuracy is that of the last tenth of the steps, on the batches before they were learnt from.
+    """
+    network = Classifier(4 if labels is None else int(labels.max()) + 1, data.random_stream("classifier", 0))
+    parameters, right = list(network.parameters().values()), []
+    adam = ag.Adam(parameters, (0.9, 0.999))
+    workers = transgan.CORES if ag.xp is np else 1
+
+    def part(share):
+        x, y = share
+        _, logits = network(Tensor(ag.xp.asarray(x)))
+        loss = cross_entropy(logits, y).sum() * (1 / BATCH)
+        return (ag.to_numpy(logits).argmax(axis=1) == y).sum(), grad(loss, parameters)
+
+    with futures.ThreadPoolExecutor(workers) as pool, data.Progress() as progress:
+        start = time.monotonic()
+        for step in range(steps):
+            rng = data.random_stream("classifier", 1, step)
+            chosen = rng.integers(0, len(pictures), BATCH)
+            x, y = data.scale(pictures[chosen]), None if labels is None else labels[chosen]
+            x, y = turned(x, rng) if labels is None else (transgan.flip(x, rng), y)
+            shares = zip(np.array_split(x, workers), np.array_split(y, workers), strict=True)
+            hits, gradients = zip(*pool.map(part, shares), strict=True)
+            total = [functools.reduce(ag.add, pieces) for pieces in zip(*gradients, strict=True)]
+            adam.step(total, RATE * (1 - step / steps))
+            right.append(sum(hits))
+            left = (time.monotonic() - start) / (step + 1) * (steps - step - 1)
+            progress(f"training the classifier: step {step + 1}/{steps}, {transgan.clock(left)} left")
+    last = right[-max(1, steps // 10) :]
+    return network, sum(last) / (len(last) * BATCH)
+
+
+# --- 3. Keeping it ----------------------------------------------------------------------------------------------------
+
+
+class Extractor:
+    """The classifier as what `paper.scores` asks of a network: bytes (B, 3, S, S) -> features (B, 128), logits (B, K).
+
+    Features are multiplied by `scale`, so that those of the data set's pictures vary by 1 in the mean: FID-own of random
+    networks would else be of any size.
+    """
+
+    suffix, dims, resizing, bytes_per_picture = "-own", FEATURES, "none", 1 << 20
+
+    def __init__(self, network, weights, scale=1.0):
+        self.network, self.weights, self.scale = network, weights, scale
+        self.digest = data.fingerprint(*map(ag.to_numpy, network.parameters().values()))
+
+    def __call__(self, pictures):
+        def part(x):
+            with ag.no_grad():
+                features, logits = self.network(Tensor(ag.xp.asarray(data.scale(x))))
+                return ag.to_numpy(features) * np.float32(self.scale), ag.to_numpy(logits)
+
+        with futures.ThreadPoolExecutor(transgan.CORES if ag.xp is np else 1) as pool:
+            parts = pool.map(part, [pictures[i : i + 64] for i in range(0, len(pictures), 64)])
+            return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+
+
+def load_classifier(pictures, dataset, data_dir):
+    """The Extractor for a data set's pictures, bytes (N, 3, S, S): from its file in data_dir, or trained, some minutes.
+
+    Raises UserError if the file cannot be written.
+    """
+    name, labels = Path(dataset).name, data.load_labels(dataset, data_dir, pictures.shape[-1])
+    path = Path(data_dir) / f"classifier-{name}-{pictures.shape[-1]}-{data.fingerprint(pictures)}.npz"
+    classes = 4 if labels is None else int(labels.max()) + 1
+    task = f"quarter turns of {name}" if labels is None else f"{classes} classes of {name}"
+    network = Classifier(classes, data.random_stream("classifier", 0))
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            for key, p in network.parameters().items():
+                p.data[...] = ag.xp.asarray(saved[key])
+            scale, accuracy = float(saved["scale"]), float(saved["accuracy"])
+    except Exception:  # missing, cut off or damaged: it is made again
+        print(f"training a classifier on {task}, once, for FID-own and IS-own", file=sys.stderr, flush=True)
+        network, accuracy = train_classifier(pictures, labels)
+        features, _ = Extractor(network, "")(pictures[:4096])
+        scale = 1 / max(features.std(axis=0).mean(), 1e-6)
+        arrays = {key: ag.to_numpy(p) for key, p in network.parameters().items()}
+        data.save_arrays(path, scale=scale, accuracy=accuracy, **arrays)
+    return Extractor(network, f"own classifier of {task}, {100 * accuracy:.0f}% right", scale)

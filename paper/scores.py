@@ -1,0 +1,252 @@
+"""Inception Score and FID: two numbers that papers compare generators by.
+
+The story of this chapter: a network that was trained to classify pictures looks at generated ones. The Inception Score asks
+that it be sure of each (sharp objects) and see many classes over all (variety). The Frechet Inception Distance compares the
+layer before the classes, as it answers to generated and to real pictures, each taken for a normal distribution: how far
+apart do mean and covariance lie? Both are computed in one pass over the pictures, in float64.
+
+Contents
+    1. One pass            Statistics, InceptionScore
+    2. The distance        frechet_distance
+    3. A run's scores      reference_statistics, score_pictures, evaluate
+"""
+
+import datetime
+import json
+import os
+import time
+from pathlib import Path
+
+import transgan  # first: it decides how many threads NumPy's matrix products use
+
+import numpy as np  # isort: skip
+
+import autograd as ag
+import data
+from data import UserError
+
+# --- 1. One pass ------------------------------------------------------------------------------------------------------
+
+
+class Statistics:
+    """Mean (D,) and covariance (D, D) of features that come a batch at a time, in float64.
+
+    Two batches' sums of squares about their own means add up to that about the common mean with a correction for how far
+    these lie apart (Chan et al. 1979), so that nothing is lost to rounding as in mean(x x^T) - mean(x) mean(x)^T.
+    """
+
+    def __init__(self, dims):
+        self.count, self.mean, self.scatter = 0, np.zeros(dims), np.zeros((dims, dims))
+
+    def add(self, features):
+        """Take in a batch of features, (B, D)."""
+        features = np.asarray(features, np.float64)
+        batch, mean = len(features), features.mean(axis=0)
+        centred, apart, total = features - mean, mean - self.mean, self.count + batch
+        self.scatter += centred.T @ centred + np.outer(apart, apart) * (self.count * batch / total)
+        self.mean += apart * (batch / total)
+        self.count = total
+
+    @property
+    def covariance(self):
+        """(D, D), with N - 1 for divisor, as pytorch-fid has it. Raises ValueError for fewer than two pictures."""
+        if self.count < 2:
+            raise ValueError("a covariance needs two pictures or more")
+        return self.scatter / (self.count - 1)
+
+
+class InceptionScore:
+    """exp(mean KL(p(y|x) || p(y))) over `splits` parts of `total` pictures, from logits that come a batch at a time.
+
+    Within a part of n pictures the mean divergence is mean_x sum_y p log p - sum_y q log q with q = mean_x p, so that two
+    sums are all there is to keep (Salimans et al. 2016). Raises ValueError for fewer pictures than splits.
+    """
+
+    def __init__(self, total, splits=10):
+        if total < splits:
+            raise ValueError(f"{splits} splits need {splits} pictures or more")
+        self.ends = [total * (i + 1) // splits for i in range(splits)]
+        self.counts, self.entropies = np.zeros(splits), np.zeros(splits)
+        self.classes, self.seen = None, 0
+
+    def add(self, logits):
+        """Take in a batch of logits, (B, K)."""
+        logits = np.asarray(logits, np.float64)
+        log_p = logits - logits.max(axis=1, keepdims=True)
+        log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+        p = np.exp(log_p)
+        if self.classes is None:
+            self.classes = np.zeros((len(self.ends), p.shape[1]))
+        splits = np.searchsorted(self.ends, self.seen + np.arange(len(p)), side="right")
+        np.add.at(self.classes, splits, p)
+        np.add.at(self.entropies, splits, (p * log_p).sum(axis=1))
+        np.add.at(self.counts, splits, 1)
+        self.seen += len(p)
+
+    def result(self):
+        """Mean and deviation over the splits."""
+        q = self.classes / self.counts[:, None]
+        scores = np.exp(self.entropies / self.counts - (q * np.log(np.maximum(q, 1e-300))).sum(axis=1))
+        return float(scores.mean()), float(scores.std())
+
+
+# --- 2. The distance --------------------------------------------------------------------------------------------------
+
+
+def frechet_distance(mean1, covariance1, mean2, covariance2):
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), for means (D,) and covariances (D, D) (Heusel et al. 2017).
+
+    The trace of the root needs no root of a matrix that is not symmetric. Write S1 = A A^T and S2 = B B^T, from their
+    eigenvectors: the eigenvalues of S1 S2 other than 0 are those of (A^T B)(A^T B)^T, so that the trace of its root is the
+    sum of the singular values of A^T B. A covariance of too few pictures has eigenvalues of 0, of which rounding makes
+    small numbers of either sign: those below 0 are put back, and nothing is ever divided by one.
+    """
+    a, b = _factor(covariance1), _factor(covariance2)
+    root = np.linalg.svd(a.T @ b, compute_uv=False).sum()
+    apart = mean1 - mean2
+    return float(apart @ apart + np.trace(covariance1) + np.trace(covariance2) - 2 * root)
+
+
+def _factor(covariance):
+    values, vectors = np.linalg.eigh(covariance)
+    return vectors * np.sqrt(np.maximum(values, 0))
+
+
+# --- 3. A run's scores ------------------------------------------------------------------------------------------------
+
+
+def look(batches, total, extractor, what, splits=10):
+    """Statistics and InceptionScore of `total` pictures, which come as bytes (B, 3, S, S) from `batches`.
+
+    extractor: the network that looks, bytes -> features (B, D), logits (B, K); see paper.inception and paper.classifier.
+    """
+    statistics, score = Statistics(extractor.dims), InceptionScore(total, splits)
+    start = time.monotonic()
+    with data.Progress() as progress:
+        for pictures in batches:
+            features, logits = extractor(pictures)
+            statistics.add(features)
+            score.add(logits)
+            left = (time.monotonic() - start) / statistics.count * (total - statistics.count)
+            progress(f"{what}: {statistics.count:,} of {total:,} pictures, {transgan.clock(left)} left")
+    return statistics, score
+
+
+def at_once(extractor):
+    """How many pictures to give to a network at a time: what takes up to half of the free memory, 16 to 1024."""
+    if ag.xp is not np:
+        free = ag.xp.cuda.runtime.memGetInfo()[0]
+    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        free = 1 << 30
+    return int(min(1024, max(16, free // 2 // extractor.bytes_per_picture)))
+
+
+def reference_statistics(pictures, dataset, extractor, data_dir):
+    """Mean (D,) and covariance (D, D) of a data set's pictures, bytes (N, 3, S, S): kept in a file of data_dir.
+
+    The file goes by the pictures' fingerprint and the network's, and is in the layout of fid_stats_*.npz. Raises UserError.
+    """
+    name = f"{Path(dataset).name}-{pictures.shape[-1]}-{data.fingerprint(pictures)}"
+    path = Path(data_dir) / f"fid-stats{extractor.suffix}-{extractor.digest}-{name}.npz"
+    if path.exists():
+        return read_statistics(path, extractor.dims)
+    step = at_once(extractor)
+    batches = (pictures[i : i + step] for i in range(0, len(pictures), step))
+    statistics, _ = look(batches, len(pictures), extractor, "real pictures", splits=1)
+    data.save_arrays(path, mu=statistics.mean, sigma=statistics.covariance)
+    return statistics.mean, statistics.covariance
+
+
+def read_statistics(path, dims):
+    """Mean (D,) and covariance (D, D) from a file in the layout of fid_stats_*.npz: mu and sigma. Raises UserError."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            mean, covariance = (np.asarray(saved[name], np.float64) for name in ("mu", "sigma"))
+    except Exception as error:  # a damaged archive can raise anything at all
+        raise UserError(f"cannot read {path}: {transgan.first_line(error)}; delete it, or name another file") from None
+    if mean.shape != (dims,) or covariance.shape != (dims, dims):
+        raise UserError(f"{path}: expected mu of shape ({dims},) and sigma of ({dims}, {dims}), found "
+                        f"{mean.shape} and {covariance.shape}; name another file")  # fmt: skip
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and np.allclose(covariance, covariance.T)):
+        raise UserError(f"{path}: its numbers are not finite, or sigma is not symmetric; name another file")
+    return mean, covariance
+
+
+def score_generator(trainer, count, extractor, reference):
+    """FID and Inception Score of `count` pictures of a trainer's averaged generator, against the reference statistics.
+
+    Returns {"fid": ..., "is": ..., "is_deviation": ...}. The noise is always the same for a seed and a count.
+    """
+    step = min(at_once(extractor), 256)
+
+    def batches():
+        for number, first in enumerate(range(0, count, step)):
+            rng = data.random_stream("evaluate", trainer.options.seed, number)
+            yield data.to_bytes(trainer.sample(trainer.noise(min(step, count - first), rng)))
+
+    statistics, score = look(batches(), count, extractor, "generated pictures")
+    mean, deviation = score.result()
+    return {"fid": frechet_distance(statistics.mean, statistics.covariance, *reference), "is": mean,
+            "is_deviation": deviation}  # fmt: skip
+
+
+def load_extractor(features, pictures, dataset, data_dir, inception=None):
+    """The network that looks: "inception", with weights from a file or downloaded, or "own". Raises UserError."""
+    if features == "own":
+        from paper.classifier import load_classifier
+
+        return load_classifier(pictures, dataset, data_dir)
+    from paper.inception import load_inception
+
+    return load_inception(inception, data_dir)
+
+
+def own_scores(trainer, count, data_dir):
+    """A function that gives a trainer's FID-own and IS-own as they are now, {"fid_own": ..., "is_own": ...}, for its log.
+
+    Trains the classifier first, and has it look at the real pictures, where that was not done before. Raises UserError.
+    """
+    pictures, dataset = trainer.batches.pictures, trainer.options.dataset
+    extractor = load_extractor("own", pictures, dataset, data_dir)
+    reference = reference_statistics(pictures, dataset, extractor, data_dir)
+
+    def measure():
+        scores = score_generator(trainer, count, extractor, reference)
+        return {"fid_own": scores["fid"], "is_own": scores["is"]}
+
+    return measure
+
+
+def evaluate(run, trainer, pictures, features, count, data_dir, inception=None, fid_stats=None):
+    """Score a run's generator, write the numbers into scores.json in its folder, and return them as one line to quote.
+
+    features: "inception" or "own"; count: generated pictures; fid_stats: a file to take the reference statistics from
+    instead of the run's data set. Raises UserError.
+    """
+    options = trainer.options
+    extractor = load_extractor(features, pictures, options.dataset, data_dir, inception)
+    if fid_stats:
+        reference, against = read_statistics(fid_stats, extractor.dims), f"the statistics in {Path(fid_stats).name}"
+    else:
+        reference = reference_statistics(pictures, options.dataset, extractor, data_dir)
+        against = f"{len(pictures):,} pictures of {Path(options.dataset).name}"
+    scores = score_generator(trainer, count, extractor, reference)
+    path, suffix = run / "scores.json", extractor.suffix
+    named = {f"{name}{suffix.replace('-', '_')}": value for name, value in scores.items()}
+    entry = {"step": trainer.step, "images": count, "against": against, "weights": extractor.weights,
+             "resizing": extractor.resizing, "date": datetime.date.today().isoformat()} | named  # fmt: skip
+    try:
+        known = json.loads(path.read_text()) if path.exists() else []
+        known = [old for old in known if (old["step"], old["weights"]) != (trainer.step, extractor.weights)]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path} is not a list of this program's scores; move it away and start again") from None
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps([*known, entry], indent=2) + "\n")
+    part.replace(path)
+    network = f"{transgan.NAMES[options.generator]}-{options.size}"
+    return (
+        f"FID{suffix} {scores['fid']:.2f}, IS{suffix} {scores['is']:.2f} ± {scores['is_deviation']:.2f} ({network}, step "
+        f"{trainer.step}; {count:,} pictures against {against}; {extractor.weights}; resizing: {extractor.resizing})"
+    )

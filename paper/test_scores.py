@@ -1,0 +1,350 @@
+"""The promises of paper/scores.py and paper/classifier.py, as properties."""
+
+import decimal
+import json
+
+import test_transgan as base  # first: it imports transgan before NumPy
+from test_transgan import no_proxy, small  # noqa: F401 (fixtures)
+
+import numpy as np  # isort: skip
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import autograd as ag
+import data
+import transgan
+from autograd import Tensor
+from data import UserError
+from paper import classifier, scores
+
+# --- 1. One pass ------------------------------------------------------------------------------------------------------
+
+
+def added(statistics, x, cuts):
+    for part in np.split(x, sorted(cuts)):
+        if len(part):
+            statistics.add(part)
+    return statistics
+
+
+@given(count=st.integers(2, 40), dims=st.integers(1, 6), seed=base.seeds, offset=st.sampled_from([0.0, 3.0, 1e6]),
+       cuts=st.lists(st.integers(0, 40), max_size=4))  # fmt: skip
+def test_statistics_of_batches_are_those_of_all(count, dims, seed, offset, cuts):
+    (x,) = base.normal(seed, (count, dims))
+    statistics = added(scores.Statistics(dims), x + offset, cuts)
+    assert statistics.count == count
+    np.testing.assert_allclose(statistics.mean, x.mean(axis=0) + offset, rtol=1e-9, atol=1e-9)
+    expected = np.cov(x, rowvar=False).reshape(dims, dims)  # an offset of a million costs no more than its own rounding
+    np.testing.assert_allclose(statistics.covariance, expected, rtol=1e-8, atol=1e-8 if offset < 1e3 else 1e-7)
+
+
+def test_one_picture_has_no_covariance():
+    with pytest.raises(ValueError, match="two pictures or more"):
+        _ = added(scores.Statistics(3), np.ones((1, 3)), []).covariance
+
+
+@given(count=st.integers(10, 60), classes=st.integers(2, 8), splits=st.integers(1, 10), seed=base.seeds,
+       cuts=st.lists(st.integers(0, 60), max_size=4), scale=st.sampled_from([0.1, 3.0, 1000.0]))  # fmt: skip
+def test_inception_score_is_its_definition(count, classes, splits, seed, cuts, scale):
+    (logits,) = base.normal(seed, (count, classes), scale=scale)
+    found = added(scores.InceptionScore(count, splits), logits, cuts).result()
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    each = []
+    for i in range(splits):
+        part = p[count * i // splits : count * (i + 1) // splits]
+        ratio = np.where(part > 1e-200, part, 1) / np.where(part > 1e-200, part.mean(axis=0), 1)
+        each.append(np.exp((part * np.log(ratio)).sum(axis=1).mean()))
+    np.testing.assert_allclose(found, (np.mean(each), np.std(each)), rtol=1e-6, atol=1e-6)
+
+
+def test_inception_score_of_the_best_and_the_worst():
+    sure = np.tile(1000.0 * np.eye(7), (10, 1))  # every picture of one class beyond doubt, all classes alike
+    assert added(scores.InceptionScore(70, 10), sure, [33]).result() == pytest.approx((7.0, 0.0))
+    assert added(scores.InceptionScore(70, 10), 0 * sure, []).result() == pytest.approx((1.0, 0.0))
+    with pytest.raises(ValueError, match="10 splits need 10 pictures"):
+        scores.InceptionScore(9)
+
+
+# --- 2. The distance --------------------------------------------------------------------------------------------------
+
+
+def covariance(seed, dims, rank):
+    (x,) = base.normal(seed, (dims, rank))
+    return x @ x.T
+
+
+@given(a=st.lists(st.floats(0, 100), min_size=4, max_size=4), b=st.lists(st.floats(0, 100), min_size=4, max_size=4),
+       seed=base.seeds)  # fmt: skip
+def test_distance_of_known_gaussians(a, b, seed):
+    """Covariances with common eigenvectors Q: |m1 - m2|^2 + sum (sqrt a - sqrt b)^2, whatever Q is."""
+    q = np.linalg.qr(base.normal(seed, (4, 4))[0])[0]
+    m1, m2 = base.normal(seed + 1, (4,), (4,))
+    found = scores.frechet_distance(m1, q * a @ q.T, m2, q * b @ q.T)
+    expected = ((m1 - m2) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    assert found == pytest.approx(expected, rel=1e-6, abs=2e-5)  # sqrt of rounding: sqrt(1e-16 * 100 * 100)
+
+
+@given(dims=st.integers(1, 12), ranks=st.tuples(st.integers(1, 12), st.integers(1, 12)), seed=base.seeds)
+def test_distance_is_one_also_where_there_are_fewer_pictures_than_dimensions(dims, ranks, seed):
+    s1, s2 = covariance(seed, dims, ranks[0]), covariance(seed + 1, dims, ranks[1])
+    m1, m2 = base.normal(seed + 2, (dims,), (dims,))
+    size = 1 + np.trace(s1) + np.trace(s2)
+    forth, back = scores.frechet_distance(m1, s1, m2, s2), scores.frechet_distance(m2, s2, m1, s1)
+    assert forth == pytest.approx(back, abs=1e-7 * size)
+    assert forth >= ((m1 - m2) ** 2).sum() - 1e-7 * size
+    assert scores.frechet_distance(m1, s1, m1, s1) == pytest.approx(0, abs=1e-7 * size)
+
+
+def precise_distance(s1, s2, digits=80):
+    """tr(S1 + S2 - 2 (S1 S2)^(1/2)) in decimal arithmetic: the root by Newton's method, X <- (X + X^-1 S1 S2) / 2."""
+
+    def product(a, b):
+        return [[sum(x * y for x, y in zip(row, column, strict=True)) for column in zip(*b, strict=True)] for row in a]
+
+    def inverse(a):
+        n = len(a)
+        rows = [[*row, *(decimal.Decimal(i == j) for j in range(n))] for i, row in enumerate(a)]
+        for i in range(n):
+            pivot = max(range(i, n), key=lambda r: abs(rows[r][i]))
+            rows[i], rows[pivot] = rows[pivot], rows[i]
+            rows[i] = [x / rows[i][i] for x in rows[i]]
+            for r in range(n):
+                if r != i:
+                    rows[r] = [x - rows[r][i] * y for x, y in zip(rows[r], rows[i], strict=True)]
+        return [row[n:] for row in rows]
+
+    def middle(a, b):
+        return [[(x + y) / 2 for x, y in zip(*rows, strict=True)] for rows in zip(a, b, strict=True)]
+
+    with decimal.localcontext() as context:
+        context.prec = digits
+        a, b = ([[decimal.Decimal(float(x)) for x in row] for row in s] for s in (s1, s2))
+        target = product(a, b)
+        y, z = target, [[decimal.Decimal(i == j) for j in range(len(a))] for i in range(len(a))]
+        for _ in range(60):  # Denman and Beavers 1976: the coupled form of Newton's, which is stable
+            y, z = middle(y, inverse(z)), middle(z, inverse(y))
+        return float(sum(a[i][i] + b[i][i] - 2 * y[i][i] for i in range(len(a))))
+
+
+@settings(max_examples=8)
+@given(dims=st.integers(1, 4), seed=base.seeds, scale=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_distance_against_a_reference_of_many_digits(dims, seed, scale):
+    s1, s2 = covariance(seed, dims, dims + 1), scale * covariance(seed + 1, dims, dims + 1)
+    zero = np.zeros(dims)
+    found, expected = scores.frechet_distance(zero, s1, zero, s2), precise_distance(s1, s2)
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-7 * (np.trace(s1) + np.trace(s2)))
+
+
+# --- 3. The classifier ------------------------------------------------------------------------------------------------
+
+
+@given(rows=st.integers(1, 4), classes=st.integers(1, 5), seed=base.seeds, scale=st.sampled_from([0.1, 1.0, 10.0]))
+def test_cross_entropy_derivatives(rows, classes, seed, scale):
+    (logits,) = base.normal(seed, (rows, classes), scale=scale)
+    labels = np.random.default_rng(seed).integers(0, classes, rows)
+    base.check(lambda x: classifier.cross_entropy(x, labels), [logits])
+    found = ag.to_numpy(classifier.cross_entropy(Tensor(ag.xp.asarray(logits + 1e4)), labels))
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(found, -np.log(p[np.arange(rows), labels] / p.sum(axis=1)), rtol=1e-8, atol=1e-8)
+
+
+def test_turned_pictures_know_how_far():
+    (x,) = base.normal(0, (40, 3, 5, 5))
+    turned, quarters = classifier.turned(x, np.random.default_rng(1))
+    assert set(quarters) == {0, 1, 2, 3}
+    for before, after, k in zip(x, turned, quarters, strict=True):
+        np.testing.assert_array_equal(np.rot90(after, -k, (1, 2)), before)
+
+
+def test_the_classifier_learns_shapes_and_turns():
+    pictures, labels = data.draw_shapes(600, 8), data._drawn(600, 8, 0)[1]
+    assert len(set(labels)) == 18
+    _, accuracy = classifier.train_classifier(pictures, labels, steps=150)
+    assert accuracy > 0.5  # guessing gets one in eighteen
+    lit = np.zeros((64, 3, 8, 8), np.uint8)
+    lit[:, :, :3] = 200  # bright above: which way is up can be told
+    _, accuracy = classifier.train_classifier(lit, None, steps=60)
+    assert accuracy > 0.9
+
+
+def test_labels_belong_to_their_pictures(tmp_path):
+    pictures, labels = data._drawn(40, 16, 0)
+    np.testing.assert_array_equal(pictures, data.draw_shapes(40, 16))
+    for picture, label in zip(pictures, labels, strict=True):
+        colour = np.array(data.PALETTE[label % len(data.PALETTE)])
+        assert np.abs(picture[:, 8, 8].astype(int) - colour).max() < 8
+    for i, name in enumerate(data.CIFAR10_TRAIN):
+        (tmp_path / data.CIFAR10_FOLDER).mkdir(exist_ok=True)
+        (tmp_path / data.CIFAR10_FOLDER / name).write_bytes(base.python2_pickle(base.cifar_batch(i)))
+    expected = [label for i in range(5) for label in base.cifar_batch(i)[b"labels"]]
+    assert data.load_labels("cifar10", tmp_path, 32).tolist() == expected
+    assert data.load_labels("/some/folder", tmp_path, 32) is None
+
+
+@pytest.fixture
+def quick(monkeypatch, small):  # noqa: F811
+    monkeypatch.setattr(classifier, "STEPS", 3)
+    train = classifier.train_classifier
+    trained = []
+
+    def counted(pictures, labels, steps=3):
+        trained.append(len(pictures))
+        return train(pictures, labels, steps)
+
+    monkeypatch.setattr(classifier, "train_classifier", counted)
+    return trained
+
+
+def test_the_classifier_is_trained_once_for_the_same_pictures(quick, tmp_path, capsys):
+    pictures, other = data.draw_shapes(data.SHAPES_COUNT, 8), data.draw_shapes(data.SHAPES_COUNT, 8, seed=1)
+    first = classifier.load_classifier(pictures, "shapes", tmp_path)
+    assert "training a classifier on 17 classes of shapes" in capsys.readouterr().err
+    again = classifier.load_classifier(pictures, "shapes", tmp_path)
+    assert (len(quick), first.digest, first.weights) == (1, again.digest, again.weights)
+    for a, b in zip(first(pictures), again(pictures), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert first(pictures)[0].std(axis=0).mean() == pytest.approx(1, rel=1e-3)
+    assert classifier.load_classifier(other, "shapes", tmp_path).digest != first.digest
+    (path,) = tmp_path.glob(f"*{data.fingerprint(pictures)}.npz")
+    path.write_bytes(path.read_bytes()[:-500])
+    assert classifier.load_classifier(pictures, "shapes", tmp_path).digest == first.digest
+    assert len(quick) == 3
+    assert "quarter turns of dogs" in classifier.load_classifier(pictures, "/my/dogs", tmp_path).weights
+    with pytest.raises(UserError, match="cannot write"):
+        classifier.load_classifier(pictures, "shapes", path)
+
+
+# --- 4. A run's scores ------------------------------------------------------------------------------------------------
+
+
+class Eye:
+    """A network that looks at the mean colour of a picture."""
+
+    suffix, dims, digest, weights, resizing, bytes_per_picture = "-eye", 3, "eye", "an eye", "none", 1 << 26
+    seen = 0
+
+    def __call__(self, pictures):
+        self.seen += len(pictures)
+        colour = pictures.mean(axis=(2, 3)) / 255
+        return colour, colour * 10
+
+
+def test_reference_statistics_are_computed_once_and_in_the_usual_layout(tmp_path):
+    pictures, eye = data.draw_shapes(70, 8), Eye()
+    mean, covariance = scores.reference_statistics(pictures, "shapes", eye, tmp_path)
+    colours = pictures.mean(axis=(2, 3)) / 255
+    np.testing.assert_allclose(mean, colours.mean(axis=0))
+    np.testing.assert_allclose(covariance, np.cov(colours, rowvar=False))
+    assert eye.seen == 70
+    again = scores.reference_statistics(pictures, "shapes", eye, tmp_path)
+    np.testing.assert_array_equal(again[1], covariance)
+    assert eye.seen == 70
+    scores.reference_statistics(pictures[:69], "shapes", eye, tmp_path)
+    assert eye.seen == 139
+    for path in tmp_path.glob("fid-stats-eye-eye-shapes-8-*.npz"):
+        with np.load(path) as saved:
+            assert set(saved) == {"mu", "sigma"}
+    with pytest.raises(UserError, match="cannot write"):
+        scores.reference_statistics(pictures[:68], "shapes", eye, path)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(3)}, "sigma"),
+        ({"mu": np.zeros(4), "sigma": np.eye(3)}, "expected mu of shape"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, "expected mu of shape"),
+        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "not finite"),
+        ({"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}, "not symmetric"),
+        ({"mu": np.array([{}] * 3, object), "sigma": np.eye(3)}, "cannot read"),
+        (None, "cannot read"),
+    ],
+)
+def test_wrong_statistics_say_so(tmp_path, arrays, message):
+    path = tmp_path / "stats.npz"
+    if arrays:
+        np.savez(path, **arrays)
+    else:
+        path.write_text("no statistics")
+    with pytest.raises(UserError, match=message) as caught:
+        scores.read_statistics(path, 3)
+    assert "\n" not in str(caught.value)
+
+
+def test_real_pictures_score_better_than_noise(small, monkeypatch):  # noqa: F811
+    trainer, eye = base.small_trainer(), Eye()
+    real = trainer.batches.pictures
+    statistics, _ = scores.look([real], len(real), eye, "real", splits=1)
+    reference = statistics.mean, statistics.covariance
+    noise = scores.score_generator(trainer, 50, eye, reference)
+    made = []
+    monkeypatch.setattr(trainer, "sample", lambda z: made.append(len(z)) or data.scale(real[: len(z)]))
+    best = scores.score_generator(trainer, 40, eye, reference)
+    assert best["fid"] == pytest.approx(0, abs=1e-6)
+    assert noise["fid"] > 0.01
+    assert 1 <= best["is"] <= 3
+    assert sum(made) == 40
+
+
+def test_evaluating_a_run(quick, tmp_path, capsys):
+    out, where = tmp_path / "run", ("--data-dir", tmp_path / "data")
+    assert base.run_main(*base.TRAIN, "--out", out) == 0
+    before = (out / "checkpoint.npz").read_bytes()
+    capsys.readouterr()
+    lines = []
+    for _ in range(2):
+        assert base.run_main("--evaluate", out, "--num-images", 30, *where) == 0
+        lines.append(capsys.readouterr().out)
+    assert lines[0] == lines[1]
+    assert lines[0].startswith("FID-own ")
+    for part in (
+        "IS-own ",
+        " ± ",
+        "(TransGAN-tiny, step 4; 30 pictures against 40 pictures of shapes; own classifier of 17 ",
+    ):
+        assert part in lines[0]
+    (entry,) = json.loads((out / "scores.json").read_text())
+    assert f"FID-own {entry['fid_own']:.2f}, IS-own {entry['is_own']:.2f} ± {entry['is_deviation_own']:.2f}" in lines[0]
+    assert (entry["step"], entry["images"]) == (4, 30)
+    assert len(quick) == 1
+    assert (out / "checkpoint.npz").read_bytes() == before
+    stats = next((tmp_path / "data").glob("fid-stats-own-*.npz"))
+    assert base.run_main("--evaluate", out, "--num-images", 30, "--fid-stats", stats, *where) == 0
+    assert f"against the statistics in {stats.name}" in capsys.readouterr().out
+    for args, message in (
+        (["--resume", out], "leave out one of them"),
+        (["--num-images", 9], "must be from 10"),
+        (["--steps", 9], "leave out --steps 9"),
+        (["--fid-stats", tmp_path / "none.npz"], "cannot read"),
+        (["--inception", tmp_path / "none.pth"], "none.pth"),
+        (["--features", "inception", "--data-dir", tmp_path / "file"], "file"),
+    ):
+        (tmp_path / "file").write_text("")
+        assert message in base.fails(capsys, "--evaluate", out, *where, *args), args
+    assert "cannot resume" not in base.fails(capsys, "--evaluate", tmp_path / "nowhere")
+    (out / "scores.json").write_text("[1")
+    assert "scores.json is not a list" in base.fails(capsys, "--evaluate", out, "--num-images", 30, *where)
+
+
+def test_scores_are_logged_while_training(quick, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = (*base.TRAIN, "--evaluate-every", 2, "--num-images", 20, "--data-dir", tmp_path / "data")
+    assert base.run_main(*arguments, "--out", out) == 0
+    rows = base.read_log(out)
+    assert [bool(row["fid_own"]) and bool(row["is_own"]) for row in rows] == [True, False, True, False, True]
+    assert "FID-own" in capsys.readouterr().out
+    plain = tmp_path / "plain"
+    assert base.run_main(*base.TRAIN, "--out", plain) == 0  # looking changes nothing
+    with np.load(out / "checkpoint.npz") as a, np.load(plain / "checkpoint.npz") as b:
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_what_is_given_at_once_follows_from_memory(monkeypatch):
+    eye = Eye()
+    if base.DEVICE == "cpu" and transgan.os.name == "posix":
+        for free, expected in ((0, 16), (1 << 32, 32), (1 << 40, 1024)):
+            monkeypatch.setattr(scores.os, "sysconf", lambda name, free=free: free if name == "SC_AVPHYS_PAGES" else 1)
+            assert scores.at_once(eye) == expected
