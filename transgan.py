@@ -817,7 +817,7 @@ class open_checkpoint:
             if not isinstance(self.file, np.lib.npyio.NpzFile) or not {"options", "step"} <= set(self.file):
                 raise ValueError("it lacks options or step")
         except Exception as error:  # a damaged archive can raise anything at all
-            raise UserError(f"cannot resume from {self.path}: {first_line(error)}; name a run's folder") from None
+            raise UserError(f"cannot read {self.path}: {first_line(error)}; name a run's folder") from None
         return self.file
 
     def __exit__(self, kind, error, _):

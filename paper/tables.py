@@ -1,20 +1,22 @@
 """The paper's tables, run again with this program: each row printed beside the paper's numbers, over several seeds.
 
-    python -m paper.tables 3 --dataset shapes --steps 800 --seeds 3
+    python -m paper.tables 1 --size tiny --steps 200 --seeds 3        (on CIFAR-10, on its own)
+    python -m paper.tables 3 --dataset shapes --steps 800 -- --batch-size 16
 
-trains each row once for each seed, as runs of transgan.py with the row's options, and prints the table. Nothing is printed
-that was not run. Runs are kept in --out, so that a command that was stopped goes on where it was, and one that is repeated
-prints at once.
+trains each row once for each seed, as runs of transgan.py with the row's options (and those after --, for every row),
+scores them and prints the table. Nothing is printed that was not run. Runs are kept in --out, so that a command that was
+stopped goes on where it was, and one that is repeated prints at once.
 
 Contents
-    1. The rows    ROWS: what the paper reports, and the options that make it here
-    2. Running     one run, a whole table
-    3. Printing    table
+    1. The tables    TABLES: what the paper reports, and the options that make it here
+    2. Running       train, score, run_all
+    3. Printing      table
 """
 
 import argparse
 import csv
 import datetime
+import json
 import platform
 import statistics
 import subprocess
@@ -25,21 +27,59 @@ from pathlib import Path
 import transgan
 from data import UserError
 
-# --- 1. The rows ------------------------------------------------------------------------------------------------------
+# --- 1. The tables ----------------------------------------------------------------------------------------------------
 
-OFF = ("--diff-aug", "none", "--sr-weight", "0", "--locality", "none")
-AUGMENTED = ("--diff-aug", transgan.Options.diff_aug)
+PLAIN = ("--diff-aug", "none", "--sr-weight", "0", "--locality", "none")  # the last two are what AutoGAN cannot have
+AUGMENTED = (*PLAIN, "--diff-aug", transgan.Options.diff_aug)
 CO_TRAINED = (*AUGMENTED, "--sr-weight", str(transgan.Options.sr_weight))
 LOCAL = (*CO_TRAINED, "--locality", transgan.Options.locality)
 
-ROWS = {  # name: (the paper's Inception Score and FID of size S on CIFAR-10, options here); each row adds to the one before
-    "baseline": ((6.95, 41.41), OFF),
-    "+ augmentation": ((8.15, 19.85), (*OFF, *AUGMENTED)),
-    "+ co-training": ((8.20, 19.12), (*OFF, *CO_TRAINED)),
-    "+ locality": ((8.22, 18.58), (*OFF, *LOCAL)),
-}
+
+def pair(generator, discriminator, *options):
+    return ("--generator", generator, "--discriminator", discriminator, *options)
+
+
+# {number: (title, {row: ((the paper's Inception Score, FID), options here)})}; options are None for what is not built here.
+TABLES = {
+    1: ("generators and discriminators, without any trick", {
+        "AutoGAN x AutoGAN": ((8.55, 12.42), pair("autogan", "autogan", *PLAIN)),
+        "TransGAN x AutoGAN": ((8.59, 13.23), pair("transgan", "autogan", *PLAIN)),
+        "AutoGAN x TransGAN": ((6.17, 49.83), pair("autogan", "transgan", *PLAIN)),
+        "TransGAN x TransGAN": ((6.95, 41.41), pair("transgan", "transgan", *PLAIN)),
+    }),
+    2: ("data augmentation, off and on", {
+        "WGAN-GP": ((6.49, 39.68), pair("resnet", "resnet", *PLAIN)),
+        "WGAN-GP + augmentation": ((6.29, 37.14), pair("resnet", "resnet", *AUGMENTED)),
+        "AutoGAN": ((8.55, 12.42), pair("autogan", "autogan", *PLAIN)),
+        "AutoGAN + augmentation": ((8.60, 12.72), pair("autogan", "autogan", *AUGMENTED)),
+        "StyleGAN v2": ((9.18, 11.07), None),
+        "StyleGAN v2 + augmentation": ((9.40, 9.89), None),
+        "TransGAN": ((6.95, 41.41), pair("transgan", "transgan", *PLAIN)),
+        "TransGAN + augmentation": ((8.15, 19.85), pair("transgan", "transgan", *AUGMENTED)),
+    }),
+    3: ("the paper's tricks, one after another", {
+        "baseline": ((6.95, 41.41), PLAIN),
+        "+ augmentation": ((8.15, 19.85), AUGMENTED),
+        "+ co-training": ((8.20, 19.12), CO_TRAINED),
+        "+ locality": ((8.22, 18.58), LOCAL),
+    }),
+    4: ("sizes of TransGAN, with all tricks", {
+        "TransGAN-S": ((8.22, 18.58), ("--size", "S", *LOCAL)),
+        "TransGAN-M": ((8.36, 16.27), ("--size", "M", *LOCAL)),
+        "TransGAN-L": ((8.50, 14.46), ("--size", "L", *LOCAL)),
+        "TransGAN-XL": ((8.63, 11.89), ("--size", "XL", *LOCAL)),
+    }),
+}  # fmt: skip
 
 # --- 2. Running -------------------------------------------------------------------------------------------------------
+
+
+def program(*arguments):
+    """Run transgan.py. Raises UserError with its last line if it fails."""
+    command = [sys.executable, transgan.__file__, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError((done.stderr.splitlines() or ["transgan.py was stopped"])[-1].removeprefix("transgan: "))
 
 
 def train(folder, options, machine, steps):
@@ -50,10 +90,7 @@ def train(folder, options, machine, steps):
     rows = read_log(folder)
     if not rows or int(rows[-1]["step"]) < steps:
         where = ["--resume", folder] if (folder / "checkpoint.npz").exists() else [*options, "--out", folder]
-        command = [sys.executable, transgan.__file__, *where, *machine, "--steps", steps]
-        done = subprocess.run([str(x) for x in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise UserError(f"the run in {folder} failed: {(done.stderr.splitlines() or ['it was stopped'])[-1]}")
+        program(*where, *machine, "--steps", steps, "--sample-every", max(100, steps))
         rows = read_log(folder)
     return rows[-1]
 
@@ -67,22 +104,50 @@ def read_log(folder):
         return []
 
 
-def run_all(args):
-    """Train every row for every seed, `args.jobs` runs at a time: {name: [last row of its log for each seed]}."""
-    folder = args.out / f"{Path(args.dataset).name}-{args.size}-{args.steps}"
+def score(folder, features, images, machine):
+    """{"fid": ..., "is": ...} of a run in `folder`, from its scores.json or by having it scored. Raises UserError."""
+    suffix = {"inception": "", "own": "_own"}[features]
+    for evaluated in (False, True):
+        path = folder / "scores.json"
+        for entry in json.loads(path.read_text()) if path.exists() else []:
+            if entry["images"] == images and f"fid{suffix}" in entry:
+                return {"fid": entry[f"fid{suffix}"], "is": entry[f"is{suffix}"]}
+        if not evaluated:
+            program("--evaluate", folder, "--features", features, "--num-images", images, *machine)
+    raise UserError(f"{path} lacks the scores that were just computed; is another program writing there?")
+
+
+def run_all(args, extra):
+    """Train and score every row for every seed, `args.jobs` runs at a time: {row: [numbers of each seed]}.
+
+    The numbers: {"fid", "is", "distance"}. extra: arguments of transgan.py for all rows. Raises UserError.
+    """
+    rows = {name: options for name, (_, options) in TABLES[args.number][1].items()
+            if options and (not args.rows or name in args.rows)}  # fmt: skip
+    if not rows:
+        raise UserError(f"of these rows there is nothing to run; choose others of table {args.number}")
+    size = "" if args.number == 4 else f"-{args.size}"
+    folder = args.out / "-".join([f"table-{args.number}", Path(args.dataset).name + size, str(args.steps), *extra])
     machine = ["--threads", max(1, transgan.CORES // args.jobs), "--device", args.device, "--data-dir", args.data_dir]
 
     def one(name, seed):
-        options = ["--dataset", args.dataset, "--size", args.size, "--seed", seed, *ROWS[name][1]]
-        last = train(folder / f"{name.strip('+ ')}-{seed}", options, machine, args.steps)
-        line = f"{name}, seed {seed}: distance {float(last['distance']):.4f}, {transgan.clock(float(last['seconds']))}\n"
-        print(line, end="", file=sys.stderr, flush=True)
-        return last
+        options = ["--dataset", args.dataset, "--size", args.size, "--seed", seed, *extra, *rows[name]]
+        run = folder / f"{name.strip('+ ')}-{seed}"
+        last = train(run, options, machine, args.steps)
+        numbers = score(run, args.features, args.num_images, machine) | {"distance": float(last["distance"])}
+        shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
+        print(f"{name}, seed {seed}: {shown}; {transgan.clock(float(last['seconds']))} of training\n",
+              end="", file=sys.stderr, flush=True)  # fmt: skip
+        return numbers
 
+    first = next(iter(rows))
     with futures.ThreadPoolExecutor(args.jobs) as pool:
-        runs = {(name, seed): pool.submit(one, name, seed) for seed in range(args.seeds) for name in ROWS}
         try:
-            return {name: [runs[name, seed].result() for seed in range(args.seeds)] for name in ROWS}
+            runs = {(first, 0): pool.submit(one, first, 0)}
+            runs[first, 0].result()  # alone: it makes the classifier and the reference statistics that all others share
+            for seed in range(args.seeds):
+                runs |= {(name, seed): pool.submit(one, name, seed) for name in rows if (name, seed) not in runs}
+            return {name: [runs[name, seed].result() for seed in range(args.seeds)] for name in rows}
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -92,49 +157,72 @@ def run_all(args):
 
 
 def table(args, results):
-    """The table in Markdown, from `run_all`'s results: the paper's numbers, and our distances with mean and deviation."""
-    rows = [("row", "paper: IS", "paper: FID", "distance here", "of each seed")]
-    for name, lasts in results.items():
-        distances = [float(last["distance"]) for last in lasts]
-        spread = f" ± {statistics.stdev(distances):.4f}" if len(distances) > 1 else ""
-        (score, fid), _ = ROWS[name]
-        each = " ".join(f"{distance:.4f}" for distance in distances)
-        rows.append((name, f"{score:.2f}", f"{fid:.2f}", f"{statistics.mean(distances):.4f}{spread}", each))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    """The table in Markdown, from `run_all`'s results: the paper's numbers, and ours with mean and deviation over seeds."""
+    suffix = {"inception": "", "own": "-own"}[args.features]
+    title, published = TABLES[args.number]
+    lines = [("row", "paper: IS", "paper: FID", f"IS{suffix}", f"FID{suffix}", "distance")]
+    for name, ((score, fid), options) in published.items():
+        if name in results:
+            numbers = [spread([run[key] for run in results[name]]) for key in ("is", "fid", "distance")]
+        else:
+            numbers = ["not run" if options else "not built here"] * 3
+        lines.append((name, f"{score:.2f}", f"{fid:.2f}", *numbers))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines = ["| " + " | ".join(f"{x:{w}}" for x, w in zip(line, widths, strict=True)) + " |" for line in lines]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     where = f"{platform.machine()} with {transgan.CORES} cores" if args.device == "cpu" else args.device
-    dataset = Path(args.dataset).name
+    size = "" if args.number == 4 else f"size {args.size} on "
     return (
-        "Table 3: the paper's tricks, one after another. The paper: size S on CIFAR-10, 500,000 steps.\n"
-        f"Here: size {args.size} on {dataset}, {args.steps} steps, seeds 0 to {args.seeds - 1}, {where}, "
-        f"{datetime.date.today()}.\nDistance: sliced Wasserstein, mean ± deviation over seeds; lower is better.\n\n"
-        + "\n".join(lines)
+        f"Table {args.number}: {title}. The paper: CIFAR-10, 500,000 steps, 50,000 pictures.\n"
+        f"Here: {size}{Path(args.dataset).name}, {args.steps} steps, {args.num_images} pictures, mean ± deviation of "
+        f"{args.seeds} seeds, {where}, {datetime.date.today()}.\n\n" + "\n".join(lines)
     )
 
 
-def main(argv=None):
-    """Run the command line; returns the exit code, as transgan.py's."""
+def spread(numbers):
+    """Mean and the sample's deviation, as text."""
+    deviation = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.3f}{deviation}"
+
+
+def make_parser():
+    """The command line."""
     parser = transgan.Parser(
         prog="python -m paper.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     count, folder = transgan.number, transgan.folder
-    parser.add_argument("number", type=int, choices=[3], help="which of the paper's tables")
-    parser.add_argument("--dataset", type=transgan.pictures, default="shapes", metavar="NAME",
-                        help="as of transgan.py (default: shapes)")  # fmt: skip
-    parser.add_argument("--size", choices=transgan.SIZES, default="tiny", help="of the networks (default: tiny)")
-    parser.add_argument("--steps", type=count(int, 1), default=800, metavar="N", help="of each run (default: 800)")
+    parser.add_argument("number", type=int, choices=TABLES, help="which of the paper's tables")
+    parser.add_argument("--rows", type=lambda text: text.split(","), metavar="LIST",
+                        help="only these rows, by name, separated by commas (default: all)")  # fmt: skip
+    parser.add_argument("--dataset", type=transgan.pictures, default="cifar10", metavar="NAME",
+                        help="as of transgan.py (default: cifar10)")  # fmt: skip
+    parser.add_argument("--size", choices=transgan.SIZES, default="S",
+                        help="of the networks, in tables 1 to 3 (default: S; tiny for a laptop)")  # fmt: skip
+    parser.add_argument("--steps", type=count(int, 1), default=500_000, metavar="N", help="of a run (default: 500000)")
     parser.add_argument("--seeds", type=count(int, 1, 100), default=3, metavar="N", help="runs of a row (default: 3)")
+    parser.add_argument("--features", choices=("inception", "own"), default="own",
+                        help="the network that looks, as of transgan.py (default: own)")  # fmt: skip
+    parser.add_argument("--num-images", type=count(int, 10), default=5000, metavar="N",
+                        help="generated pictures to look at (default: 5000)")  # fmt: skip
     parser.add_argument("--jobs", type=count(int, 1, 64), default=transgan.CORES, metavar="N",
                         help="runs at the same time (default: one a core)")  # fmt: skip
-    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="cpu", help="(default: cpu)")
+    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="cpu", help="as of transgan.py (default: cpu)")
     parser.add_argument("--data-dir", type=folder, default=Path("data"), metavar="DIR",
                         help="where data sets are kept (default: data)")  # fmt: skip
-    parser.add_argument("--out", type=folder, default=Path("runs") / "table-3", metavar="DIR",
-                        help="where runs are kept (default: runs/table-3)")  # fmt: skip
-    args = parser.parse_args(argv)
+    parser.add_argument("--out", type=folder, default=Path("runs") / "tables", metavar="DIR",
+                        help="where runs are kept (default: runs/tables)")  # fmt: skip
+    return parser
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code, as transgan.py's."""
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = make_parser().parse_args(argv[:cut])
     try:
-        print(table(args, run_all(args)))
+        if unknown := set(args.rows or ()) - set(TABLES[args.number][1]):
+            raise UserError(f"table {args.number} has no row {unknown.pop()!r}: {', '.join(TABLES[args.number][1])}")
+        print(table(args, run_all(args, argv[cut + 1 :])))
         return 0
     except UserError as error:
         print(f"transgan: {transgan.one_line(str(error))}", file=sys.stderr)

@@ -319,11 +319,11 @@ def test_evaluating_a_run(quick, tmp_path, capsys):
         (["--steps", 9], "leave out --steps 9"),
         (["--fid-stats", tmp_path / "none.npz"], "cannot read"),
         (["--inception", tmp_path / "none.pth"], "none.pth"),
-        (["--features", "inception", "--data-dir", tmp_path / "file"], "file"),
+        (["--features", "inception"], "is not the file expected"),
     ):
-        (tmp_path / "file").write_text("")
+        (tmp_path / "data" / "pt_inception-2015-12-05-6726825d.pth").write_text("not its weights")
         assert message in base.fails(capsys, "--evaluate", out, *where, *args), args
-    assert "cannot resume" not in base.fails(capsys, "--evaluate", tmp_path / "nowhere")
+    assert "cannot read" in base.fails(capsys, "--evaluate", tmp_path / "nowhere")
     (out / "scores.json").write_text("[1")
     assert "scores.json is not a list" in base.fails(capsys, "--evaluate", out, "--num-images", 30, *where)
 

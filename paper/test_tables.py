@@ -1,0 +1,108 @@
+"""The promises of paper/tables.py: every row is the run that it says it is, and is run once."""
+
+import re
+
+import test_transgan as base  # first: it imports transgan before NumPy
+
+import pytest  # isort: skip
+
+import transgan
+from paper import tables
+
+PUBLISHED = transgan.Options()
+QUICK = ["--dataset", "shapes", "--size", "tiny", "--steps", "1", "--seeds", "1", "--num-images", "20", "--jobs", "2",
+         "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A folder that holds a classifier of the shapes, of one step's training, so that no run trains its own."""
+    from paper import classifier
+
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        train = classifier.train_classifier
+        patch.setattr(classifier, "train_classifier", lambda pictures, labels: train(pictures, labels, steps=1))
+        classifier.load_classifier(transgan.data.load_pictures("shapes", folder, 16), "shapes", folder)
+    return folder
+
+
+def printed_rows(text):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
+
+
+def test_the_table_of_tricks(tmp_path, data_dir, capsys):
+    """Four rows a seed, each with one trick more; repeated, the command trains and scores nothing again."""
+    command = ["3", *QUICK, "--out", str(tmp_path), "--data-dir", str(data_dir)]
+    assert tables.main([*command, "--", "--batch-size", "4", "--gen-batch-size", "4"]) == 0
+    printed = capsys.readouterr().out
+    (folder,) = tmp_path.iterdir()
+    runs = {path.name: transgan.read_options(path / "checkpoint.npz") for path in folder.iterdir()}
+    assert {name: (run.diff_aug, run.sr_weight, run.locality) for name, run in runs.items()} == {
+        "baseline-0": ("none", 0, "none"),
+        "augmentation-0": (PUBLISHED.diff_aug, 0, "none"),
+        "co-training-0": (PUBLISHED.diff_aug, PUBLISHED.sr_weight, "none"),
+        "locality-0": (PUBLISHED.diff_aug, PUBLISHED.sr_weight, PUBLISHED.locality),
+    }
+    assert {run.batch_size for run in runs.values()} == {4}
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert tables.main([*command, "--", "--batch-size", "4", "--gen-batch-size", "4"]) == 0
+    assert capsys.readouterr().out == printed
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
+    published = tables.TABLES[3][1]
+    for row, (name, ((score, fid), _)) in zip(printed_rows(printed), published.items(), strict=True):
+        run = folder / f"{name.strip('+ ')}-0"
+        (entry,) = transgan.json.loads((run / "scores.json").read_text())
+        assert row[:3] == [name, f"{score:.2f}", f"{fid:.2f}"]
+        assert row[3:] == [f"{entry['is_own']:.3f}", f"{entry['fid_own']:.3f}",
+                           f"{float(base.read_log(run)[-1]['distance']):.3f}"]  # fmt: skip
+    (folder / "locality-0" / "log.csv").unlink()
+    (folder / "locality-0" / "checkpoint.npz").write_text("no checkpoint")
+    assert tables.main([*command, "--", "--batch-size", "4", "--gen-batch-size", "4"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"transgan: cannot read .*locality-0", error)
+
+
+@pytest.mark.parametrize("number", tables.TABLES)
+def test_rows_are_the_papers_pairs(number):
+    """Every row's options are such that transgan.py takes, and make what the row's name says."""
+    for name, (_, options) in tables.TABLES[number][1].items():
+        if options is None:
+            assert name.startswith("StyleGAN")
+            continue
+        chosen = base.parsed("--dataset", "cifar10", "--size", "tiny", *options)
+        assert ("augmentation" in name or number == 4 or name[0] == "+") == (chosen.diff_aug == PUBLISHED.diff_aug)
+        if number == 1:
+            names = {value: key for key, value in transgan.NAMES.items()}
+            assert (chosen.generator, chosen.discriminator) == tuple(names[part] for part in name.split(" x "))
+        if number == 2:
+            kind = {"WGAN-GP": "resnet", "AutoGAN": "autogan", "TransGAN": "transgan"}[name.split(" +")[0]]
+            assert (chosen.generator, chosen.discriminator) == (kind, kind)
+        if number == 4:
+            assert chosen.size == name.split("-")[1]
+            assert (chosen.sr_weight, chosen.locality) == (PUBLISHED.sr_weight, PUBLISHED.locality)
+
+
+def test_only_some_rows_and_what_was_not_run_is_not_printed(tmp_path, data_dir, capsys):
+    command = ["2", *QUICK, "--rows", "TransGAN", "--out", str(tmp_path), "--data-dir", str(data_dir)]
+    assert tables.main([*command, "--", "--batch-size", "4", "--gen-batch-size", "4"]) == 0
+    rows = {row[0]: row for row in printed_rows(capsys.readouterr().out)}
+    assert len(rows) == 8
+    assert [name for name, row in rows.items() if "not" not in row[3]] == ["TransGAN"]
+    assert rows["StyleGAN v2"] == ["StyleGAN v2", "9.18", "11.07", *["not built here"] * 3]
+    assert rows["AutoGAN"][3:] == ["not run"] * 3
+    assert tables.main(["2", "--rows", "BigGAN"]) == 2
+    assert "table 2 has no row 'BigGAN': WGAN-GP, " in capsys.readouterr().err
+    assert tables.main(["2", "--rows", "StyleGAN v2"]) == 2
+    assert "nothing to run" in capsys.readouterr().err
+    assert tables.main([*command, "--", "--learning-rate", "7"]) == 2
+    assert "must be from 0 to 1" in capsys.readouterr().err
+
+
+def test_a_table_gives_the_spread_of_its_seeds():
+    args = tables.make_parser().parse_args(["3", "--steps", "9", "--device", "gpu", "--features", "inception"])
+    results = {name: [{"fid": x, "is": 1, "distance": 0} for x in (0.1, 0.2, 0.6)] for name in tables.TABLES[3][1]}
+    text = tables.table(args, results)
+    assert text.count("| 0.300 ± 0.265 |") == 4  # the sample's deviation, n - 1
+    assert "FID-own" not in text
+    assert "size S on cifar10, 9 steps, 5000 pictures, mean ± deviation of 3 seeds, gpu" in text
