@@ -16,6 +16,7 @@ Contents
     6. Pictures               conv2d, pooling, upsampling, batch_norm, spectral_norm: what the paper's peers are made of
     7. Checking derivatives   gradient_check
     8. Optimisation, memory   clip_by_global_norm, Adam, keep_freed_memory
+    9. Where the time goes    profile, profile_table
 
 Errors: every operation raises ValueError (IndexError for an index out of range) with one line naming the operation and
 the shapes it was given, and TypeError when float32 and float64 meet. The docstrings below name only what goes beyond.
@@ -28,6 +29,7 @@ import heapq
 import itertools
 import math
 import threading
+import time
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
@@ -181,7 +183,7 @@ def _operation(function):
     @functools.wraps(function)
     def named(*args, **kwargs):
         try:
-            return function(*args, **kwargs)
+            return _timed(function.__name__, "forward", function, *args, **kwargs) if _times else function(*args, **kwargs)
         except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
             if getattr(error, "named", False):
                 raise
@@ -237,7 +239,7 @@ def grad(output, inputs, output_grad=None, create_graph=False):
                 wanted[node] = gradient
             for operand, shape, vjp in node.edges:
                 if operand in useful:
-                    piece = unbroadcast(vjp(gradient), shape)
+                    piece = _pull(vjp, gradient, shape)
                     # A vjp returns the gradient it was given, a view, or a fresh array that nobody else holds. a + b
                     # hands one gradient to both its operands: adding to it for a would spoil it for b. So only a
                     # fresh one may be added to in place, and only when the sum is not to be differentiated.
@@ -251,6 +253,13 @@ def grad(output, inputs, output_grad=None, create_graph=False):
                 node.edges = None
     found = [wanted[x.node] for x in inputs]
     return [Tensor(xp.zeros_like(x.data)) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def _pull(vjp, gradient, shape):
+    """The gradient of an operand, of its `shape`, from that of the result."""
+    if _times and not _depth.inside:
+        return _timed(vjp.__qualname__.split(".")[0], "backward", _pull, vjp, gradient, shape)
+    return unbroadcast(vjp(gradient), shape)
 
 
 def _between(start, wanted):
@@ -1267,3 +1276,67 @@ def keep_freed_memory():
         mallopt(-4, 0)  # M_MMAP_MAX
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         mallopt(-8, 1)  # M_ARENA_MAX: one heap, so that threads reuse each other's memory
+
+
+# --- 9. Where the time goes -------------------------------------------------------------------------------------------
+
+_times = []  # while something is profiled, one dict: {(operation, direction): [seconds, calls, bytes]}
+
+
+class _Depth(threading.local):
+    inside = False  # whether this thread is within an operation that is being timed: those inside are part of it
+
+
+_depth, _lock = _Depth(), threading.Lock()
+
+
+@contextlib.contextmanager
+def profile():
+    """Within this context every operation is timed; yields {(operation, "forward" or "backward"): [seconds, calls, bytes]}.
+
+    Seconds are summed over threads; the bytes are those of the results. An operation made of others is one. On a GPU each
+    is waited for, so that the whole takes longer than without.
+    """
+    times = {}
+    _times.append(times)
+    try:
+        yield times
+    finally:
+        _times.remove(times)
+
+
+def _timed(name, direction, function, *args, **kwargs):
+    if _depth.inside:
+        return function(*args, **kwargs)
+    _depth.inside = True
+    _wait()
+    start = time.perf_counter()
+    try:
+        result = function(*args, **kwargs)
+        _wait()
+    finally:
+        _depth.inside = False
+    seconds = time.perf_counter() - start
+    with _lock:
+        for times in _times:
+            entry = times.setdefault((name, direction), [0.0, 0, 0])
+            entry[0] += seconds
+            entry[1] += 1
+            entry[2] += result.data.nbytes
+    return result
+
+
+def _wait():
+    if xp is not np:
+        xp.cuda.Device().synchronize()
+
+
+def profile_table(times):
+    """What `profile` found, as text: the operations in falling order of the time they took."""
+    rows, total = [("operation", "direction", "seconds", "share", "calls", "MB")], sum(x[0] for x in times.values())
+    for (name, direction), (seconds, calls, size) in sorted(times.items(), key=lambda item: -item[1][0]):
+        share = f"{100 * seconds / max(total, 1e-12):.1f}%"
+        rows.append((name, direction, f"{seconds:.3f}", share, f"{calls:,}", f"{size / 1e6:,.1f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    align = "<<>>>>"
+    return "\n".join("  ".join(f"{x:{a}{w}}" for x, a, w in zip(row, align, widths, strict=True)) for row in rows)

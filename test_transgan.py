@@ -715,6 +715,36 @@ def test_memory_falls_while_walking_back():
     assert now < 4 * array
 
 
+def test_a_profile_counts_every_operation_once_and_changes_nothing():
+    (x,) = tensors(np.ones((4, 6)))
+
+    def numbers():
+        y = ag.gelu(x @ x.T) + ag.softmax(x.sum(axis=1)).sum()
+        return y.sum(), grad(y.sum(), [x])[0]
+
+    plain = numbers()
+    with ag.profile() as times, ag.profile() as inner:
+        profiled = numbers()
+    for a, b in zip(plain, profiled, strict=True):
+        np.testing.assert_array_equal(ag.to_numpy(a), ag.to_numpy(b))
+    calls = {key: entry[1] for key, entry in times.items()}
+    assert calls == {("matmul", "forward"): 1, ("transpose", "forward"): 1, ("gelu", "forward"): 1,
+                     ("softmax", "forward"): 1, ("reduce_sum", "forward"): 4, ("add", "forward"): 1,
+                     ("matmul", "backward"): 2, ("transpose", "backward"): 1, ("gelu", "backward"): 1,
+                     ("softmax", "backward"): 1, ("reduce_sum", "backward"): 3, ("add", "backward"): 2}  # fmt: skip
+    assert times["matmul", "forward"][2] == 4 * 4 * 8
+    assert inner.keys() == times.keys()
+    assert all(seconds > 0 for seconds, _, _ in times.values())
+    numbers()
+    assert {key: entry[1] for key, entry in times.items()} == calls  # outside of the context nothing is counted
+    lines = ag.profile_table(times).splitlines()
+    assert len(lines) == 1 + len(times)
+    assert lines[0].split() == ["operation", "direction", "seconds", "share", "calls", "MB"]
+    seconds = [float(line.split()[2]) for line in lines[1:]]
+    assert seconds == sorted(seconds, reverse=True)
+    assert sum(float(line.split()[3].rstrip("%")) for line in lines[1:]) == pytest.approx(100, abs=1)
+
+
 def test_float32_by_default_float64_on_request():
     assert Tensor([1, 2]).dtype == np.float32
     assert Tensor(np.arange(3)).dtype == np.float32
@@ -2489,6 +2519,19 @@ def test_a_preset_gives_way_to_another_data_set(tmp_path):
 @pytest.mark.parametrize(("side", "patch"), [(8, 4), (16, 4), (20, 4), (32, 4), (36, 4), (44, 4), (48, 6), (64, 8)])
 def test_patches_keep_the_papers_grid(side, patch):
     assert parsed("--image-size", side).patch_size == patch
+
+
+def test_a_profile_is_printed_when_the_run_is_done(small, tmp_path, capsys):
+    assert run_main(*TRAIN, "--out", tmp_path / "run", "--profile") == 0
+    printed = capsys.readouterr().out
+    for operation in ("attention", "linear", "layer_norm", "gelu"):
+        for direction in ("forward", "backward"):
+            assert re.search(rf"^{operation} +{direction} +\d", printed, re.M), (operation, direction)
+    assert run_main(*TRAIN, "--out", tmp_path / "plain") == 0
+    with np.load(tmp_path / "run/checkpoint.npz") as a, np.load(tmp_path / "plain/checkpoint.npz") as b:
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+    assert "attention" not in capsys.readouterr().out
 
 
 def test_a_terminal_gets_one_live_line(small, tmp_path, capsys, monkeypatch):

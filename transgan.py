@@ -28,6 +28,7 @@ for _library in ("OPENBLAS", "MKL", "VECLIB"):  # before NumPy loads its BLAS: t
     os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -1245,6 +1246,7 @@ def make_parser():
                        "pytorch-fid publishes them")  # fmt: skip
     score.add_argument("--fid-stats", type=folder, metavar="PATH", help="a fid_stats_*.npz with mean and covariance of the "
                        "real pictures (default: computed of the data set once, and kept)")  # fmt: skip
+    watch.add_argument("--profile", action="store_true", help="print which operations took the time, when the run is done")
     watch.add_argument("--summary", action="store_true", help="print the networks as a table, and stop")
     return parser
 
@@ -1378,7 +1380,10 @@ def run(args):
     print(f"{NAMES[options.generator]}-{options.size} on {options.dataset} {options.image_size}x{options.image_size}, "
           f"{len(pictures):,} pictures, {device}{threads}, into {out}", flush=True)  # fmt: skip
     measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
-    train(trainer, out, args.sample_every, args.save_every, out == args.resume, args.evaluate_every, measure)
+    with ag.profile() if args.profile else contextlib.nullcontext() as times:
+        train(trainer, out, args.sample_every, args.save_every, out == args.resume, args.evaluate_every, measure)
+    if args.profile:
+        print(ag.profile_table(times))
     print(f"done: {out / 'samples' / f'step-{trainer.step:06d}.png'}")
 
 
