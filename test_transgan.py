@@ -3091,9 +3091,13 @@ def test_five_training_steps_agree_with_pytorch(loss, diff_aug):
 def test_the_benchmark_runs():
     pytest.importorskip("torch")
     script = Path(__file__).with_name("benchmarks") / "step.py"
-    arguments = ["--size", "tiny", "--batch-size", "2", "--rounds", "1"]
+    arguments = ["--sizes", "tiny", "--batch-sizes", "2,3", "--rounds", "1"]
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])
-    assert {"discriminator step", "generator step"} <= set(rows)
-    assert all(set(row) == {"ours", "PyTorch"} and min(row.values()) > 0 for row in rows.values())
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert [(result["size"], result["batch_size"]) for result in results] == [("tiny", 2), ("tiny", 3)]
+    for result in results:
+        for what in ("discriminator step", "generator step", "peak memory"):
+            assert set(result[what]) == {"ours", "eager", "fused"}
+            assert min(result[what].values()) > 0
+    assert subprocess.run([sys.executable, str(script), "--sides", "theirs"], capture_output=True).returncode == 2

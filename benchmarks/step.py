@@ -1,11 +1,16 @@
 """One training step of this project against the same step in PyTorch: time and peak memory, side by side.
 
-    python benchmarks/step.py [--size S] [--batch-size 16] [--rounds 7]        (needs: pip install -e '.[test,parity]')
+    python benchmarks/step.py [--sizes S] [--batch-sizes 16] [--rounds 7]      (needs: pip install -e '.[test,parity]')
 
-The same networks, weights, loss (wgangp-eps with its penalty), clipping and Adam on both sides. PyTorch runs eagerly, with
-all cores and with attention written out, because its fused attention has no second derivative. Each side lives in a process
-of its own, as its users run it; the two take turns, step by step, and the medians are compared. Memory is the process's
-peak resident memory during the steps above what it held before the first, networks and optimisers already made.
+The same networks, weights, loss (wgangp-eps with its penalty), clipping and Adam on all sides, which are
+    ours       this project
+    eager      PyTorch as it is, with attention written out
+    fused      PyTorch with its fused attention, wherever that will do: it has no second derivative, so that it cannot stand
+               in the discriminator that the penalty is taken of
+    compiled   PyTorch through torch.compile, which has no second derivative either, with the same exception
+Each side lives in a process of its own, as its users run it, with all cores; they take turns, step by step, and the medians
+are compared. Memory is a process's peak resident memory during the steps above what it held before the first, networks and
+optimisers already made; on a GPU it is not measured. A side that runs out of memory is left out of its row.
 """
 
 import argparse
@@ -26,20 +31,21 @@ import autograd as ag
 import test_transgan as reference
 
 STEPS = ("discriminator step", "generator step")
+SIDES = ("ours", "eager", "fused", "compiled")
 STATUS = Path("/proc/self/status")  # where Linux keeps a process's resident memory
 
 
-def make_trainer(args):
+def make_trainer(size, batch_size):
     plain = {"diff_aug": "none", "sr_weight": 0.0, "locality": "none"}  # as the step in PyTorch is
-    options = transgan.Options(size=args.size, batch_size=args.batch_size, gen_batch_size=args.batch_size, **plain)
-    pictures = np.random.default_rng(0).integers(0, 256, (args.batch_size, 3, 32, 32), dtype=np.uint8)
+    options = transgan.Options(size=size, batch_size=batch_size, gen_batch_size=batch_size, **plain)
+    pictures = np.random.default_rng(0).integers(0, 256, (batch_size, 3, 32, 32), dtype=np.uint8)
     return transgan.Trainer(options, pictures)
 
 
-def our_steps(args):
+def our_steps(size, batch_size):
     """Our two steps on random pictures: functions that return when their results are there, in the order of STEPS."""
     ag.keep_freed_memory()
-    trainer = make_trainer(args)
+    trainer = make_trainer(size, batch_size)
     rng, real = np.random.default_rng(0), trainer.batches[0]
 
     def run(step, *arguments):
@@ -48,27 +54,36 @@ def our_steps(args):
     return lambda: run(trainer.discriminator_step, real), lambda: run(trainer.generator_step)
 
 
-def torch_steps(args):
+def torch_steps(side, size, batch_size):
     """The same two steps in PyTorch."""
     import torch
 
     torch.set_num_threads(transgan.CORES)  # which importing transgan had made one
-    peer = reference.TorchTrainer(make_trainer(args))
-    device = "cuda" if ag.xp is not np else "cpu"
+    peer = reference.TorchTrainer(make_trainer(size, batch_size))
+    dimensions, device, fused = peer.size, "cuda" if ag.xp is not np else "cpu", side == "fused"
     real = peer.tensor(peer.batches[0])
 
+    def generate(z):
+        return reference.torch_generator(peer.g, z, dimensions.depths, fused=fused)
+
+    def judge(x):
+        return reference.torch_discriminator(peer.d, x, dimensions.disc_depth, 4, fused=fused)
+
+    if side == "compiled":
+        generate, judge = torch.compile(generate), torch.compile(judge)
+
     def noise():
-        return torch.randn(args.batch_size, peer.size.embed_dim, device=device)
+        return torch.randn(batch_size, dimensions.embed_dim, device=device)
 
     def discriminator_step():
         with torch.no_grad():
-            fake = peer.generate(noise())
-        mix = torch.rand(args.batch_size, 1, 1, 1, device=device)
+            fake = generate(noise())
+        mix = torch.rand(batch_size, 1, 1, 1, device=device)
         loss = reference.torch_discriminator_loss(peer.discriminate, real, fake, "wgangp-eps", mix)
         return peer.update(loss, peer.d, peer.adams[1])
 
     def generator_step():
-        loss = reference.torch_generator_loss(peer.discriminate(peer.generate(noise())), "wgangp-eps")
+        loss = reference.torch_generator_loss(judge(generate(noise())), "wgangp-eps")
         return peer.update(loss, peer.g, peer.adams[0])
 
     return discriminator_step, generator_step
@@ -80,10 +95,10 @@ def resident(field):
     return int(line.split()[1]) / 1000
 
 
-def work(side, args, pipe):
+def work(side, size, batch_size, device, pipe):
     """One side's process: run the step that is asked for and answer with its seconds; at last, with its megabytes."""
-    ag.use_device(args.device)
-    steps = {"ours": our_steps, "PyTorch": torch_steps}[side](args)
+    ag.use_device(device)
+    steps = our_steps(size, batch_size) if side == "ours" else torch_steps(side, size, batch_size)
     before = resident("VmRSS") if STATUS.exists() else 0
     while (step := pipe.recv()) is not None:
         start = time.perf_counter()
@@ -92,50 +107,69 @@ def work(side, args, pipe):
     pipe.send(round(resident("VmHWM") - before) if STATUS.exists() and ag.xp is np else None)
 
 
+def measure(sides, size, batch_size, device, rounds):
+    """{what: {side: number}} of the medians in seconds for each of STEPS, and of the megabytes of "peak memory"."""
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for side in sides:
+        pipes[side], other = context.Pipe()
+        context.Process(target=work, args=(side, size, batch_size, device, other), daemon=True).start()
+        other.close()  # so that a process that ends early is heard of
+    times = {step: {side: [] for side in sides} for step in STEPS}
+    for round_ in range(rounds + 1):
+        for i, step in enumerate(STEPS):
+            for side in list(pipes):
+                try:
+                    pipes[side].send(i)
+                    seconds = pipes[side].recv()
+                except (EOFError, OSError):
+                    print(f"{side} ended early: size {size}, batch {batch_size}", file=sys.stderr)
+                    del pipes[side]
+                    continue
+                if round_:
+                    times[step][side].append(seconds)
+    rows = {step: {side: statistics.median(times[step][side]) for side in pipes} for step in STEPS}
+    for pipe in pipes.values():
+        pipe.send(None)
+    rows["peak memory"] = {side: pipe.recv() for side, pipe in pipes.items()}
+    return rows
+
+
+def line(size, batch_size, what, row):
+    """A row of the table: our number, and everybody else's with what it makes ours in comparison."""
+    unit = "s" if what in STEPS else "MB"
+    cells = []
+    for side in SIDES:
+        value = row.get(side)
+        text = "" if value is None else f"{value:.3f} {unit}" if unit == "s" else f"{value} {unit}"
+        if value and side != "ours" and row.get("ours"):
+            text += f" ({row['ours'] / value:.2f})"
+        cells.append(f"{text:>18}")
+    return f"{size:5}{batch_size:>5}  {what:20}" + "".join(cells)
+
+
 def main():
-    """Print the table, and the same as one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=transgan.SIZES, default="S")
-    parser.add_argument("--batch-size", type=int, default=16)
+    """Print the table as it is measured, and at last the same as one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="S", help="of the networks, separated by commas (default S)")
+    parser.add_argument("--batch-sizes", default="16", help="separated by commas (default 16)")
+    parser.add_argument("--sides", default="ours,eager,fused", help=f"of {','.join(SIDES)} (default ours,eager,fused)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds after one that is not (default 7)")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     args = parser.parse_args()
-
-    context, pipes = multiprocessing.get_context("spawn"), {}
-    for side in ("ours", "PyTorch"):
-        pipes[side], other = context.Pipe()
-        context.Process(target=work, args=(side, args, other), daemon=True).start()
-        other.close()  # so that a process that ends early is heard of
-    try:
-        rows = measure(pipes, args.rounds)
-    except (EOFError, ConnectionError):
-        sys.exit("step.py: one side ended early; what it said stands above")
-    print(f"size {args.size}, batch {args.batch_size}, {ag.use_device(args.device)}, {transgan.CORES} cores, "
-          f"median of {args.rounds} rounds")  # fmt: skip
-    print(f"{'':20}{'ours':>12}{'PyTorch':>12}{'ratio':>8}")
-    for name, row in rows.items():
-        numbers = [f"{x:.3f} s" if name in STEPS else f"{x} MB" for x in row.values()]
-        print(f"{name:20}{numbers[0]:>12}{numbers[1]:>12}{row['ours'] / row['PyTorch']:8.2f}")
-    print(json.dumps(rows))
-
-
-def measure(pipes, rounds):
-    """{step: {side: median seconds}}, and {"peak memory": {side: megabytes}} where that is known."""
-    times = {step: {side: [] for side in pipes} for step in STEPS}
-    for round_ in range(rounds + 1):
-        for i, step in enumerate(STEPS):
-            for side, pipe in pipes.items():
-                pipe.send(i)
-                seconds = pipe.recv()
-                if round_:
-                    times[step][side].append(seconds)
-    rows = {step: {side: statistics.median(x) for side, x in times[step].items()} for step in STEPS}
-    for pipe in pipes.values():
-        pipe.send(None)
-    memory = {side: pipe.recv() for side, pipe in pipes.items()}
-    if None not in memory.values():
-        rows["peak memory"] = memory
-    return rows
+    sides, sizes = args.sides.split(","), args.sizes.split(",")
+    if not set(sides) <= set(SIDES) or not set(sizes) <= set(transgan.SIZES):
+        parser.error(f"sides are {', '.join(SIDES)}, sizes {', '.join(transgan.SIZES)}")
+    device = ag.use_device(args.device)
+    print(f"{device}, {transgan.CORES} cores, medians of {args.rounds} rounds; in brackets ours divided by theirs")
+    print(f"{'size':5}{'batch':>5}  {'':20}" + "".join(f"{side:>18}" for side in SIDES))
+    results = []
+    for size in sizes:
+        for batch_size in map(int, args.batch_sizes.split(",")):
+            rows = measure(sides, size, batch_size, args.device, args.rounds)
+            for what, row in rows.items():
+                print(line(size, batch_size, what, row), flush=True)
+            results.append({"size": size, "batch_size": batch_size, "device": device} | rows)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
