@@ -1238,7 +1238,7 @@ def make_parser():
     score = parser.add_argument_group("scores, see paper/scores.py")
     score.add_argument("--evaluate", type=folder, metavar="DIR", help="give FID and Inception Score of the run in DIR")
     score.add_argument("--features", choices=("inception", "own"), help="the network that looks: Inception-v3, as papers "
-                       "have it (91 MB, downloaded once), or a small classifier trained here on the data set, whose scores "
+                       "have it (96 MB, downloaded once), or a small classifier trained here on the data set, whose scores "
                        "are named FID-own and IS-own (default: inception; for shapes own)")  # fmt: skip
     score.add_argument("--num-images", type=number(int, 10), metavar="N",
                        help="generated pictures to look at (default: 50000; for --evaluate-every 2000)")  # fmt: skip
