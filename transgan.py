@@ -1291,7 +1291,8 @@ def check_options(options):
     if options.image_size % doubled:
         raise UserError(f"--image-size {options.image_size} must divide by {doubled}: the picture doubles between stages")
     if peer and (options.sr_weight or options.locality != "none"):
-        raise UserError(f"--sr-weight and --locality are TransGAN's; leave them out for --generator {options.generator}")
+        raise UserError(f"co-training and locality are TransGAN's: --generator {options.generator} wants --sr-weight 0 "
+                        "and --locality none, its defaults")  # fmt: skip
     if peer and options.accumulate > 1:
         raise UserError(f"--accumulate cannot be: the batch norm of --generator {options.generator} wants whole batches")
     if options.discriminator != "transgan" and options.image_size % 4:

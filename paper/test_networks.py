@@ -310,8 +310,8 @@ def test_pairs_train_from_the_command_line(pair, small, tmp_path, capsys):  # no
 
 def test_options_that_do_not_go_together(small, tmp_path, capsys):  # noqa: F811
     for args, message in (
-        (["--generator", "autogan", "--sr-weight", "1"], "--sr-weight and --locality are TransGAN's"),
-        (["--generator", "resnet", "--locality", "4:22"], "--sr-weight and --locality are TransGAN's"),
+        (["--generator", "autogan", "--sr-weight", "1"], "wants --sr-weight 0 and --locality none"),
+        (["--generator", "resnet", "--locality", "4:22"], "wants --sr-weight 0 and --locality none"),
         (["--generator", "autogan", "--accumulate", "2"], "wants whole batches"),
         (["--generator", "autogan", "--image-size", "20"], "must divide by 8"),
         (["--generator", "biggan"], "invalid choice: 'biggan'"),

@@ -267,6 +267,12 @@ def odd_files():
     yield "view of a view", tar_file(named(looks), STORAGES, looks, [(50, 7, 1, 10), (51, 50, 1, 8)], pad=-1)
     yield "little", zip_file({"w": NEW}, STORAGES, byteorder=b"little")
     yield "big", zip_file({"w": NEW}, {"0": NUMBERS.astype(">f4")}, byteorder=b"big")
+    begin = b"\x80\x04\x95" + bytes(8) + b"\x8c\x0bcollections\x94\x8c\x0bOrderedDict\x94\x93\x94)R\x94\x8c\x01w\x94"
+    new = Call(NEW.function, (*NEW.arguments[:5], Raw(b"h\x02)R")))  # the place of OrderedDict in the memo
+    yield (
+        "protocol 4",
+        zip_file(begin.replace(bytes(8), struct.pack("<Q", len(begin + code(new)) - 9)) + code(new) + b"s.", STORAGES),
+    )
     yield "no end", row_file({"w": OLD}, STORAGES) + b"more"
 
 
@@ -283,6 +289,12 @@ def test_torch_reads_what_only_some_versions_wrote(path, name):
     torch = pytest.importorskip("torch")
     path.write_bytes(ODD_FILES[name])
     assert same({key: x.detach().numpy() for key, x in torch.load(path, weights_only=False).items()}, {"w": ODD})
+
+
+def test_views_of_one_storage_under_names_of_python_2(path):
+    first, second = (tensor(storage(NUMBERS, "0", view), 0, (3,), (1,)) for view in (("1", 0, 3), ("2", 5, 7)))
+    content = row_file({Raw(b"U\x02\xc3\xa9"): first, Raw(b"T\x03\0\0\0\xe2\x82\xac"): second, "w": OLD}, STORAGES)
+    assert same(reading(path, content), {"é": NUMBERS[:3], "€": NUMBERS[5:8], "w": ODD})
 
 
 def torch_tensors(torch, numbers):
@@ -526,7 +538,18 @@ def hostile_pickles():
     yield {"w": Name("torch " + 1000 * "x")}, "asks for 'torch xxx"
     yield Raw(b"c" + b"x\xff\n\xffy\n"), ANY
     yield Raw(code("os") + code(3) + b"\x93"), ANY
-    for instruction in (b"02", b"(0", b"1", b"l", b"d", b"\x8f", b"\x82\x01", b"\x97", b"Pname\n", b"G" + bytes(8)):
+    for instruction in (
+        b"02",
+        b"(0",
+        b"1",
+        b"l",
+        b"d",
+        b"\x8f",
+        b"\x82\x01",
+        b"\x8b\1\0\0\0\1",
+        b"Pname\n",
+        b"G" + bytes(8),
+    ):
         yield Raw(b"}" + instruction), "which no state dict needs|arg extends|opcode"
     yield Raw(b"\xff" + before), ANY
 
