@@ -208,7 +208,7 @@ def views(draw):
             address = array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
             strides = tuple(x // dtype.itemsize for x in array.strides)
             name = f"layer.{len(looks)} é"
-            looks[name] = Look(str(i), address // dtype.itemsize if array.size else 0, array.shape, strides)
+            looks[name] = Look(str(i), address // dtype.itemsize, array.shape, strides)
             arrays[name] = array
     return storages, looks, arrays
 
