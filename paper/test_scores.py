@@ -4,7 +4,7 @@ import decimal
 import json
 
 import test_transgan as base  # first: it imports transgan before NumPy
-from test_transgan import no_proxy, small  # noqa: F401 (fixtures)
+from test_transgan import no_proxy, rehearsed_gpu, small  # noqa: F401 (fixtures)
 
 import numpy as np  # isort: skip
 import pytest
@@ -309,7 +309,7 @@ def test_evaluating_a_run(quick, tmp_path, capsys):
     assert f"FID-own {entry['fid_own']:.2f}, IS-own {entry['is_own']:.2f} ± {entry['is_deviation_own']:.2f}" in lines[0]
     assert (entry["step"], entry["images"]) == (4, 30)
     assert len(quick) == 1
-    assert (out / "checkpoint.npz").read_bytes() == before
+    assert base.holds(out / "checkpoint.npz", before)
     stats = next((tmp_path / "data").glob("fid-stats-own-*.npz"))
     assert base.run_main("--evaluate", out, "--num-images", 30, "--fid-stats", stats, *where) == 0
     assert f"against the statistics in {stats.name}" in capsys.readouterr().out
@@ -348,3 +348,20 @@ def test_what_is_given_at_once_follows_from_memory(monkeypatch):
         for free, expected in ((0, 16), (1 << 32, 32), (1 << 40, 1024)):
             monkeypatch.setattr(scores.os, "sysconf", lambda name, free=free: free if name == "SC_AVPHYS_PAGES" else 1)
             assert scores.at_once(eye) == expected
+
+
+@base.on_cpu
+def test_rehearsal_of_scores_on_a_gpu(quick, tmp_path, rehearsed_gpu):  # noqa: F811
+    """Classifier, reference statistics and scores on arrays that refuse to meet NumPy's come to the CPU's numbers."""
+    pictures = data.draw_shapes(data.SHAPES_COUNT, 8)
+
+    def scored(folder):
+        extractor = classifier.load_classifier(pictures, "shapes", folder)
+        again = classifier.load_classifier(pictures, "shapes", folder)
+        assert again.digest == extractor.digest
+        reference = scores.reference_statistics(pictures, "shapes", extractor, folder)
+        return [*scores.score_generator(base.small_trainer(1), 20, extractor, reference).values()]
+
+    expected = scored(tmp_path / "cpu")
+    assert ag.use_device("auto") == "a rehearsed GPU"
+    np.testing.assert_allclose(scored(tmp_path / "gpu"), expected, rtol=1e-3)
