@@ -2362,6 +2362,19 @@ def test_batches_are_shuffled_afresh_each_epoch(count, batch_size, seed):
         assert (epochs[0][0] != epochs[1][0]).any()
 
 
+def test_a_fingerprint_tells_every_byte_and_shape(monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 4)
+    pictures = np.random.default_rng(0).integers(0, 256, (10, 3, 2, 2), dtype=np.uint8)
+    first, last = pictures.copy(), pictures.copy()
+    first[0, 0, 0, 0] ^= 1
+    last[-1, -1, -1, -1] ^= 1
+    others = [first, last, pictures[:9], pictures.reshape(10, 3, 4, 1), pictures.view(np.int8), pictures[::-1]]
+    found = {data.fingerprint(x) for x in [pictures, *others]}
+    assert len(found) == 1 + len(others)
+    assert data.fingerprint(pictures.copy()) == data.fingerprint(pictures)
+    assert data.fingerprint(pictures, first) != data.fingerprint(first, pictures)
+
+
 def test_scaling_and_grids_keep_every_pixel(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (10, 3, 16, 16), dtype=np.uint8)
     scaled = data.scale(pictures)

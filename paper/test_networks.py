@@ -181,18 +181,15 @@ def count_torch(layers):
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_counts_outputs_and_gradients_agree_with_pytorch(name):
+def test_counts_outputs_and_gradients_agree_with_pytorch(name, monkeypatch):
     torch = pytest.importorskip("torch")
     assert tuple(map(count_torch, torch_layers(torch, name, networks.PUBLISHED[name]))) == COUNTS[name]
     torch.manual_seed(0)
     channels = (5, 4)
     layers = torch_layers(torch, name, channels)
-    init = transgan.Init(np.random.default_rng(0), "uniform", np.float64)
-    kind = {"autogan": networks.AutoGANGenerator, "resnet": networks.ResNetGenerator}[name]
-    ours = (
-        kind(32, channels[0], init),
-        networks.ResidualDiscriminator(32, channels[1], init, name == "autogan", "sum" if name == "autogan" else "mean"),
-    )
+    monkeypatch.setitem(networks.CHANNELS, "tiny", {name: channels})
+    rng = np.random.default_rng(0)
+    ours = [make(name, "tiny", 32, rng, np.float64) for make in (networks.make_generator, networks.make_discriminator)]
     leaves = []
     for network, group in zip(ours, layers, strict=True):
         assert set(network.parameters()) == {f"{k}.{p}" for k, v in group.items() for p, _ in v.named_parameters()}
