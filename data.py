@@ -26,6 +26,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from concurrent import futures
@@ -126,7 +127,7 @@ def download(archive, path):
     What arrives is kept in path.part, so that the next call goes on where a connection broke off or a disk filled up (an
     HTTP range request). The file appears under its own name only when it is whole and right. Raises UserError.
     """
-    path = Path(path)
+    path, locked = Path(path), True
     part, by_hand = path.with_name(path.name + ".part"), f"or fetch {archive.page} by hand and save it as {path}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +142,7 @@ def download(archive, path):
             raise
         part.replace(path)
     except BlockingIOError:
+        locked = False  # the part is another's, empty or not
         raise UserError(f"another run is downloading {path}; start again when it has finished") from None
     except (OSError, ValueError, http.client.HTTPException) as error:  # a malformed URL is a ValueError
         reason = getattr(error, "reason", None) or error
@@ -148,8 +150,9 @@ def download(archive, path):
             f"cannot download {archive.url} to {path}: {reason}; start again to go on from what has arrived, {by_hand}"
         ) from None
     finally:
-        if part.exists() and not part.stat().st_size:
-            part.unlink()
+        with contextlib.suppress(OSError):
+            if locked and not part.stat().st_size:
+                part.unlink()
 
 
 def _receive(archive, out, path, by_hand):
@@ -376,7 +379,9 @@ def decode(names, opened, side, source):
     skipped = []
     with futures.ThreadPoolExecutor() as pool, Progress() as progress:
         for first in range(0, len(names), CHUNK):
-            results = list(pool.map(one, names[first : first + CHUNK]))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, about pictures that are large or odd but can be read
+                results = list(pool.map(one, names[first : first + CHUNK]))
             skipped += [result for result in results if isinstance(result, str)]
             if pictures := [result for result in results if not isinstance(result, str)]:
                 yield np.stack(pictures)
@@ -431,6 +436,9 @@ def load_folder(folder, data_dir, side):
         raise UserError(f"there is no folder {folder}; say where the pictures are with --dataset")
     try:
         for parent, folders, names in os.walk(folder, onerror=skip):
+            if {"checkpoint.npz", "log.csv"} <= {*names}:
+                folders.clear()
+                continue  # a run of this program, whose grids are no pictures to learn
             folders[:] = [name for name in folders if not name.startswith(".")]
             for path in (Path(parent, name) for name in names if not name.startswith(".") and CACHE not in name):
                 if path.is_file():
@@ -441,13 +449,19 @@ def load_folder(folder, data_dir, side):
     if not files:
         raise UserError(f"{folder} holds no files; name a folder of pictures as --dataset")
     names = sorted(files)
-    stem = f"{folder.name}-{side}-{_digest(str(folder))}-"
+    stem = f"{short_name(folder)}-{side}-{_digest(str(folder))}-"
     cache = data_dir / f"{stem}{_digest(repr([(name, files[name]) for name in names]))}{CACHE}"
     pictures = cached(cache, side, lambda: decode(names, folder.joinpath, side, folder))
-    for old in data_dir.iterdir():
-        if old.name.startswith(stem) and old.name.endswith(CACHE) and old != cache:
-            old.unlink()
+    with contextlib.suppress(OSError):  # one that another run is reading may stay, where the system says so
+        for old in data_dir.iterdir():
+            if old.name.startswith(stem) and old.name.endswith(CACHE) and old != cache:
+                old.unlink()
     return pictures
+
+
+def short_name(dataset):
+    """The name of a data set, or the beginning of its folder's, to name files by."""
+    return Path(dataset).name[:40]
 
 
 def _digest(text):

@@ -1319,7 +1319,7 @@ def test_threads_share_a_batch_without_changing_the_step(loss, small):
 def test_accumulating_gives_the_gradients_of_the_whole_batch(loss, threads, small):
     """Also those of the loss's (mean D(real))^2, which is no sum over the parts, and with fewer samples than parts."""
     runs = []
-    for accumulate in (1, 2, 4, 50):
+    for accumulate in (1, 2, 4, 10**9):
         trainer = small_trainer(threads, np.float64, loss=loss, accumulate=accumulate, diff_aug=POLICY)
         losses = [float(x) for _ in range(3) for x in trainer.train_step().values() if x is not None]
         runs.append(state_of(trainer) | {"losses": np.array(losses)})
@@ -2015,16 +2015,18 @@ def test_a_disk_too_small_is_noticed_before_the_download(tmp_path, monkeypatch):
     assert leftovers(tmp_path) == []
 
 
-def test_two_runs_do_not_download_into_one_file(tmp_path):
+@pytest.mark.parametrize("content", [b"half", b""])
+def test_two_runs_do_not_download_into_one_file(content, tmp_path):
+    """Nor does the second remove what the first has only just begun."""
     fcntl = pytest.importorskip("fcntl")
     part = tmp_path / (data.CIFAR10.name + ".part")
     with part.open("wb") as file:
-        file.write(b"half")
+        file.write(content)
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run is downloading"):
             data.load_cifar10(tmp_path)
-    assert part.read_bytes() == b"half"
+    assert part.read_bytes() == content
 
 
 @each_data_set
@@ -2290,6 +2292,25 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(tmp_path, capsys, mo
     assert data.load_folder(folder, folder, 8).shape == (4, 3, 8, 8)  # a cache among the pictures is none of them
     assert decoded == []
     assert len(list(folder.glob("*.pictures"))) == 1
+
+
+def test_a_runs_own_grids_are_no_pictures_to_learn(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(slope(9, 9)))
+    (tmp_path / "runs" / "x" / "samples").mkdir(parents=True)
+    for name in ("checkpoint.npz", "log.csv", "samples/step-000000.png", "locality.png"):
+        (tmp_path / "runs" / "x" / name).write_bytes(encoded(slope(9, 9)))
+    assert len(data.load_folder(tmp_path, tmp_path / "data", 8)) == 1
+
+
+def test_odd_pictures_and_long_names_are_taken_without_a_word(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / ("long" * 60)
+    folder.mkdir()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)  # Pillow warns of larger ones
+    (folder / "large.png").write_bytes(encoded(slope(20, 20)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data.load_folder(folder, tmp_path, 8).shape == (1, 3, 8, 8)
+    assert capsys.readouterr().err == ""
 
 
 def test_many_unreadable_files_are_counted_and_an_empty_folder_is_refused(tmp_path, capsys):
@@ -2590,6 +2611,31 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(loss, small, tmp_path,
     assert logs[0] == logs[1]
     pictures = [(tmp_path / run / "samples/step-000004.png").read_bytes() for run in ("unbroken", "broken")]
     assert pictures[0] == pictures[1]
+
+
+def test_a_run_stopped_before_its_first_look_can_be_gone_on_with(small, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(transgan, "sliced_wasserstein", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_main(*TRAIN, "--out", tmp_path / "run") == 130
+    assert run_main("--resume", tmp_path / "run") == 0
+    assert run_main(*TRAIN, "--out", tmp_path / "plain") == 0
+    assert [row["disc_loss"] for row in read_log(tmp_path / "run")] == [
+        row["disc_loss"] for row in read_log(tmp_path / "plain")
+    ]
+
+
+def test_options_that_would_do_nothing_are_refused(small, tmp_path, capsys):
+    for args, message in (
+        (["--features", "own"], "--features goes with --evaluate"),
+        (["--inception", "x"], "--inception goes with --evaluate"),
+        (["--fid-stats", "x"], "--fid-stats goes with --evaluate"),
+        (["--num-images", "20"], "--num-images goes with --evaluate or --evaluate-every"),
+        (["--evaluate", "x", "--profile"], "watch a training"),
+        (["--evaluate", "x", "--evaluate-every", "2"], "watch a training"),
+        (["--evaluate", "x", "--features", "own", "--inception", "y"], "leave out one of them"),
+        (["--evaluate", "x", "--resume", "x"], "leave out one of them"),
+    ):
+        assert message in fails(capsys, *args), args
 
 
 def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):

@@ -684,8 +684,9 @@ class Trainer:
         Whoever saves memory throws the history of the scores away, and computes them a second time for the last part.
         """
         accumulate, parameters = self.options.accumulate, list(parameters.values())
-        shares = zip(*(np.array_split(x, threads * accumulate) for x in inputs), strict=True)
-        shares = [[self.array(x) for x in share] for share in shares if len(share[0])]
+        count = min(threads * accumulate, len(inputs[0]))
+        shares = zip(*(np.array_split(x, count) for x in inputs), strict=True)
+        shares = [[self.array(x) for x in share] for share in shares]
 
         def forward(share):
             part = scores(*share)  # (rows, B / shares)
@@ -974,8 +975,8 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
 
     try:
         if trainer.step == 0:
+            trainer.save(out / "checkpoint.npz")  # first, so that whatever stops the run can be gone on from
             log.add(0, {}, 0, look() | (scores() if evaluate_every else {}))
-            trainer.save(out / "checkpoint.npz")
         sampled = saved = time.monotonic()
         while trainer.step < options.steps:
             losses = trainer.train_step()
@@ -1348,10 +1349,24 @@ def holds_a_run(out):
     return UserError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
 
 
-def run(args):
-    """What the command line asks for. Raises UserError."""
+def refuse_idle_options(args):
+    """Raise UserError for options that would do nothing beside the others."""
     if args.resume and args.evaluate:
         raise UserError("--resume trains and --evaluate looks; leave out one of them")
+    for name in ("features", "inception", "fid_stats"):
+        if getattr(args, name) and not args.evaluate:
+            raise UserError(f"--{name.replace('_', '-')} goes with --evaluate; leave it out")
+    if args.num_images and not (args.evaluate or args.evaluate_every):
+        raise UserError("--num-images goes with --evaluate or --evaluate-every; leave it out")
+    if args.evaluate and (args.evaluate_every or args.profile):
+        raise UserError("--evaluate-every and --profile watch a training; leave them out")
+    if args.features == "own" and args.inception:
+        raise UserError("--features own does not look through --inception; leave out one of them")
+
+
+def run(args):
+    """What the command line asks for. Raises UserError."""
+    refuse_idle_options(args)
     options, out = choose_options(args)
     if args.summary:
         print(f"transgan.py {flags(options)}\n\n{summary(options)}")

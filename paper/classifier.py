@@ -135,7 +135,7 @@ def load_classifier(pictures, dataset, data_dir):
 
     Raises UserError if the file cannot be written.
     """
-    name, labels = Path(dataset).name, data.load_labels(dataset, data_dir, pictures.shape[-1])
+    name, labels = data.short_name(dataset), data.load_labels(dataset, data_dir, pictures.shape[-1])
     path = Path(data_dir) / f"classifier-{name}-{pictures.shape[-1]}-{data.fingerprint(pictures)}.npz"
     classes = 4 if labels is None else int(labels.max()) + 1
     task = f"quarter turns of {name}" if labels is None else f"{classes} classes of {name}"

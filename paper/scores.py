@@ -14,6 +14,7 @@ Contents
 import datetime
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def reference_statistics(pictures, dataset, extractor, data_dir):
 
     The file goes by the pictures' fingerprint and the network's, and is in the layout of fid_stats_*.npz. Raises UserError.
     """
-    name = f"{Path(dataset).name}-{pictures.shape[-1]}-{data.fingerprint(pictures)}"
+    name = f"{data.short_name(dataset)}-{pictures.shape[-1]}-{data.fingerprint(pictures)}"
     path = Path(data_dir) / f"fid-stats{extractor.suffix}-{extractor.digest}-{name}.npz"
     if path.exists():
         return read_statistics(path, extractor.dims)
@@ -179,12 +180,13 @@ def score_generator(trainer, count, extractor, reference):
 
     Returns {"fid": ..., "is": ..., "is_deviation": ...}. The noise is always the same for a seed and a count.
     """
-    step = min(at_once(extractor), 256)
+    step = at_once(extractor)
 
     def batches():
-        for number, first in enumerate(range(0, count, step)):
+        for number, first in enumerate(range(0, count, 256)):  # blocks of noise that no memory decides on
             rng = data.random_stream("evaluate", trainer.options.seed, number)
-            yield data.to_bytes(trainer.sample(trainer.noise(min(step, count - first), rng)))
+            made = data.to_bytes(trainer.sample(trainer.noise(min(256, count - first), rng)))
+            yield from (made[i : i + step] for i in range(0, len(made), step))
 
     statistics, score = look(batches(), count, extractor, "generated pictures")
     mean, deviation = score.result()
@@ -203,12 +205,19 @@ def load_extractor(features, pictures, dataset, data_dir, inception=None):
     return load_inception(inception, data_dir)
 
 
+def need_two(pictures):
+    """Raise UserError if a single picture is all there is: it has no covariance."""
+    if len(pictures) < 2:
+        raise UserError("FID needs two real pictures or more; add some to the folder, or give --fid-stats")
+
+
 def own_scores(trainer, count, data_dir):
     """A function that gives a trainer's FID-own and IS-own as they are now, {"fid_own": ..., "is_own": ...}, for its log.
 
     Trains the classifier first, and has it look at the real pictures, where that was not done before. Raises UserError.
     """
     pictures, dataset = trainer.batches.pictures, trainer.options.dataset
+    need_two(pictures)
     extractor = load_extractor("own", pictures, dataset, data_dir)
     reference = reference_statistics(pictures, dataset, extractor, data_dir)
 
@@ -219,13 +228,31 @@ def own_scores(trainer, count, data_dir):
     return measure
 
 
+def read_scores(path):
+    """The entries of a run's scores.json, [] if there is none. Raises UserError, also where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        entries = json.loads(path.read_text()) if path.exists() else []
+        if any({"step", "weights", "images"} - entry.keys() for entry in entries):
+            raise ValueError
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a list of this program's scores; move it away and start again") from None
+    return entries
+
+
 def evaluate(run, trainer, pictures, features, count, data_dir, inception=None, fid_stats=None):
     """Score a run's generator, write the numbers into scores.json in its folder, and return them as one line to quote.
 
     features: "inception" or "own"; count: generated pictures; fid_stats: a file to take the reference statistics from
     instead of the run's data set. Raises UserError.
     """
-    options = trainer.options
+    options, path = trainer.options, run / "scores.json"
+    read_scores(path)  # what is wrong there is better said before hours of work than after
+    if not fid_stats:
+        need_two(pictures)
     extractor = load_extractor(features, pictures, options.dataset, data_dir, inception)
     if fid_stats:
         reference, against = read_statistics(fid_stats, extractor.dims), f"the statistics in {Path(fid_stats).name}"
@@ -233,16 +260,12 @@ def evaluate(run, trainer, pictures, features, count, data_dir, inception=None, 
         reference = reference_statistics(pictures, options.dataset, extractor, data_dir)
         against = f"{len(pictures):,} pictures of {Path(options.dataset).name}"
     scores = score_generator(trainer, count, extractor, reference)
-    path, suffix = run / "scores.json", extractor.suffix
+    suffix = extractor.suffix
     named = {f"{name}{suffix.replace('-', '_')}": value for name, value in scores.items()}
     entry = {"step": trainer.step, "images": count, "against": against, "weights": extractor.weights,
              "resizing": extractor.resizing, "date": datetime.date.today().isoformat()} | named  # fmt: skip
-    try:
-        known = json.loads(path.read_text()) if path.exists() else []
-        known = [old for old in known if (old["step"], old["weights"]) != (trainer.step, extractor.weights)]
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{path} is not a list of this program's scores; move it away and start again") from None
-    part = path.with_name(path.name + ".part")
+    known = [old for old in read_scores(path) if (old["step"], old["weights"]) != (trainer.step, extractor.weights)]
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps([*known, entry], indent=2) + "\n")
     part.replace(path)
     network = f"{transgan.NAMES[options.generator]}-{options.size}"

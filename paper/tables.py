@@ -16,7 +16,6 @@ Contents
 import argparse
 import csv
 import datetime
-import json
 import platform
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import transgan
 from data import UserError
+from paper import scores
 
 # --- 1. The tables ----------------------------------------------------------------------------------------------------
 
@@ -87,30 +87,32 @@ def train(folder, options, machine, steps):
 
     options, machine: arguments of transgan.py, those that define the run and those that say where it runs.
     """
-    rows = read_log(folder)
-    if not rows or int(rows[-1]["step"]) < steps:
+    if reached(folder) < steps:
         where = ["--resume", folder] if (folder / "checkpoint.npz").exists() else [*options, "--out", folder]
         program(*where, *machine, "--steps", steps, "--sample-every", max(100, steps))
-        rows = read_log(folder)
-    return rows[-1]
-
-
-def read_log(folder):
-    """The rows of a run's log.csv, [] if it has none."""
     try:
         with (folder / "log.csv").open(newline="") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError:
-        return []
+            return {name: float(value) for name, value in list(csv.DictReader(file))[-1].items() if value}
+    except (OSError, IndexError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{folder / 'log.csv'} is damaged ({error}); move {folder} away") from None
 
 
-def score(folder, features, images, machine):
+def reached(folder):
+    """The step of a run's checkpoint, -1 without one. Raises UserError."""
+    path = folder / "checkpoint.npz"
+    if not path.exists():
+        return -1
+    with transgan.open_checkpoint(path) as saved:
+        return int(saved["step"])
+
+
+def score(folder, features, images, machine, steps):
     """{"fid": ..., "is": ...} of a run in `folder`, from its scores.json or by having it scored. Raises UserError."""
     suffix = {"inception": "", "own": "_own"}[features]
     for evaluated in (False, True):
         path = folder / "scores.json"
-        for entry in json.loads(path.read_text()) if path.exists() else []:
-            if entry["images"] == images and f"fid{suffix}" in entry:
+        for entry in scores.read_scores(path):
+            if (entry["images"], entry["step"]) == (images, steps) and f"fid{suffix}" in entry:
                 return {"fid": entry[f"fid{suffix}"], "is": entry[f"is{suffix}"]}
         if not evaluated:
             program("--evaluate", folder, "--features", features, "--num-images", images, *machine)
@@ -131,12 +133,12 @@ def run_all(args, extra):
     machine = ["--threads", max(1, transgan.CORES // args.jobs), "--device", args.device, "--data-dir", args.data_dir]
 
     def one(name, seed):
-        options = ["--dataset", args.dataset, "--size", args.size, "--seed", seed, *extra, *rows[name]]
+        options = [*extra, "--dataset", args.dataset, "--size", args.size, "--seed", seed, *rows[name]]
         run = folder / f"{name.strip('+ ')}-{seed}"
         last = train(run, options, machine, args.steps)
-        numbers = score(run, args.features, args.num_images, machine) | {"distance": float(last["distance"])}
+        numbers = score(run, args.features, args.num_images, machine, args.steps) | {"distance": last["distance"]}
         shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
-        print(f"{name}, seed {seed}: {shown}; {transgan.clock(float(last['seconds']))} of training\n",
+        print(f"{name}, seed {seed}: {shown}; {transgan.clock(last['seconds'])} of training\n",
               end="", file=sys.stderr, flush=True)  # fmt: skip
         return numbers
 
@@ -222,6 +224,9 @@ def main(argv=None):
     try:
         if unknown := set(args.rows or ()) - set(TABLES[args.number][1]):
             raise UserError(f"table {args.number} has no row {unknown.pop()!r}: {', '.join(TABLES[args.number][1])}")
+        for flag in ("--seed", "--size", "--dataset", "--steps", "--out", "--resume", "--preset"):
+            if flag in argv[cut:]:
+                raise UserError(f"{flag} is the table's, or each row's own; give it before --, or leave it out")
         print(table(args, run_all(args, argv[cut + 1 :])))
         return 0
     except UserError as error:

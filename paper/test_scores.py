@@ -328,6 +328,48 @@ def test_evaluating_a_run(quick, tmp_path, capsys):
     assert "scores.json is not a list" in base.fails(capsys, "--evaluate", out, "--num-images", 30, *where)
 
 
+def test_what_is_wrong_is_said_before_the_work(quick, tmp_path, capsys):
+    out, where = tmp_path / "run", ("--data-dir", tmp_path / "data")
+    assert base.run_main(*base.TRAIN, "--out", out) == 0
+    (tmp_path / "file").write_text("")
+    assert "choose another --out" in base.fails(capsys, "--evaluate", out, "--out", tmp_path / "file" / "x", *where)
+    (tmp_path / "other").mkdir()
+    for text in ("{", '{"a": 1}', '[{"step": 1}]', "[1]", "null"):
+        (tmp_path / "other" / "scores.json").write_text(text)
+        assert "is not a list" in base.fails(capsys, "--evaluate", out, "--out", tmp_path / "other", *where), text
+    assert quick == []
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(base.encoded(base.slope(9, 9)))
+    alone = (
+        "--dataset",
+        folder,
+        "--size",
+        "tiny",
+        "--image-size",
+        8,
+        "--steps",
+        1,
+        "--batch-size",
+        1,
+        "--gen-batch-size",
+        1,
+    )
+    run = (*alone, "--out", tmp_path / "alone", *where)
+    assert "two real pictures or more" in base.fails(capsys, *run, "--evaluate-every", 1)
+    assert base.run_main(*alone, "--out", tmp_path / "again", *where) == 0
+    assert "two real pictures or more" in base.fails(capsys, "--evaluate", tmp_path / "again", "--features", "own", *where)
+
+
+def test_scores_do_not_depend_on_the_memory_that_is_free(small, monkeypatch):  # noqa: F811
+    trainer, found = base.small_trainer(), []
+    for step in (16, 100, 1024):
+        monkeypatch.setattr(scores, "at_once", lambda extractor, step=step: step)
+        found.append(scores.score_generator(trainer, 300, Eye(), (np.zeros(3), np.eye(3))))
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+    assert found[0] == pytest.approx(found[2], rel=1e-9)
+
+
 def test_scores_are_logged_while_training(quick, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = (*base.TRAIN, "--evaluate-every", 2, "--num-images", 20, "--data-dir", tmp_path / "data")

@@ -56,11 +56,13 @@ def test_the_table_of_tricks(tmp_path, data_dir, capsys):
         assert row[:3] == [name, f"{score:.2f}", f"{fid:.2f}"]
         assert row[3:] == [f"{entry['is_own']:.3f}", f"{entry['fid_own']:.3f}",
                            f"{float(base.read_log(run)[-1]['distance']):.3f}"]  # fmt: skip
-    (folder / "locality-0" / "log.csv").unlink()
-    (folder / "locality-0" / "checkpoint.npz").write_text("no checkpoint")
+    (folder / "baseline-0" / "log.csv").write_text("step,distance\nx,y\n")
+    assert tables.main([*command, "--", "--batch-size", "4", "--gen-batch-size", "4"]) == 2
+    assert "log.csv is damaged" in capsys.readouterr().err
+    (folder / "baseline-0" / "checkpoint.npz").write_text("no checkpoint")
     assert tables.main([*command, "--", "--batch-size", "4", "--gen-batch-size", "4"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"transgan: cannot read .*locality-0", error)
+    assert re.search(r"transgan: cannot read .*baseline-0", error)
 
 
 @pytest.mark.parametrize("number", tables.TABLES)
@@ -91,6 +93,9 @@ def test_only_some_rows_and_what_was_not_run_is_not_printed(tmp_path, data_dir, 
     assert [name for name, row in rows.items() if "not" not in row[3]] == ["TransGAN"]
     assert rows["StyleGAN v2"] == ["StyleGAN v2", "9.18", "11.07", *["not built here"] * 3]
     assert rows["AutoGAN"][3:] == ["not run"] * 3
+    for flag in ("--seed", "--out", "--dataset"):
+        assert tables.main([*command, "--", flag, "5"]) == 2
+        assert f"{flag} is the table's" in capsys.readouterr().err
     assert tables.main(["2", "--rows", "BigGAN"]) == 2
     assert "table 2 has no row 'BigGAN': WGAN-GP, " in capsys.readouterr().err
     assert tables.main(["2", "--rows", "StyleGAN v2"]) == 2
