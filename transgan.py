@@ -1278,7 +1278,9 @@ def choose_options(args):
     if "patch_size" not in given:  # an 8x8 grid, as the paper's at 32x32, or 4x4 pixels where these are more
         side = options.image_size
         options.patch_size = max(p for p in range(1, max(4, side // 8) + 1) if side % p == 0)
-    return check_options(options), args.out or Path("runs") / f"{Path(dataset).name}-{options.size}"
+    pair = [options.generator, options.discriminator]
+    name = "-".join([Path(dataset).name, options.size, *(pair if pair != ["transgan", "transgan"] else [])])
+    return check_options(options), args.out or Path("runs") / name
 
 
 def check_options(options):

@@ -305,6 +305,14 @@ def test_pairs_train_from_the_command_line(pair, small, tmp_path, capsys):  # no
                                                  "resnet" if pair[0] == "autogan" else "autogan")  # fmt: skip
 
 
+def test_each_pair_has_a_folder_of_its_own():
+    for pair, name in ((PAIRS[0], "shapes-S-autogan-autogan"), (PAIRS[2], "shapes-S-transgan-autogan"),
+                       (("transgan", "transgan"), "shapes-S")):  # fmt: skip
+        arguments = ["--size", "S", "--generator", pair[0], "--discriminator", pair[1]]
+        _, out = transgan.choose_options(transgan.make_parser().parse_args(arguments))
+        assert out.as_posix() == f"runs/{name}"
+
+
 def test_options_that_do_not_go_together(small, tmp_path, capsys):  # noqa: F811
     for args, message in (
         (["--generator", "autogan", "--sr-weight", "1"], "wants --sr-weight 0 and --locality none"),
