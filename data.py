@@ -3,7 +3,7 @@
 Every data set becomes one array of bytes, (N, 3, H, W) in red, green, blue; only a batch is ever turned into floats.
 
 Contents
-    1. Errors and randomness  UserError, random_stream
+    1. Errors, chance, files  UserError, random_stream, whole_file
     2. Archives               Archive, fetch, download: resumed where it broke off, and checked
     3. CIFAR-10               load_cifar10, its archive and its pickles, which are never executed
     4. Any pictures           load_folder, load_stl10, load_celeba: cropped, resized and decoded once, into a cache
@@ -40,7 +40,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# --- 1. Errors and randomness -----------------------------------------------------------------------------------------
+# --- 1. Errors, chance, files -----------------------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -57,6 +57,21 @@ def random_stream(purpose, seed, number=0):
     Raises ValueError for a purpose that is not in PURPOSES.
     """
     return np.random.default_rng((seed, PURPOSES.index(purpose) + 1, number))
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Within this context, a path to write to; what lies there appears as `path` at the end, unless something went wrong.
+
+    So nobody ever meets half a file, and one that was there before stays until the new one is whole.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 # --- 2. Archives ------------------------------------------------------------------------------------------------------
@@ -401,14 +416,12 @@ def cached(path, side, chunks):
     The file holds nothing but these bytes. Where it is missing, it is first made of `chunks()`, which yields arrays
     (n, 3, side, side), and appears when it is whole. Raises UserError.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            with part.open("wb") as file:
+            with whole_file(path) as part, part.open("wb") as file:
                 for pictures in chunks():
                     file.write(pictures.tobytes())
-            part.replace(path)
         count = path.stat().st_size // (3 * side * side)
         return np.memmap(path, np.uint8, "r", shape=(count, 3, side, side)).view(np.ndarray)
     except (OSError, ValueError) as error:  # a file without a single picture cannot be mapped
@@ -416,9 +429,6 @@ def cached(path, side, chunks):
             f"cannot keep the decoded pictures in {path}: {getattr(error, 'strerror', None) or error}; "
             "delete it if it is there, free some space, or choose another --data-dir"
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def load_folder(folder, data_dir, side):
@@ -658,17 +668,12 @@ def fingerprint(*arrays):
 
 def save_arrays(path, **arrays):
     """Write arrays as an .npz file, which appears when it is whole. Raises UserError."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with whole_file(path) as part, part.open("wb") as file:
             np.savez(file, **arrays)
-        part.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another --data-dir") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def save_grid(pictures, path, columns=8):
@@ -684,7 +689,5 @@ def save_grid(pictures, path, columns=8):
         top, left = 1 + i // columns * (height + 1), 1 + i % columns * (width + 1)
         grid[top : top + height, left : left + width] = picture.transpose(1, 2, 0)
     factor = max(1, 96 // height)
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    Image.fromarray(grid.repeat(factor, 0).repeat(factor, 1)).save(part, "PNG")
-    os.replace(part, path)
+    with whole_file(Path(path)) as part:
+        Image.fromarray(grid.repeat(factor, 0).repeat(factor, 1)).save(part, "PNG")

@@ -2396,6 +2396,19 @@ def test_a_fingerprint_tells_every_byte_and_shape(monkeypatch):
     assert data.fingerprint(pictures, first) != data.fingerprint(first, pictures)
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(KeyboardInterrupt), data.whole_file(path) as part:
+        part.write_text("half")
+        assert path.read_text() == "before"
+        raise KeyboardInterrupt
+    assert (path.read_text(), leftovers(tmp_path)) == ("before", ["file"])
+    with data.whole_file(path) as part:
+        part.write_text("after")
+    assert (path.read_text(), leftovers(tmp_path)) == ("after", ["file"])
+
+
 def test_scaling_and_grids_keep_every_pixel(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (10, 3, 16, 16), dtype=np.uint8)
     scaled = data.scale(pictures)

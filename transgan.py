@@ -774,13 +774,8 @@ class Trainer:
     def save(self, path):
         """Write a checkpoint: all arrays of training, the step and the options, from which the random state follows."""
         arrays = {name: ag.to_numpy(x) for name, x in self._state().items()}
-        part = path.with_name(path.name + ".part")
-        try:
-            with part.open("wb") as file:
-                np.savez(file, options=json.dumps(dataclasses.asdict(self.options)), step=self.step, **arrays)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with data.whole_file(path) as part, part.open("wb") as file:
+            np.savez(file, options=json.dumps(dataclasses.asdict(self.options)), step=self.step, **arrays)
 
     def load(self, path):
         """Take a checkpoint's arrays and step. Raises UserError if it does not fit these networks."""

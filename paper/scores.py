@@ -265,9 +265,8 @@ def evaluate(run, trainer, pictures, features, count, data_dir, inception=None, 
     entry = {"step": trainer.step, "images": count, "against": against, "weights": extractor.weights,
              "resizing": extractor.resizing, "date": datetime.date.today().isoformat()} | named  # fmt: skip
     known = [old for old in read_scores(path) if (old["step"], old["weights"]) != (trainer.step, extractor.weights)]
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps([*known, entry], indent=2) + "\n")
-    part.replace(path)
+    with data.whole_file(path) as part:
+        part.write_text(json.dumps([*known, entry], indent=2) + "\n")
     network = f"{transgan.NAMES[options.generator]}-{options.size}"
     return (
         f"FID{suffix} {scores['fid']:.2f}, IS{suffix} {scores['is']:.2f} ± {scores['is_deviation']:.2f} ({network}, step "
