@@ -137,16 +137,25 @@ class LayerNorm(Module):
 
 
 class Attention(Module):
-    """Multi-head self-attention: (B, N, C) -> (B, N, C). One matrix without bias makes q, k and v."""
+    """Multi-head self-attention: (B, N, C) -> (B, n, C) for the first n tokens, or for all N if n is None.
+
+    One matrix without bias makes q, k and v.
+    """
 
     def __init__(self, embed_dim, num_heads, init):
         self.num_heads = num_heads
         self.qkv = Linear(embed_dim, 3 * embed_dim, init, bias=False)
         self.projection = Linear(embed_dim, embed_dim, init)
 
-    def __call__(self, x, mask=None):
+    def __call__(self, x, mask=None, n=None):
         qkv = self.qkv(x)  # (B, N, 3C)
-        return self.projection(ag.attention(qkv, self.num_heads, mask))  # (B, N, C)
+        x = ag.attention(qkv, self.num_heads, mask)  # (B, N, C)
+        return self.projection(first_tokens(x, n))  # (B, n, C)
+
+
+def first_tokens(x, n):
+    """(B, N, C) -> (B, n, C), or as it is if n is None."""
+    return x if n is None else x[:, :n]
 
 
 class MLP(Module):
@@ -163,15 +172,17 @@ class MLP(Module):
 class Block(Module):
     """The transformer encoder block of both networks, normalised before each part:
 
-    x += Attention(LayerNorm(x));  x += MLP(LayerNorm(x)).     (B, N, C) -> (B, N, C), mask (N, N) or None
+    x += Attention(LayerNorm(x));  x += MLP(LayerNorm(x)).     (B, N, C) -> (B, n, C), mask (N, N) or None
+
+    Tokens meet in the attention alone. So if only the first n are read in what follows, the rest need not be finished.
     """
 
     def __init__(self, embed_dim, num_heads, init):
         self.norm1, self.attention = LayerNorm(embed_dim, init), Attention(embed_dim, num_heads, init)
         self.norm2, self.mlp = LayerNorm(embed_dim, init), MLP(embed_dim, init)
 
-    def __call__(self, x, mask=None):
-        x = x + self.attention(self.norm1(x), mask)
+    def __call__(self, x, mask=None, n=None):
+        x = first_tokens(x, n) + self.attention(self.norm1(x), mask, n)
         return x + self.mlp(self.norm2(x))
 
 
@@ -323,10 +334,10 @@ class Discriminator(Module):
         x = self.embed(x)  # (B, N, C)
         cls = ag.broadcast_to(self.cls, (batch, *self.cls.shape[1:]))
         x = ag.concatenate([cls, x], axis=1) + self.position  # (B, 1+N, C)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        x = self.norm(x[:, 0])  # (B, C), the [cls] token
-        return self.head(x).reshape(batch)
+        x = self.blocks[-1](x, n=1)  # (B, 1, C), the [cls] token
+        return self.head(self.norm(x)).reshape(batch)
 
 
 # --- 3. Losses --------------------------------------------------------------------------------------------------------
