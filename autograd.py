@@ -1207,61 +1207,89 @@ def _call(number, inputs):
 # --- 8. Optimisation, memory ------------------------------------------------------------------------------------------
 
 
-def clip_by_global_norm(gradients, max_norm):
-    """The factor that scales gradients (a list of Tensors) to a joint Euclidean norm of at most max_norm, and that norm.
+def clip_by_global_norm(gradient, max_norm):
+    """The factor that scales an array to a Euclidean norm of at most max_norm, and that norm.
 
     min(1, max_norm / (norm + 1e-6)), the form PyTorch uses. Both are 0-d arrays that stay on the device. The factor is
-    for `Adam.step` to apply, which reads the gradients anyway.
+    for `Adam.step` to apply, which reads the gradient anyway.
     """
-    squares = [xp.vdot(g.data, g.data) for g in gradients]
-    norm = xp.sqrt(functools.reduce(xp.add, squares))
-    return xp.minimum(1.0, max_norm / (norm + 1e-6)).astype(gradients[0].dtype), norm
+    norm = xp.sqrt(xp.vdot(gradient, gradient))
+    return xp.minimum(1.0, max_norm / (norm + 1e-6)).astype(gradient.dtype), norm
 
 
 class Adam:
-    """Adam (Kingma and Ba 2014, algorithm 1) on a list of Tensors, updated in place.
+    """Adam (Kingma and Ba 2014, algorithm 1) on a list of Tensors, and the moving average of what it makes of them.
 
-        m = b1 m + (1-b1) g,   v = b2 v + (1-b2) g^2,   p -= rate  m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps)
+        m = b1 m + (1-b1) g,   v = b2 v + (1-b2) g^2,   p -= rate  m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps),
+        average = decay average + (1-decay) p
 
-    With b1 = 0, the paper's choice, m is the gradient itself and is not kept. What a checkpoint needs: the moments m and
-    v, lists of arrays in the parameters' order, and the step count t.
+    With b1 = 0, the paper's choice, m is the gradient itself and is not kept; without a decay there is no average. All
+    parameters lie in one flat array, of which their Tensors are views from now on; so do gradients, moments and averages.
+    A step is then one pass over five arrays, whatever the network. What a checkpoint needs: m, v, average, which `parts`
+    cuts up, and the step count t.
     """
 
-    def __init__(self, parameters, betas=(0.0, 0.99), eps=1e-8):
-        self.parameters, self.betas, self.eps, self.t = list(parameters), betas, eps, 0
-        self.m = [xp.zeros_like(p.data) for p in self.parameters] if betas[0] else []
-        self.v = [xp.zeros_like(p.data) for p in self.parameters]
+    def __init__(self, parameters, betas=(0.0, 0.99), eps=1e-8, decay=None):
+        self.parameters, self.betas, self.eps, self.decay, self.t = list(parameters), betas, eps, decay, 0
+        self.p = xp.concatenate([p.data.reshape(-1) for p in self.parameters])
+        self.gradient, self.v = xp.zeros_like(self.p), xp.zeros_like(self.p)
+        self.m = xp.zeros_like(self.p) if betas[0] else None
+        self.average = None if decay is None else self.p.copy()
+        for p, part in zip(self.parameters, self.parts(self.p), strict=True):
+            p.data = part
 
-    def step(self, gradients, learning_rate, scale=1.0, map=map):
-        """One update with `scale` times the gradients, Tensors in the parameters' order.
+    def parts(self, flat):
+        """One of the flat arrays as a list of views in the parameters' order and shapes."""
+        parts, end = [], 0
+        for p in self.parameters:
+            parts.append(flat[end : end + p.size].reshape(p.shape))
+            end += p.size
+        return parts
 
-        map: where to run the update of each parameter, the built-in or a pool's.
-        """
+    def add(self, gradients, map=map):
+        """Add gradients, Tensors in the parameters' order, to those of the next step. map: the built-in, or a pool's."""
+
+        def add(total, gradient):
+            total += gradient.data
+
+        list(map(add, self.parts(self.gradient), gradients))
+
+    def step(self, learning_rate, scale=1.0, map=map):
+        """One update with `scale` times the gradients that were added, which are zero afterwards; scale may be an array."""
         self.t += 1
         b1, b2 = self.betas
-        rate = learning_rate / (1 - b1**self.t)
-        correction = 1 / math.sqrt(1 - b2**self.t)
+        numbers = learning_rate / (1 - b1**self.t), 1 / math.sqrt(1 - b2**self.t), b1, b2, self.eps, self.decay or 0.0
+        arrays = self.p, self.gradient, self.v, self.m, self.average
+        step = _CACHE if xp is np else self.p.size
 
-        def update(i, gradient):
-            g, v = gradient.data * scale, self.v[i]
-            work = g * g
-            work *= 1 - b2
-            v *= b2
-            v += work
-            if b1:
-                m = self.m[i]
-                m *= b1
-                g *= 1 - b1
-                m += g
-                g = m
-            xp.sqrt(v, out=work)
-            work *= correction
-            work += self.eps
-            xp.divide(g, work, out=work)
-            work *= rate
-            self.parameters[i].data -= work
+        def update(i):
+            _adam_kernel(*(None if x is None else x[i : i + step] for x in arrays), scale, *numbers)
 
-        list(map(update, range(len(self.parameters)), gradients))
+        list(map(update, range(0, self.p.size, step)))
+
+
+def _adam_kernel(p, g, v, m, average, scale, rate, correction, b1, b2, eps, decay):
+    """Adam's step on arrays (n,), in place, at a size that stays in the cache."""
+    g *= scale
+    work = g * g
+    work *= 1 - b2
+    v *= b2
+    v += work
+    if m is not None:
+        m *= b1
+        g *= 1 - b1
+        m += g
+    xp.sqrt(v, out=work)
+    work *= correction
+    work += eps
+    xp.divide(g if m is None else m, work, out=work)
+    work *= rate
+    p -= work
+    if average is not None:
+        average *= decay
+        xp.multiply(p, 1 - decay, out=work)
+        average += work
+    g[...] = 0
 
 
 def keep_freed_memory():

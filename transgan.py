@@ -31,7 +31,6 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -600,12 +599,12 @@ class Trainer:
         self.set_window()
         self.gen_parameters = self.generator.parameters()
         self.disc_parameters = self.discriminator.parameters()
-        self.average = {name: p.data.copy() for name, p in self.gen_parameters.items()}
-        self.gen_adam = ag.Adam(self.gen_parameters.values(), (0.0, options.beta2))
+        self.gen_adam = ag.Adam(self.gen_parameters.values(), (0.0, options.beta2), decay=options.ema_decay)
         self.disc_adam = ag.Adam(self.disc_parameters.values(), (0.0, options.beta2))
+        self.average = dict(zip(self.gen_parameters, self.gen_adam.parts(self.gen_adam.average), strict=True))
 
     def train_step(self):
-        """One step: `disc_steps` updates of the discriminator, then one of the generator, then the moving average.
+        """One step: `disc_steps` updates of the discriminator, then one of the generator and its moving average.
 
         Returns the last losses and penalty as 0-d arrays on the device, so that nothing waits for them.
         """
@@ -617,7 +616,6 @@ class Trainer:
             real = self.batches[self.step * options.disc_steps + i]  # (B, 3, H, W)
             losses = self.discriminator_step(real, rate, rng)
         losses |= self.generator_step(rate, rng)
-        self.update_average()
         self.step += 1
         return losses
 
@@ -709,24 +707,15 @@ class Trainer:
         parts = list(self.map(forward, shares))
         leaves = [Tensor(part.data, requires_grad=True) for part in parts]
         values = loss(ag.concatenate(leaves, axis=1), self.options.loss)
-        work, total = list(zip(shares, parts, grad(values[0], leaves), strict=True)), []
+        work = list(zip(shares, parts, grad(values[0], leaves), strict=True))
         del parts
         while work:
-            gradients = list(self.map(lambda share: backward(*share), work[:threads]))
+            for gradients in list(self.map(lambda share: backward(*share), work[:threads])):
+                adam.add(gradients, self.map)
             del work[:threads]
-            gradients += [total] if total else []
-            total = list(self.map(lambda pieces: functools.reduce(ag.add, pieces), zip(*gradients, strict=True)))
-        factor, _ = ag.clip_by_global_norm(total, MAX_NORM)
-        adam.step(total, rate, factor, self.map)
+        factor, _ = ag.clip_by_global_norm(adam.gradient, MAX_NORM)
+        adam.step(rate, factor, self.map)
         return values
-
-    def update_average(self):
-        """average = decay * average + (1 - decay) * weights, for every weight of the generator."""
-        decay = self.options.ema_decay
-        for name, p in self.gen_parameters.items():
-            average = self.average[name]
-            average *= decay
-            average += (1 - decay) * p.data
 
     def array(self, values):
         """A NumPy array as an array on the device, in the networks' dtype."""
@@ -778,8 +767,10 @@ class Trainer:
         ):
             state |= {f"{network}/{name}": p.data for name, p in parameters.items()}
             state |= {f"{network}/{name}": x for name, x in buffers.items()}
-            for moment, arrays in (("m", adam.m), ("v", adam.v)):
-                state |= {f"{network}/adam.{moment}/{name}": x for name, x in zip(parameters, arrays, strict=False)}
+            for moment, flat in (("m", adam.m), ("v", adam.v)):
+                if flat is not None:
+                    parts = zip(parameters, adam.parts(flat), strict=True)
+                    state |= {f"{network}/adam.{moment}/{name}": x for name, x in parts}
         return state | {f"average/{name}": x for name, x in self.average.items()}
 
     def save(self, path):

@@ -12,7 +12,6 @@ Contents
     3. Keeping it      load_classifier
 """
 
-import functools
 import sys
 import time
 from concurrent import futures
@@ -94,8 +93,9 @@ def train_classifier(pictures, labels, steps=STEPS):
             x, y = turned(x, rng) if labels is None else (transgan.flip(x, rng), y)
             shares = zip(np.array_split(x, workers), np.array_split(y, workers), strict=True)
             hits, gradients = zip(*pool.map(part, shares), strict=True)
-            total = [functools.reduce(ag.add, pieces) for pieces in zip(*gradients, strict=True)]
-            adam.step(total, RATE * (1 - step / steps))
+            for pieces in gradients:
+                adam.add(pieces)
+            adam.step(RATE * (1 - step / steps))
             right.append(sum(hits))
             left = (time.monotonic() - start) / (step + 1) * (steps - step - 1)
             progress(f"training the classifier: step {step + 1}/{steps}, {transgan.clock(left)} left")
