@@ -54,11 +54,10 @@ def use_device(device="auto"):
         return "cpu"
     try:
         import cupy
-        import cupyx.scipy.special
 
         name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
         one = cupy.ones((1, 1), np.float32)
-        cupyx.scipy.special.erf(cupy.matmul(one, one)).get()  # a GPU without its compiler or its BLAS is none to us
+        cupy.exp(cupy.matmul(one, one)).get()  # a GPU without its compiler or its BLAS is none to us
     except Exception as error:  # CuPy raises its own classes for a missing driver, library or device
         if device == "gpu":
             reason = next((line for line in str(error).splitlines() if line.strip("= ")), type(error).__name__)
@@ -545,6 +544,62 @@ def pixel_unshuffle(x, factor):
 # What a step spends its time in. Each computes on bare arrays what the composition beside it defines; the tests hold the
 # two equal in value, first and second derivative. Where speed asks for it a vjp has two forms: on arrays when the walk is
 # not recorded, in Tensor operations when its result is to be differentiated again.
+#
+# On a GPU an elementwise operation of arrays is a launch and a pass over memory of its own. So each array form here has a
+# kernel beside it that does the whole in one: a function in CUDA C, run by very many threads at once, each of which knows
+# by blockIdx and threadIdx which one it is. `real` is float or double, as the arrays are.
+
+_CUDA = """
+typedef long long count;
+
+__device__ real warp_sum(real x) {  // over the 32 threads of a warp, to each of them
+    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);
+    return x;
+}
+
+__device__ real warp_max(real x) {
+    for (int step = 16; step; step /= 2) x = max(x, __shfl_xor_sync(0xffffffff, x, step));
+    return x;
+}
+"""
+
+
+@functools.cache
+def _kernel(source, name, dtype, **constants):
+    """The kernel `name` of a CUDA source, compiled for arrays of `dtype` and with `constants` in place of their names."""
+    constants |= {"LOWEST": f"real({np.finfo(dtype).min!s})"}
+    lines = [f"#define {key} {value}" for key, value in constants.items()]
+    lines.append(f"typedef {'double' if dtype == np.float64 else 'float'} real;")
+    return xp.RawKernel("\n".join([*lines, _CUDA, source]), name)
+
+
+def _launch(source, name, grid, block, *arguments, **constants):
+    """Run the kernel `name` of a CUDA source in a grid of blocks of threads.
+
+    arguments: arrays, of which the first says what `real` is, and must lie in rows if they are written to; None for an
+    array that is not there; numbers, an int as a `count`, a float as a `real`. constants are compiled into the kernel.
+    """
+    dtype = arguments[0].dtype
+
+    def passed(x):
+        if isinstance(x, xp.ndarray):
+            return xp.ascontiguousarray(x)
+        return np.uintp(0) if x is None else np.int64(x) if isinstance(x, int) else dtype.type(x)
+
+    _kernel(source, name, dtype, **constants)(grid, block, tuple(map(passed, arguments)))
+
+
+def _launch_elements(source, name, size, *arguments):
+    """A thread for each of `size` elements."""
+    if size:
+        _launch(source, name, (-(-size // 256),), (256,), *arguments, size)
+
+
+def _launch_rows(source, name, x, *arguments):
+    """A warp of 32 threads for each row of an array x (..., width), four of them in a block; the row is theirs to share."""
+    width = x.shape[-1]
+    if x.size:
+        _launch(source, name, (-(-x.size // width // 4),), (32, 4), x, *arguments, x.size // width, width)
 
 
 @_operation
@@ -568,26 +623,53 @@ def linear(x, weight, bias=None):
 _CACHE = 1 << 15  # elements in a piece of an elementwise chain: a few arrays of it stay in a core's cache
 
 
-def _pieces(kernel, results, *arrays):
-    """`results` new arrays from kernel(*arrays), elementwise: in cache-sized pieces on the CPU, at once on a GPU."""
+_NORMAL_CUDA = """
+__device__ real cdf(real x) { return real(0.5) + real(0.5) * erf(x * real(0.7071067811865476)); }
+__device__ real density(real x) { return exp(real(-0.5) * x * x) * real(0.3989422804014327); }
+
+extern "C" __global__ void normal_cdf(const real* x, real* out, count size) {
+    count i = count(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < size) out[i] = cdf(x[i]);
+}
+
+extern "C" __global__ void gelu(const real* x, real* out, count size) {
+    count i = count(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < size) out[i] = x[i] * cdf(x[i]);
+}
+
+extern "C" __global__ void gelu_with_slope(const real* x, real* out, real* slope, count size) {
+    count i = count(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    real p = cdf(x[i]);
+    out[i] = x[i] * p;
+    slope[i] = p + x[i] * density(x[i]);
+}
+
+extern "C" __global__ void gelu_curvature(const real* x, const real* g, real* out, count size) {
+    count i = count(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < size) out[i] = (2 - x[i] * x[i]) * density(x[i]) * g[i];
+}
+"""
+
+
+def _elementwise(kernel, *arrays, results=1):
+    """`results` new arrays from kernel(*arrays): in cache-sized pieces on the CPU, by the kernel of its name on a GPU."""
     made = [xp.empty(arrays[0].shape, arrays[0].dtype) for _ in range(results)]
+    if xp is not np:
+        _launch_elements(_NORMAL_CUDA, kernel.__name__.strip("_"), made[0].size, *arrays, *made)
+        return made
     flat, flat_made = [a.reshape(-1) for a in arrays], [a.reshape(-1) for a in made]
-    step = _CACHE if xp is np else max(made[0].size, 1)
-    for i in range(0, made[0].size, step):
-        for piece, values in zip(flat_made, kernel(*(a[i : i + step] for a in flat)), strict=True):
-            piece[i : i + step] = values
+    for i in range(0, made[0].size, _CACHE):
+        for piece, values in zip(flat_made, kernel(*(a[i : i + _CACHE] for a in flat)), strict=True):
+            piece[i : i + _CACHE] = values
     return made
 
 
 def _normal(x):
     """Phi(x) and phi(x) of an array. NumPy has no erf: float64 asks math.erf for every element, slow and exact, and
     float32 uses Abramowitz and Stegun 7.1.26, whose error of 1.5e-7 is float32's own, and which shares phi's exp."""
-    density = xp.exp(x * x * -0.5)
-    if xp is not np:
-        from cupyx.scipy.special import erf
-
-        cdf = 0.5 + 0.5 * erf(x * math.sqrt(0.5))
-    elif x.dtype == np.float64:
+    density = np.exp(x * x * -0.5)
+    if x.dtype == np.float64:
         erf = np.fromiter(map(math.erf, (x * math.sqrt(0.5)).flat), np.float64, x.size).reshape(x.shape)
         cdf = 0.5 + 0.5 * erf
     else:
@@ -610,10 +692,12 @@ def _normal(x):
 @_operation
 def normal_cdf(x):
     """Phi(x), elementwise: the probability that a standard normal number is below x. d Phi(x) = phi(x) dx."""
-    return _result(
-        _pieces(lambda x: _normal(x)[:1], 1, x.data)[0],
-        (x, lambda g: g * exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))),
-    )
+    (data,) = _elementwise(_normal_cdf, x.data)
+    return _result(data, (x, lambda g: g * exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))))
+
+
+def _normal_cdf(x):
+    return _normal(x)[:1]
 
 
 def gelu_composed(x):
@@ -629,16 +713,19 @@ def gelu(x):
     almost free with the value, so it is kept for the way back.
     """
     if not (_mode.recording and x.requires_grad):
-        return Tensor(_pieces(_gelu_kernel, 1, x.data)[0])
-    value, slope = _pieces(lambda x: _gelu_kernel(x, with_slope=True), 2, x.data)
+        return Tensor(_elementwise(_gelu, x.data)[0])
+    value, slope = _elementwise(_gelu_with_slope, x.data, results=2)
     return _result(value, (x, lambda g: g * (_gelu_slope(x, slope) if _mode.recording else slope)))
 
 
-def _gelu_kernel(x, with_slope=False):
+def _gelu(x):
+    cdf, _ = _normal(x)
+    cdf *= x
+    return (cdf,)
+
+
+def _gelu_with_slope(x):
     cdf, density = _normal(x)
-    if not with_slope:
-        cdf *= x
-        return (cdf,)
     density *= x
     density += cdf
     cdf *= x
@@ -652,16 +739,16 @@ def _gelu_slope(x, slope):
     def vjp(g):
         if _mode.recording:
             return g * (2.0 - x * x) * exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))
-        return Tensor(_pieces(_gelu_curvature_kernel, 1, x.data, g.data)[0])
+        return Tensor(_elementwise(_gelu_curvature, x.data, g.data)[0])
 
     return _result(slope, (x, vjp))
 
 
-def _gelu_curvature_kernel(x, g):
+def _gelu_curvature(x, g):
     square = x * x
-    density = xp.exp(square * -0.5)
+    density = np.exp(square * -0.5)
     density *= 1 / math.sqrt(2 * math.pi)
-    xp.subtract(2.0, square, out=square)
+    np.subtract(2.0, square, out=square)
     density *= square
     density *= g
     return (density,)
@@ -673,6 +760,37 @@ def softmax_composed(x):
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
+_SOFTMAX_CUDA = """
+extern "C" __global__ void softmax(const real* x, const bool* mask, real* p, count mask_rows, count rows, count width) {
+    count row = count(blockIdx.x) * blockDim.y + threadIdx.y;
+    if (row >= rows) return;
+    x += row * width;
+    p += row * width;
+    if (mask) mask += row % mask_rows * width;
+    real top = LOWEST, total = 0;
+    for (count i = threadIdx.x; i < width; i += 32)
+        if (!mask || mask[i]) top = max(top, x[i]);
+    top = warp_max(top);
+    for (count i = threadIdx.x; i < width; i += 32) {
+        p[i] = mask && !mask[i] ? real(0) : exp(x[i] - top);
+        total += p[i];
+    }
+    total = warp_sum(total);
+    for (count i = threadIdx.x; i < width; i += 32)
+        if (total != 0) p[i] /= total;
+}
+
+extern "C" __global__ void softmax_vjp(const real* p, const real* g, real* out, count rows, count width) {
+    count row = count(blockIdx.x) * blockDim.y + threadIdx.y;
+    if (row >= rows) return;
+    real inner = 0;
+    for (count i = row * width + threadIdx.x; i < (row + 1) * width; i += 32) inner += p[i] * g[i];
+    inner = warp_sum(inner);
+    for (count i = row * width + threadIdx.x; i < (row + 1) * width; i += 32) out[i] = p[i] * (g[i] - inner);
+}
+"""
+
+
 @_operation
 def softmax(x, mask=None):
     """exp(x) / sum exp(x) over the last axis: (..., n) -> (..., n), rows that sum to 1.
@@ -682,21 +800,41 @@ def softmax(x, mask=None):
     locality-aware initialization); a row with nothing left is all zeros.
     With p the result, dp = p (dx - sum(p dx)) row by row, so the gradient of x is p (g - sum(p g)).
     """
-    p = x.data if mask is None else xp.where(mask, x.data, -xp.inf).astype(x.dtype)
-    if p.shape != x.shape:
+    if mask is not None and np.broadcast_shapes(x.shape, mask.shape) != x.shape:
         raise ValueError(f"the mask, of shape {mask.shape}, must broadcast to x")
-    p = p - _finite(p.max(axis=-1, keepdims=True))
-    xp.exp(p, out=p)
-    p /= _positive(p.sum(axis=-1, keepdims=True))
+    p = _softmax(x.data, mask) if xp is np else _softmax_gpu(x.data, mask)
 
     def vjp(g):
         if _mode.recording:
             y = softmax(x, mask)
             return y * (g - (g * y).sum(axis=-1, keepdims=True))
+        if xp is not np:
+            made = xp.empty_like(p)
+            _launch_rows(_SOFTMAX_CUDA, "softmax_vjp", p, g.data, made)
+            return Tensor(made)
         inner = (g.data * p).sum(axis=-1, keepdims=True)
         return Tensor((g.data - inner) * p)
 
     return _result(p, (x, vjp))
+
+
+def _softmax(x, mask):
+    p = x if mask is None else np.where(mask, x, -np.inf).astype(x.dtype)
+    p = p - _finite(p.max(axis=-1, keepdims=True))
+    np.exp(p, out=p)
+    p /= _positive(p.sum(axis=-1, keepdims=True))
+    return p
+
+
+def _softmax_gpu(x, mask):
+    p, rows = xp.empty(x.shape, x.dtype), 1
+    if mask is not None:
+        mask = mask.astype(bool)
+        if mask.shape != x.shape[x.ndim - mask.ndim :]:  # else its rows come again in the same order
+            mask = xp.broadcast_to(mask, x.shape)
+        rows = max(mask.size // max(x.shape[-1], 1), 1)
+    _launch_rows(_SOFTMAX_CUDA, "softmax", x, mask, p, rows)
+    return p
 
 
 def _finite(top):
@@ -714,6 +852,43 @@ def layer_norm_composed(x, weight, bias, eps=1e-5):
     return centred / sqrt(variance + eps) * weight + bias
 
 
+_LAYER_NORM_CUDA = """
+extern "C" __global__ void layer_norm(const real* x, const real* weight, const real* bias, real* out, real* h, real* r,
+                                      real eps, count rows, count width) {
+    count row = count(blockIdx.x) * blockDim.y + threadIdx.y, at = row * width;
+    if (row >= rows) return;
+    real mean = 0, square = 0;
+    for (count i = threadIdx.x; i < width; i += 32) mean += x[at + i];
+    mean = warp_sum(mean) / width;
+    for (count i = threadIdx.x; i < width; i += 32) square += (x[at + i] - mean) * (x[at + i] - mean);
+    real scale = 1 / sqrt(warp_sum(square) / width + eps);
+    for (count i = threadIdx.x; i < width; i += 32) {
+        h[at + i] = (x[at + i] - mean) * scale;
+        out[at + i] = h[at + i] * weight[i] + bias[i];
+    }
+    if (threadIdx.x == 0) r[row] = scale;
+}
+
+extern "C" __global__ void layer_norm_vjp(const real* h, const real* r, const real* g, const real* weight, real* dx,
+                                          count rows, count width) {
+    count row = count(blockIdx.x) * blockDim.y + threadIdx.y, at = row * width;
+    if (row >= rows) return;
+    real mean = 0, inner = 0;
+    for (count i = threadIdx.x; i < width; i += 32) {
+        real u = weight ? g[at + i] * weight[i] : g[at + i];
+        mean += u;
+        inner += u * h[at + i];
+    }
+    mean = warp_sum(mean) / width;
+    inner = warp_sum(inner) / width;
+    for (count i = threadIdx.x; i < width; i += 32) {
+        real u = weight ? g[at + i] * weight[i] : g[at + i];
+        dx[at + i] = r[row] * (u - mean - h[at + i] * inner);
+    }
+}
+"""
+
+
 @_operation
 def layer_norm(x, weight, bias, eps=1e-5):
     """Layer normalization over the last axis: (..., C), (C,), (C,) -> (..., C) (Ba et al. 2016).
@@ -724,14 +899,12 @@ def layer_norm(x, weight, bias, eps=1e-5):
     """
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         raise ValueError("weight and bias must have the shape of x's last axis")
-    h, r = _normalize(x.data, eps)
-    data = h * weight.data
-    data += bias.data
+    data, h, r = (_layer_norm if xp is np else _layer_norm_gpu)(x.data, weight.data, bias.data, eps)
 
     def vjp_x(g):
         if _mode.recording:
             return _normalize_vjp(x, eps, h, r, g * weight)
-        return Tensor(_normalize_vjp_arrays(h, r, g.data * weight.data))
+        return Tensor(_normalize_vjp_arrays(h, r, g.data, weight.data))
 
     def vjp_weight(g):
         return g * (_normalized(x, eps, h, r) if _mode.recording else h)
@@ -744,8 +917,8 @@ def _row_sum(x):
     return xp.matmul(x, xp.ones((x.shape[-1], 1), x.dtype))
 
 
-def _normalize(x, eps):
-    """The arrays h (..., C) and r (..., 1) of `layer_norm`."""
+def _layer_norm(x, weight, bias, eps):
+    """The result of `layer_norm` and its arrays h (..., C) and r (..., 1)."""
     width = x.shape[-1]
     h = x - _row_sum(x) / width
     r = xp.einsum("...i,...i->...", h, h)[..., None]
@@ -754,11 +927,24 @@ def _normalize(x, eps):
     xp.sqrt(r, out=r)
     xp.reciprocal(r, out=r)
     h *= r
-    return h, r
+    data = h * weight
+    data += bias
+    return data, h, r
 
 
-def _normalize_vjp_arrays(h, r, u):
-    width = u.shape[-1]
+def _layer_norm_gpu(x, weight, bias, eps):
+    data, h, r = xp.empty(x.shape, x.dtype), xp.empty(x.shape, x.dtype), xp.empty((*x.shape[:-1], 1), x.dtype)
+    _launch_rows(_LAYER_NORM_CUDA, "layer_norm", x, weight, bias, data, h, r, eps)
+    return data, h, r
+
+
+def _normalize_vjp_arrays(h, r, g, weight=None):
+    """r (u - mean(u) - h mean(h u)) of u = g weight, or of u = g."""
+    if xp is not np:
+        dx = xp.empty_like(h)
+        _launch_rows(_LAYER_NORM_CUDA, "layer_norm_vjp", h, r, g, weight, dx)
+        return dx
+    u, width = g if weight is None else g * weight, g.shape[-1]
     inner = xp.einsum("...i,...i->...", h, u)[..., None]
     inner *= 1 / width
     dx = h * inner
@@ -809,6 +995,128 @@ def attention_composed(qkv, num_heads, mask=None):
     return out.transpose(0, 2, 1, 3).reshape(batch, tokens, width // 3)
 
 
+_ATTENTION_CUDA = """
+// A block of TILE threads takes TILE queries (or keys) of one head, a thread each, and goes through all keys (or queries)
+// TILE at a time, which the threads first fetch together into memory that they share. D is a head's width.
+#define HEAD(array, parts, part) (array + (count(blockIdx.y / heads) * tokens * parts + part) * heads * D \\
+                                  + blockIdx.y % heads * D)  // of the first token; the next is parts * heads * D further
+
+extern "C" __global__ void attention(const real* qkv, const bool* mask, real* out, real* log_sum,
+                                     count tokens, count heads) {
+    __shared__ real k[TILE][D], v[TILE][D];
+    count i = count(blockIdx.x) * TILE + threadIdx.x, next = 3 * heads * D;
+    real q[D], sum[D], top = LOWEST, total = 0;
+    for (int d = 0; d < D; d++) {
+        q[d] = i < tokens ? HEAD(qkv, 3, 0)[i * next + d] * real(SCALE) : real(0);
+        sum[d] = 0;
+    }
+    for (count start = 0; start < tokens; start += TILE) {
+        count own = min(start + threadIdx.x, tokens - 1);
+        for (int d = 0; d < D; d++) {
+            k[threadIdx.x][d] = HEAD(qkv, 3, 1)[own * next + d];
+            v[threadIdx.x][d] = HEAD(qkv, 3, 2)[own * next + d];
+        }
+        __syncthreads();
+        for (count j = start; j < min(start + TILE, tokens); j++) {
+            if (i >= tokens || (mask && !mask[i * tokens + j])) continue;
+            real s = 0;
+            for (int d = 0; d < D; d++) s += q[d] * k[j - start][d];
+            if (s > top) {  // what was added up so far was measured from a smaller maximum
+                real shrink = exp(top - s);
+                total *= shrink;
+                for (int d = 0; d < D; d++) sum[d] *= shrink;
+                top = s;
+            }
+            real p = exp(s - top);
+            total += p;
+            for (int d = 0; d < D; d++) sum[d] += p * v[j - start][d];
+        }
+        __syncthreads();
+    }
+    if (i >= tokens) return;
+    for (int d = 0; d < D; d++) HEAD(out, 1, 0)[i * heads * D + d] = total == 0 ? real(0) : sum[d] / total;
+    log_sum[blockIdx.y * tokens + i] = total == 0 ? real(0) : top + log(total);
+}
+
+extern "C" __global__ void attention_vjp_query(const real* qkv, const bool* mask, const real* out, const real* log_sum,
+                                               const real* g, real* result, count tokens, count heads) {
+    __shared__ real k[TILE][D], v[TILE][D];
+    count i = count(blockIdx.x) * TILE + threadIdx.x, next = 3 * heads * D;
+    real q[D], slope[D], dq[D], inner = 0;
+    for (int d = 0; d < D; d++) {
+        q[d] = i < tokens ? HEAD(qkv, 3, 0)[i * next + d] * real(SCALE) : real(0);
+        slope[d] = i < tokens ? HEAD(g, 1, 0)[i * heads * D + d] : real(0);
+        inner += i < tokens ? slope[d] * HEAD(out, 1, 0)[i * heads * D + d] : real(0);
+        dq[d] = 0;
+    }
+    for (count start = 0; start < tokens; start += TILE) {
+        count own = min(start + threadIdx.x, tokens - 1);
+        for (int d = 0; d < D; d++) {
+            k[threadIdx.x][d] = HEAD(qkv, 3, 1)[own * next + d];
+            v[threadIdx.x][d] = HEAD(qkv, 3, 2)[own * next + d];
+        }
+        __syncthreads();
+        for (count j = start; j < min(start + TILE, tokens); j++) {
+            if (i >= tokens || (mask && !mask[i * tokens + j])) continue;
+            real s = 0, e = 0;
+            for (int d = 0; d < D; d++) {
+                s += q[d] * k[j - start][d];
+                e += slope[d] * v[j - start][d];
+            }
+            e = (e - inner) * exp(min(s - log_sum[blockIdx.y * tokens + i], real(0)));
+            for (int d = 0; d < D; d++) dq[d] += e * k[j - start][d];
+        }
+        __syncthreads();
+    }
+    if (i >= tokens) return;
+    for (int d = 0; d < D; d++) HEAD(result, 3, 0)[i * next + d] = dq[d] * real(SCALE);
+}
+
+extern "C" __global__ void attention_vjp_key(const real* qkv, const bool* mask, const real* out, const real* log_sum,
+                                             const real* g, real* result, count tokens, count heads) {
+    __shared__ real q[TILE][D], slope[TILE][D], inner[TILE], total[TILE];
+    count j = count(blockIdx.x) * TILE + threadIdx.x, next = 3 * heads * D;
+    real k[D], v[D], dk[D], dv[D];
+    for (int d = 0; d < D; d++) {
+        k[d] = j < tokens ? HEAD(qkv, 3, 1)[j * next + d] : real(0);
+        v[d] = j < tokens ? HEAD(qkv, 3, 2)[j * next + d] : real(0);
+        dk[d] = dv[d] = 0;
+    }
+    for (count start = 0; start < tokens; start += TILE) {
+        count own = min(start + threadIdx.x, tokens - 1);
+        inner[threadIdx.x] = 0;
+        total[threadIdx.x] = log_sum[blockIdx.y * tokens + own];
+        for (int d = 0; d < D; d++) {
+            q[threadIdx.x][d] = HEAD(qkv, 3, 0)[own * next + d] * real(SCALE);
+            slope[threadIdx.x][d] = HEAD(g, 1, 0)[own * heads * D + d];
+            inner[threadIdx.x] += slope[threadIdx.x][d] * HEAD(out, 1, 0)[own * heads * D + d];
+        }
+        __syncthreads();
+        for (count i = start; i < min(start + TILE, tokens); i++) {
+            if (j >= tokens || (mask && !mask[i * tokens + j])) continue;
+            real s = 0, e = 0;
+            for (int d = 0; d < D; d++) {
+                s += q[i - start][d] * k[d];
+                e += slope[i - start][d] * v[d];
+            }
+            real p = exp(min(s - total[i - start], real(0)));
+            e = (e - inner[i - start]) * p;
+            for (int d = 0; d < D; d++) {
+                dv[d] += p * slope[i - start][d];
+                dk[d] += e * q[i - start][d];
+            }
+        }
+        __syncthreads();
+    }
+    if (j >= tokens) return;
+    for (int d = 0; d < D; d++) {
+        HEAD(result, 3, 1)[j * next + d] = dk[d];
+        HEAD(result, 3, 2)[j * next + d] = dv[d];
+    }
+}
+"""
+
+
 @_operation
 def attention(qkv, num_heads, mask=None):
     """Scaled dot-product self-attention of H = num_heads heads of width D = C / H: (B, N, 3C) -> (B, N, C).
@@ -827,7 +1135,22 @@ def attention(qkv, num_heads, mask=None):
         raise ValueError(f"the last axis must hold q, k and v of {num_heads} heads, so divide by {3 * num_heads}")
     if mask is not None and mask.shape != (tokens, tokens):
         raise ValueError(f"the mask, of shape {mask.shape}, must be ({tokens}, {tokens})")
-    q, k, v = _split_heads(qkv.data, num_heads)  # (B*H, N, D) each
+    forward, backward = _attention, _attention_vjp
+    if xp is not np and width // (3 * num_heads) <= _WIDEST_HEAD:
+        forward, backward = _attention_gpu, _attention_vjp_gpu
+    out, log_sum = forward(qkv.data, num_heads, mask)
+
+    def vjp(g):
+        if _mode.recording:
+            return grad(attention_composed(qkv, num_heads, mask), [qkv], g, create_graph=True)[0]
+        return Tensor(backward(qkv.data, num_heads, mask, out, log_sum, g.data))
+
+    return _result(out, (qkv, vjp))
+
+
+def _attention(qkv, num_heads, mask):
+    """out (B, N, C) and the logarithm L (B*H, N, 1) of each query's sum, from qkv (B, N, 3C)."""
+    q, k, v = _split_heads(qkv, num_heads)  # (B*H, N, D) each
     k = _swap_copy(k)  # (B*H, D, N)
     out, log_sum = xp.empty_like(q), xp.empty((*q.shape[:2], 1), q.dtype)
     for heads, rows, keys in _blocks(*q.shape[:2], mask):
@@ -840,14 +1163,7 @@ def attention(qkv, num_heads, mask=None):
         total = _positive(_row_sum(p))
         out[heads, rows] = xp.matmul(p, v[heads, keys]) / total
         log_sum[heads, rows] = top + xp.log(total)
-    out = _join_heads(out[None], batch, num_heads)
-
-    def vjp(g):
-        if _mode.recording:
-            return grad(attention_composed(qkv, num_heads, mask), [qkv], g, create_graph=True)[0]
-        return Tensor(_attention_vjp(qkv.data, num_heads, mask, out, log_sum, g.data))
-
-    return _result(out, (qkv, vjp))
+    return _join_heads(out[None], len(qkv), num_heads), log_sum
 
 
 def _attention_vjp(qkv, num_heads, mask, out, log_sum, g):
@@ -874,6 +1190,36 @@ def _attention_vjp(qkv, num_heads, mask, out, log_sum, g):
         dk[heads, keys] += xp.matmul(ds.swapaxes(1, 2), q[heads, rows])
     dq *= q.shape[-1] ** -0.5  # the scale is part of q here, so dk has it already
     return _join_heads(result, len(out), num_heads)
+
+
+_WIDEST_HEAD = 48  # that the kernels keep in a thread's registers; heads so wide have few tokens, and products do well
+
+
+def _attention_gpu(qkv, num_heads, mask):
+    """The same as `_attention` by one kernel, which never writes a score down: its sum, its maximum and the weighted sum
+    of values grow key by key, and are scaled down whenever a larger maximum turns up (the online softmax)."""
+    batch, tokens, width = qkv.shape
+    out, log_sum = xp.empty((batch, tokens, width // 3), qkv.dtype), xp.empty((batch * num_heads, tokens, 1), qkv.dtype)
+    _launch_heads("attention", qkv, num_heads, mask, out, log_sum)
+    return out, log_sum
+
+
+def _attention_vjp_gpu(qkv, num_heads, mask, out, log_sum, g):
+    """The same as `_attention_vjp` by two kernels, one for queries and one for keys, so that none adds into another's."""
+    result = xp.empty(qkv.shape, qkv.dtype)
+    for name in ("attention_vjp_query", "attention_vjp_key"):
+        _launch_heads(name, qkv, num_heads, mask, out, log_sum, g, result)
+    return result
+
+
+def _launch_heads(name, qkv, num_heads, mask, *arrays):
+    batch, tokens, width = qkv.shape
+    head = width // 3 // num_heads
+    tile = 128 if head <= 16 else 32  # what they share has to fit into 48 kB
+    constants = {"D": head, "TILE": tile, "SCALE": head**-0.5}
+    if qkv.size:
+        grid = -(-tokens // tile), batch * num_heads
+        _launch(_ATTENTION_CUDA, name, grid, (tile,), qkv, mask, *arrays, tokens, num_heads, **constants)
 
 
 def _swap_copy(x):
@@ -1260,16 +1606,33 @@ class Adam:
         b1, b2 = self.betas
         numbers = learning_rate / (1 - b1**self.t), 1 / math.sqrt(1 - b2**self.t), b1, b2, self.eps, self.decay or 0.0
         arrays = self.p, self.gradient, self.v, self.m, self.average
-        step = _CACHE if xp is np else self.p.size
+        if xp is not np:
+            _launch_elements(_ADAM_CUDA, "adam", self.p.size, *arrays, xp.asarray(scale, self.p.dtype), *numbers)
+            return
 
         def update(i):
-            _adam_kernel(*(None if x is None else x[i : i + step] for x in arrays), scale, *numbers)
+            _adam(*(None if x is None else x[i : i + _CACHE] for x in arrays), scale, *numbers)
 
-        list(map(update, range(0, self.p.size, step)))
+        list(map(update, range(0, self.p.size, _CACHE)))
 
 
-def _adam_kernel(p, g, v, m, average, scale, rate, correction, b1, b2, eps, decay):
-    """Adam's step on arrays (n,), in place, at a size that stays in the cache."""
+_ADAM_CUDA = """
+extern "C" __global__ void adam(real* p, real* gradient, real* v, real* m, real* average, const real* scale, real rate,
+                                real correction, real b1, real b2, real eps, real decay, count size) {
+    count i = count(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    real g = gradient[i] * scale[0];
+    gradient[i] = 0;
+    v[i] = b2 * v[i] + (1 - b2) * g * g;
+    if (m) g = m[i] = b1 * m[i] + (1 - b1) * g;
+    p[i] -= rate * g / (sqrt(v[i]) * correction + eps);
+    if (average) average[i] = decay * average[i] + (1 - decay) * p[i];
+}
+"""
+
+
+def _adam(p, g, v, m, average, scale, rate, correction, b1, b2, eps, decay):
+    """The same on arrays (n,) of a size that stays in the cache."""
     g *= scale
     work = g * g
     work *= 1 - b2
@@ -1279,15 +1642,15 @@ def _adam_kernel(p, g, v, m, average, scale, rate, correction, b1, b2, eps, deca
         m *= b1
         g *= 1 - b1
         m += g
-    xp.sqrt(v, out=work)
+    np.sqrt(v, out=work)
     work *= correction
     work += eps
-    xp.divide(g if m is None else m, work, out=work)
+    np.divide(g if m is None else m, work, out=work)
     work *= rate
     p -= work
     if average is not None:
         average *= decay
-        xp.multiply(p, 1 - decay, out=work)
+        np.multiply(p, 1 - decay, out=work)
         average += work
     g[...] = 0
 

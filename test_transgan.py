@@ -19,6 +19,7 @@ Contents
 
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -1595,10 +1596,108 @@ def give_device_arrays_their_operators():
 give_device_arrays_their_operators()
 
 
+EMULATOR = r"""
+// Runs a CUDA kernel on one core of a CPU: block after block, and the threads of a block one after another, or, if they
+// have to wait for each other, as fibres that take turns there.
+#include <csetjmp>
+#include <ucontext.h>
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <vector>
+using std::erf, std::exp, std::log, std::max, std::min, std::sqrt;
+
+struct Index { unsigned x, y; };
+static Index threadIdx, blockIdx, blockDim;
+static std::function<void()> body;
+static ucontext_t fresh[1024];  // fibres as they begin; later they are entered where they wait
+static jmp_buf scheduler, fibres[1024];
+static bool begun[1024], finished[1024];
+
+static unsigned own() { return threadIdx.y * blockDim.x + threadIdx.x; }
+static void wait_for_others() { if (!_setjmp(fibres[own()])) _longjmp(scheduler, 1); }
+static void live() { for (;;) { body(); finished[own()] = true; wait_for_others(); } }
+
+static void begin(unsigned i) {
+    static std::vector<char> stacks(1024 << 14);
+    begun[i] = true;
+    getcontext(&fresh[i]);
+    fresh[i].uc_stack.ss_sp = &stacks[i << 14];
+    fresh[i].uc_stack.ss_size = 1 << 14;
+    makecontext(&fresh[i], live, 0);
+    setcontext(&fresh[i]);
+}
+
+static void run(unsigned columns, unsigned rows, unsigned width, unsigned height, bool waits) {
+    blockDim = {width, height};
+    for (blockIdx.y = 0; blockIdx.y < rows; blockIdx.y++) for (blockIdx.x = 0; blockIdx.x < columns; blockIdx.x++) {
+        std::fill(finished, finished + width * height, false);
+        static bool again;  // static, so that a jump does not forget it
+        do {
+            again = false;
+            for (threadIdx.y = 0; threadIdx.y < height; threadIdx.y++)
+                for (threadIdx.x = 0; threadIdx.x < width; threadIdx.x++) {
+                    if (!waits) body();
+                    else if (!finished[own()]) {
+                        if (!_setjmp(scheduler)) begun[own()] ? _longjmp(fibres[own()], 1) : begin(own());
+                        again |= !finished[own()];
+                    }
+                }
+        } while (again);
+    }
+}
+
+template <class T> T __shfl_xor_sync(unsigned, T x, int lane) {
+    static T boxes[1024];
+    boxes[own()] = x;
+    wait_for_others();
+    T theirs = boxes[own() ^ lane];
+    wait_for_others();
+    return theirs;
+}
+
+#define __device__
+#define __global__
+#define __shared__ static
+#define __syncthreads wait_for_others
+"""
+
+
+@functools.cache
+def emulated(source, name):
+    """A kernel of a CUDA source, compiled by the machine's C++ compiler to run on its CPU: f(grid, block, arguments)."""
+    parameters, text = re.search(rf'extern "C" __global__ void {name}\((.*?)\) \{{(.*?)\n\}}', source, re.DOTALL).groups()
+    waits = str("__syncthreads" in text or "warp_" in text).lower()
+    names = ", ".join(parameter.split()[-1].strip("*") for parameter in parameters.split(","))
+    entry = f"""extern "C" void launch(unsigned gx, unsigned gy, unsigned bx, unsigned by, {parameters}) {{
+        body = [=] {{ {name}({names}); }};
+        run(gx, gy, bx, by, {waits});
+    }}"""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cpp"
+        path.write_text("\n".join([EMULATOR, source, entry]))
+        library = path.with_suffix(".so")
+        subprocess.run(["g++", "-shared", "-fPIC", "-std=c++17", "-w", str(path), "-o", str(library)], check=True)
+        function = ctypes.CDLL(str(library)).launch
+
+    def launch(grid, block, arguments):
+        sizes = [ctypes.c_uint(n) for shape in (grid, block) for n in (*shape, 1)[:2]]
+        function(*sizes, *map(passed, arguments))
+
+    def passed(x):
+        if isinstance(x, DeviceArray):
+            assert x.host.flags.c_contiguous
+            return ctypes.c_void_p(x.host.ctypes.data)
+        kinds = {"u": ctypes.c_void_p, "i": ctypes.c_longlong, "f": ctypes.c_float if x.itemsize == 4 else ctypes.c_double}
+        return kinds[x.dtype.kind](x.item())
+
+    return launch
+
+
 class FakeCuPy(types.ModuleType):
     """The part of CuPy that this project uses, computed by NumPy on DeviceArrays; `used` collects its functions' names."""
 
-    ndarray, used = DeviceArray, set()
+    ndarray, used, RawKernel = DeviceArray, set(), staticmethod(emulated)
     cuda = types.SimpleNamespace(
         runtime=types.SimpleNamespace(
             getDeviceProperties=lambda device: {"name": b"a rehearsed GPU"}, memGetInfo=lambda: (1 << 30, 1 << 31)
@@ -1625,17 +1724,25 @@ class FakeCuPy(types.ModuleType):
         return on_device(value)
 
 
+@contextlib.contextmanager
+def rehearsal():
+    """Within this context there is a CuPy to find; afterwards all is on the CPU again."""
+    if not shutil.which("g++"):
+        pytest.skip("the kernels' rehearsal needs g++")
+    ag._kernel.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cupy", FakeCuPy("cupy"))
+        try:
+            yield sys.modules["cupy"]
+        finally:
+            ag.use_device("cpu")
+            ag._kernel.cache_clear()
+
+
 @pytest.fixture
-def rehearsed_gpu(monkeypatch):
-    """A CuPy to find, and a function that puts it to use; the test's end goes back to the CPU."""
-    special = types.ModuleType("cupyx.scipy.special")
-    special.erf = on_device(lambda x: np.vectorize(math.erf, otypes=[x.dtype])(x))
-    modules = {"cupy": FakeCuPy("cupy"), "cupyx": types.ModuleType("cupyx"), "cupyx.scipy": types.ModuleType("cupyx.scipy")}
-    modules["cupyx"].scipy, modules["cupyx.scipy"].special = modules["cupyx.scipy"], special
-    for name, module in (modules | {"cupyx.scipy.special": special}).items():
-        monkeypatch.setitem(sys.modules, name, module)
-    yield modules["cupy"]
-    ag.use_device("cpu")
+def rehearsed_gpu():
+    with rehearsal() as cupy:
+        yield cupy
 
 
 @on_cpu
@@ -1659,7 +1766,7 @@ def test_rehearsal_of_training_on_a_gpu(loss, small, tmp_path, rehearsed_gpu):
     for a, b in zip(trained(tmp_path / "gpu.npz"), expected, strict=True):
         assert type(a) is np.ndarray
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
-    assert {"matmul", "einsum", "concatenate", "exp", "vdot"} <= rehearsed_gpu.used
+    assert {"matmul", "empty", "concatenate", "exp", "vdot"} <= rehearsed_gpu.used
 
 
 @on_cpu
@@ -1688,12 +1795,112 @@ def test_rehearsal_of_every_operation_on_a_gpu(rehearsed_gpu):
         array + np.ones(3)
 
 
+KERNELS = {  # an operation with kernels of its own, and the shapes of its operands from (rows, width)
+    "gelu": (ag.gelu, lambda n, c: [(n, c)]),
+    "normal_cdf": (ag.normal_cdf, lambda n, c: [(n, c)]),
+    "curvature": (lambda x, g: grad((grad(ag.gelu(x), [x], g, create_graph=True)[0] * g).sum(), [x])[0],
+                  lambda n, c: [(n, c), (n, c)]),
+    "softmax": (ag.softmax, lambda n, c: [(n, c)]),
+    "masked softmax": (lambda x: ag.softmax(x, ag.xp.asarray(np.tri(*x.shape[1:], -1, dtype=bool))),
+                       lambda n, c: [(2, n, c)]),
+    "softmax with one mask": (lambda x: ag.softmax(x, ag.xp.asarray(np.arange(x.shape[1])[:, None] > 0)),
+                              lambda n, c: [(2, n, c)]),
+    "layer_norm": (ag.layer_norm, lambda n, c: [(n, c), (c,), (c,)]),
+}  # fmt: skip
+
+
+def with_gradients(function, arrays):
+    """A function's result and its gradients towards all arrays, weighted by fixed numbers, as NumPy arrays."""
+    inputs = tensors(*arrays)
+    result = function(*inputs)
+    weights = np.cos(np.arange(result.size)).reshape(result.shape).astype(result.dtype)
+    return [ag.to_numpy(x) for x in (result, *grad(result, inputs, Tensor(ag.xp.asarray(weights))))]
+
+
+def compare_with_kernels(function, arrays):
+    """The same on the CPU and by the kernels, to a rounding."""
+    expected = with_gradients(function, arrays)
+    with rehearsal():
+        ag.use_device("gpu")
+        found = with_gradients(function, arrays)
+    tolerance = 1e-12 if arrays[0].dtype == np.float64 else 2e-5
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1, np.abs(b).max()))
+
+
+@on_cpu
+@pytest.mark.parametrize("name", KERNELS)
+@settings(max_examples=20)
+@given(rows=st.integers(1, 9), width=st.sampled_from([1, 2, 31, 32, 33, 70, 300]), seed=seeds,
+       scale=st.sampled_from([1e-3, 1.0, 30.0]), dtype=st.sampled_from([np.float32, np.float64]))  # fmt: skip
+def test_kernels_equal_their_numpy_forms(name, rows, width, seed, scale, dtype):
+    function, operands = KERNELS[name]
+    compare_with_kernels(function, [x.astype(dtype) for x in normal(seed, *operands(rows, width), scale=scale)])
+
+
+@on_cpu
+@settings(max_examples=30)
+@given(batch=st.integers(1, 2), tokens=st.integers(1, 140), heads=st.integers(1, 3), seed=seeds, masked=st.booleans(),
+       head=st.sampled_from([3, 20]), dtype=st.sampled_from([np.float32, np.float64]))  # fmt: skip
+@example(batch=1, tokens=129, heads=2, seed=0, masked=False, head=3, dtype=np.float64)
+@example(batch=1, tokens=65, heads=2, seed=0, masked=True, head=20, dtype=np.float64)
+def test_attentions_kernels_equal_its_numpy_form(batch, tokens, heads, seed, masked, head, dtype):
+    """With more tokens than a block has threads, and masks that let some rows see nothing."""
+    (qkv,) = normal(seed, (batch, tokens, 3 * heads * head))
+    mask = np.random.default_rng(seed).random((tokens, tokens)) < 0.3 if masked else None
+    compare_with_kernels(lambda x: ag.attention(x, heads, None if mask is None else ag.xp.asarray(mask)),
+                         [qkv.astype(dtype)])  # fmt: skip
+
+
+@on_cpu
+@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 0.999)])
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_adams_kernel_equals_its_numpy_form(betas, decay):
+    states = []
+    for device in ("cpu", "gpu"):
+        with rehearsal():
+            ag.use_device(device)
+            parameters = tensors(*normal(0, (30, 20), (7,)))
+            adam = ag.Adam(parameters, betas, decay=decay)
+            for t in range(3):
+                adam.add(tensors(*normal(t + 1, (30, 20), (7,))))
+                adam.step(0.01, ag.xp.asarray(0.5))
+            flats = (adam.p, adam.gradient, adam.v, adam.m, adam.average)
+            states.append([ag.to_numpy(x) for x in flats if x is not None])
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@on_cpu
+def test_kernels_hide_no_nan():
+    """What is not a number must be seen further on, by whoever watches the losses."""
+    x = normal(0, (1, 5, 9))[0]
+    x[0, 2, 1] = np.nan
+    with rehearsal():
+        ag.use_device("gpu")
+        for function in (ag.gelu, ag.softmax, lambda x: ag.attention(x, 1)):
+            assert np.isnan(ag.to_numpy(function(Tensor(ag.xp.asarray(x))))).any()
+
+
+@on_cpu
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs CUDA's compiler")
+def test_kernels_compile(tmp_path, monkeypatch):
+    """Through NVIDIA's own compiler, down to the instructions of a GPU, within its registers and its shared memory."""
+    monkeypatch.setattr(ag, "xp", types.SimpleNamespace(RawKernel=lambda source, name: source))
+    kernels = "\n".join(getattr(ag, name) for name in vars(ag) if name.endswith("_CUDA") and name != "_CUDA")
+    for dtype in map(np.dtype, (np.float32, np.float64)):
+        path = tmp_path / f"{dtype}.cu"
+        path.write_text(ag._kernel.__wrapped__(kernels, "all of them", dtype, D=48, TILE=32, SCALE=0.144))
+        done = subprocess.run(["nvcc", "-cubin", "-arch=sm_90", str(path), "-o", str(path) + ".bin"], capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+
+
 @on_cpu
 def test_a_gpu_that_cannot_compile_is_none(rehearsed_gpu, monkeypatch):
     def missing(*args):
         raise RuntimeError("==========\nCuPy failed to load libnvrtc\nReinstall it")
 
-    monkeypatch.setattr(sys.modules["cupyx.scipy.special"], "erf", missing)
+    monkeypatch.setattr(FakeCuPy, "exp", missing, raising=False)
     assert ag.use_device("auto") == "cpu"
     with pytest.raises(RuntimeError, match=r"^no GPU to use \(CuPy failed to load libnvrtc\); install"):
         ag.use_device("gpu")
