@@ -37,6 +37,8 @@ from numpy.lib.array_utils import normalize_axis_tuple
 # --- 1. Where arrays live ---------------------------------------------------------------------------------------------
 
 xp = np  # the array library in use: numpy, or cupy after use_device found a GPU; only speed ever depends on which
+PRECISIONS = {"float32": 23, "tf32": 10, "bfloat16": 7}  # bits of a number's fraction that enter a matrix product
+_precision = "float32"
 
 
 def use_device(device="auto"):
@@ -65,6 +67,38 @@ def use_device(device="auto"):
         return "cpu"
     xp = cupy
     return name
+
+
+def use_precision(precision):
+    """Choose how exact the matrix products of float32 arrays are: "float32", "tf32" or "bfloat16", see PRECISIONS.
+
+    A GPU multiplies shorter numbers many times faster, and still adds their products up in float32. On a CPU this is
+    emulated, by rounding what enters a product: slower, and there to see what it does to training. Raises ValueError for
+    another word. Call it after `use_device`.
+    """
+    global _precision
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    _precision = precision
+    if xp is not np:
+        from cupy._core import _routines_linalg as linalg  # CuPy has no other door to this
+
+        kind = {"float32": "DEFAULT", "tf32": "TF32", "bfloat16": "BF16"}[precision]
+        linalg.set_compute_type(np.float32, getattr(linalg, f"COMPUTE_TYPE_{kind}"))
+
+
+def _product(a, b):
+    """a @ b of arrays, in the precision that is chosen."""
+    return xp.matmul(a, b) if _precision == "float32" or xp is not np else np.matmul(_rounded(a), _rounded(b))
+
+
+def _rounded(x):
+    """A float32 array with fractions as short as the precision has them, rounded to nearest; others as they are."""
+    if x.dtype != np.float32:
+        return x
+    dropped = 23 - PRECISIONS[_precision]
+    bits = np.ascontiguousarray(x).view(np.uint32) + np.uint32(1 << (dropped - 1))
+    return (bits >> np.uint32(dropped) << np.uint32(dropped)).view(np.float32)
 
 
 def to_numpy(array):
@@ -411,9 +445,9 @@ def matmul(a, b):
         rows = a.shape[:-1]
         if a.shape[-1] != b.shape[0]:
             raise ValueError("the last axis of the first must equal the first axis of the second")
-        data = (a.data.reshape(math.prod(rows), a.shape[-1]) @ b.data).reshape(*rows, b.shape[1])
+        data = _product(a.data.reshape(math.prod(rows), a.shape[-1]), b.data).reshape(*rows, b.shape[1])
         return _result(data, (a, lambda g: matmul(g, b.T)), (b, lambda g: matmul(_rows(a).T, _rows(g))))
-    data = xp.matmul(a.data, b.data)
+    data = _product(a.data, b.data)
     return _result(data, (a, lambda g: matmul(g, swap_last(b))), (b, lambda g: matmul(swap_last(a), g)))
 
 
@@ -607,7 +641,7 @@ def linear(x, weight, bias=None):
     """x @ weight + bias: (..., k), (k, m), (m,) -> (..., m), the sum written into the product's own array."""
     if x.shape[-1:] != weight.shape[:1] or (bias is not None and bias.shape != weight.shape[1:]):
         raise ValueError("expected (..., k), (k, m) and (m,)")
-    data = x.data.reshape(math.prod(x.shape[:-1]), x.shape[-1]) @ weight.data
+    data = _product(x.data.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight.data)
     if bias is not None:
         data += bias.data
     return _result(
@@ -1122,7 +1156,7 @@ def attention(qkv, num_heads, mask=None):
     """Scaled dot-product self-attention of H = num_heads heads of width D = C / H: (B, N, 3C) -> (B, N, C).
 
     qkv holds query, key and value of every token side by side. mask: boolean (N, N), True where query i may see key j.
-    Scores are taken a block of rows at a time, so that many tokens never need all (B, H, N, N) of them at once:
+    Scores are taken a block of rows at a time (on a GPU key by key), so that many tokens never need all (B, H, N, N):
         s = q k^T D^-1/2,   p = exp(s - L) with L = max(s) + log(sum(exp(s - max(s)))) of the row,   out = p v.
     On the way back each block of p is computed again from q, k and L. With g the gradient of out, the gradients are
         of v: p^T g,   of s: e = p (g v^T - sum(g out)),   of q: e k D^-1/2,   of k: e^T q D^-1/2;
@@ -1135,9 +1169,9 @@ def attention(qkv, num_heads, mask=None):
         raise ValueError(f"the last axis must hold q, k and v of {num_heads} heads, so divide by {3 * num_heads}")
     if mask is not None and mask.shape != (tokens, tokens):
         raise ValueError(f"the mask, of shape {mask.shape}, must be ({tokens}, {tokens})")
-    forward, backward = _attention, _attention_vjp
-    if xp is not np and width // (3 * num_heads) <= _WIDEST_HEAD:
-        forward, backward = _attention_gpu, _attention_vjp_gpu
+    if xp is not np and width // (3 * num_heads) > _WIDEST_HEAD:
+        return attention_composed(qkv, num_heads, mask)
+    forward, backward = (_attention, _attention_vjp) if xp is np else (_attention_gpu, _attention_vjp_gpu)
     out, log_sum = forward(qkv.data, num_heads, mask)
 
     def vjp(g):
@@ -1192,7 +1226,7 @@ def _attention_vjp(qkv, num_heads, mask, out, log_sum, g):
     return _join_heads(result, len(out), num_heads)
 
 
-_WIDEST_HEAD = 48  # that the kernels keep in a thread's registers; heads so wide have few tokens, and products do well
+_WIDEST_HEAD = 32  # that a thread can keep in its registers; wider heads have few tokens, so few scores to write down
 
 
 def _attention_gpu(qkv, num_heads, mask):
@@ -1248,17 +1282,16 @@ def _join_heads(x, batch, num_heads):
     return xp.ascontiguousarray(x).reshape(batch, tokens, parts * num_heads * head)
 
 
-_SCORES = 1 << 17  # of them in a block on the CPU: half a megabyte, in a core's cache together with its product
+_SCORES = 1 << 17  # of them in a block: half a megabyte, in a core's cache together with its product
 
 
 def _blocks(heads, tokens, mask):
-    """Slices (heads, rows, keys) that cover all scores, each at most _SCORES of them on a CPU or 2^28 on a GPU.
+    """Slices (heads, rows, keys) that cover all scores, each at most _SCORES of them.
 
     keys reaches from the first to the last key that the mask lets any of the rows see: a small window costs less.
     """
-    budget = _SCORES if xp is np else 1 << 28
-    rows = min(tokens, max(1, budget // tokens))
-    group = max(1, min(heads, budget // (rows * tokens)))
+    rows = min(tokens, max(1, _SCORES // tokens))
+    group = max(1, min(heads, _SCORES // (rows * tokens)))
     starts = range(0, tokens, rows)
     keys = [_visible(mask, slice(r, r + rows)) for r in starts]
     for h in range(0, heads, group):
@@ -1267,7 +1300,7 @@ def _blocks(heads, tokens, mask):
 
 
 def _visible(mask, rows):
-    if mask is None or xp is not np:  # a GPU takes all rows in one block, and would have to be waited for
+    if mask is None:
         return slice(None)
     seen = np.flatnonzero(mask[rows].any(axis=0))
     return slice(seen[0], seen[-1] + 1) if len(seen) else slice(0, 1)  # rows that see nothing need a key not to see
@@ -1357,7 +1390,7 @@ def conv2d(x, weight, bias=None, stride=1, padding=0):
     data, matrix = xp.empty((batch, outputs, rows, columns), x.dtype), weight.data.reshape(outputs, inner)
     for images, lines in _picture_blocks(batch, rows, inner * columns):
         block = windows[images, :, :, :, lines].reshape(-1, inner, (lines.stop - lines.start) * columns)  # the only copy
-        data[images, :, lines] = xp.matmul(matrix, block).reshape(len(block), outputs, -1, columns)
+        data[images, :, lines] = _product(matrix, block).reshape(len(block), outputs, -1, columns)
     if bias is not None:
         data += bias.data.reshape(-1, 1, 1)
 

@@ -34,7 +34,10 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import shlex
+import signal
+import socket
 import sys
 import tempfile
 import time
@@ -520,6 +523,7 @@ class Options:
     generator: str = "transgan"
     discriminator: str = "transgan"
     beta2: float = 0.99
+    precision: str = "float32"
 
 
 EPOCHS = 1600  # of the authors' run: 500,000 steps of 5 batches of 32 of 50,000 pictures
@@ -570,17 +574,46 @@ THREAD_SHARE = 1 << 15  # elements of a layer worth a thread of their own: with 
 MAX_NORM = 5.0  # the norm to which each network's gradient is clipped
 
 
+class Group:
+    """Joins the processes of several GPUs that train together, one each (data parallel, over NCCL).
+
+    All of them hold the same networks and go through the same steps, each on its part of every batch. rank: which one this
+    is, from 0 to size - 1; port: where on this machine they find each other; processes: those to watch over.
+    """
+
+    def __init__(self, rank, size, port, processes=()):
+        from cupyx import distributed
+
+        self.rank, self.size, self.processes = rank, size, processes
+        self.communicator = distributed.init_process_group(size, rank, host="127.0.0.1", port=port)
+
+    def gather(self, x):
+        """Everybody's arrays (rows, n) side by side, by rank: (rows, size n). Raises UserError if one of them is gone."""
+        if not all(process.is_alive() for process in self.processes):
+            raise UserError("the process of one of the GPUs has ended; go on with --resume")
+        everybody = ag.xp.empty((self.size, *x.shape), x.dtype)
+        self.communicator.all_gather(ag.xp.ascontiguousarray(x), everybody, x.size)
+        return everybody.transpose(1, 0, 2).reshape(len(x), -1)
+
+    def add_up(self, x):
+        """Replace an array by the sum of everybody's."""
+        self.communicator.all_reduce(x, x)
+
+
 class Trainer:
     """Both networks, their optimisers, the generator's moving average, and how many generator steps were done.
 
     pictures: bytes (N, 3, image_size, image_size). All that is random in a step follows from the seed and the step's
-    number, so the random state of a run is those two numbers. Raises UserError for a batch larger than the data,
+    number, so the random state of a run is those two numbers. `waited`: seconds that steps have waited for their data.
+    group: what joins the Trainers of several GPUs, see `Group`. Raises UserError for a batch larger than the data,
     ValueError for an image_size or patch_size that the networks cannot have.
     """
 
-    def __init__(self, options, pictures, threads=None, dtype=np.float32):
+    def __init__(self, options, pictures, threads=None, dtype=np.float32, group=None):
         seed = options.seed
-        self.options, self.dtype, self.step = options, dtype, 0
+        self.options, self.dtype, self.step, self.group = options, dtype, 0, group
+        self.waited, self.prepared = 0.0, (None, None)
+        self.preparing = futures.ThreadPoolExecutor(1, thread_name_prefix="data")
         elements = options.batch_size * (options.image_size // options.patch_size) ** 2 * SIZES[options.size].disc_embed_dim
         if options.discriminator != "transgan":
             elements = options.batch_size * options.image_size**2 * 16  # or more
@@ -610,14 +643,40 @@ class Trainer:
         """
         options = self.options
         self.set_window()
-        rng = data.random_stream("step", options.seed, self.step)
+        disc_inputs, gen_inputs = self.next_inputs()
         rate = options.learning_rate * (1 - self.step / options.steps)  # linear decay to 0 over the run
-        for i in range(options.disc_steps):
-            real = self.batches[self.step * options.disc_steps + i]  # (B, 3, H, W)
-            losses = self.discriminator_step(real, rate, rng)
-        losses |= self.generator_step(rate, rng)
+        for inputs in disc_inputs:
+            losses = self.discriminator_step(inputs, rate)
+        losses |= self.generator_step(gen_inputs, rate)
         self.step += 1
         return losses
+
+    def next_inputs(self):
+        """The `inputs` of this step, which were prepared while the last one was at work; those of the next come after."""
+        step, inputs = self.prepared
+        start = time.perf_counter()
+        inputs = inputs.result() if step == self.step else self.inputs(self.step)
+        self.waited += time.perf_counter() - start
+        self.prepared = self.step + 1, self.preparing.submit(self.inputs, self.step + 1)
+        return inputs
+
+    def inputs(self, step):
+        """All that a step needs from outside, as NumPy arrays: a list for each discriminator step, one for the generator.
+
+        The discriminator's: pictures (B, 3, H, W), noise (B, Z), the mixing weights of the penalty (B, 1, 1, 1) and the
+        augmentations' draws (B, 3, DRAWS). The generator's: noise and draws, and pictures if there is co-training.
+        """
+        options, rng, disc_inputs = self.options, data.random_stream("step", self.options.seed, step), []
+        batch, gen_batch = options.batch_size, options.gen_batch_size
+        for i in range(options.disc_steps):
+            real = flip(self.batches[step * options.disc_steps + i], rng)
+            mix = rng.random((batch, 1, 1, 1))
+            disc_inputs.append([real, self.noise(batch, rng), mix, self.draws((batch, 3), rng)])
+        gen_inputs = [self.noise(gen_batch, rng), self.draws((gen_batch,), rng)]
+        if options.sr_weight:
+            gen_inputs.append(flip(self.co_batches[step], rng))
+        *disc_inputs, gen_inputs = ([x.astype(self.dtype) for x in inputs] for inputs in (*disc_inputs, gen_inputs))
+        return disc_inputs, gen_inputs
 
     def set_window(self):
         """Let the generator see as far as the schedule says for this step."""
@@ -627,12 +686,8 @@ class Trainer:
             self.half_width = half_width
             self.generator.attend_within(half_width, self.options.locality_stages)
 
-    def discriminator_step(self, real, rate, rng):
-        """Update the discriminator on real pictures, (B, 3, H, W), and as many generated ones."""
-        batch, name = len(real), self.options.loss
-        flip(real, rng)
-        mix = rng.random((batch, 1, 1, 1))
-        noise, draws = self.noise(batch, rng), self.draws((batch, 3), rng)
+    def discriminator_step(self, inputs, rate):
+        """Update the discriminator on real pictures and as many generated ones; for its `inputs` see there."""
         for module in self.discriminator.modules():
             module.prepare()
 
@@ -641,7 +696,7 @@ class Trainer:
                 return self.generator(Tensor(noise)).data
 
         if self.whole:
-            noise = ag.to_numpy(generated(self.array(noise)))
+            inputs = [inputs[0], ag.to_numpy(generated(self.array(inputs[1]))), *inputs[2:]]
 
         def scores(real, noise, mix, draws):
             fake = noise if self.whole else generated(noise)
@@ -649,17 +704,16 @@ class Trainer:
             def augment(pictures, row):
                 return diff_augment(pictures, self.options.diff_aug, draws[:, row])
 
-            return discriminator_scores(self.discriminator, real, fake, mix, name, augment)
+            return discriminator_scores(self.discriminator, real, fake, mix, self.options.loss, augment)
 
-        inputs = [real, noise, mix, draws]
         loss, penalty = self.update(
             scores, inputs, discriminator_loss, self.disc_parameters, self.disc_adam, rate, self.threads
         )
         return {"disc_loss": loss.data, "penalty": None if penalty is None else penalty.data}
 
-    def generator_step(self, rate, rng):
-        """Update the generator through the discriminator's judgement of a batch of its pictures."""
-        batch, sr_weight = self.options.gen_batch_size, self.options.sr_weight
+    def generator_step(self, inputs, rate):
+        """Update the generator through the discriminator's judgement of its pictures; for its `inputs` see there."""
+        sr_weight = self.options.sr_weight
 
         def scores(noise, draws, *real):
             pictures = diff_augment(self.generator(Tensor(noise)), self.options.diff_aug, draws)
@@ -673,9 +727,6 @@ class Trainer:
             error = scores[1].mean()
             return on_fake + sr_weight * error, error
 
-        inputs = [self.noise(batch, rng), self.draws((batch,), rng)]
-        if sr_weight:
-            inputs.append(flip(self.co_batches[self.step], rng))
         threads = 1 if self.whole else self.threads
         total, error = self.update(scores, inputs, loss, self.gen_parameters, self.gen_adam, rate, threads)
         return {"gen_loss": total.data, "sr_loss": None if error is None else error.data}
@@ -688,11 +739,14 @@ class Trainer:
         core; and with options.accumulate = n only one n-th of the batch is in memory at once. Scores are numbers per
         sample, so shares do not meet before the loss, and the graph is cut there:
             d loss / d parameters = sum over shares of (d loss / d s_share) (d s_share / d parameters).
-        First the scores of each share are computed; the loss is taken of copies without history, the leaves, and
-        differentiated towards each of them; then that gradient is carried on from each share's scores to the parameters.
-        Whoever saves memory throws the history of the scores away, and computes them a second time for the last part.
+        First the scores of each share are computed; the loss is taken of a copy without history and differentiated
+        towards it; then that gradient is carried on from each share's scores to the parameters. Whoever saves memory throws
+        the history of the scores away, and computes them a second time for the last part. Several GPUs tell each other
+        their scores, and add up their gradients.
         """
-        accumulate, parameters = self.options.accumulate, list(parameters.values())
+        accumulate, parameters, group = self.options.accumulate, list(parameters.values()), self.group
+        if group:
+            inputs = [np.array_split(x, group.size)[group.rank] for x in inputs]
         count = min(threads * accumulate, len(inputs[0]))
         shares = zip(*(np.array_split(x, count) for x in inputs), strict=True)
         shares = [[self.array(x) for x in share] for share in shares]
@@ -705,21 +759,28 @@ class Trainer:
             return grad(part if accumulate == 1 else scores(*share), parameters, towards)
 
         parts = list(self.map(forward, shares))
-        leaves = [Tensor(part.data, requires_grad=True) for part in parts]
-        values = loss(ag.concatenate(leaves, axis=1), self.options.loss)
-        work = list(zip(shares, parts, grad(values[0], leaves), strict=True))
-        del parts
+        own = ag.xp.concatenate([part.data for part in parts], axis=1)  # (rows, B), or as much of B as is for this GPU
+        leaf = Tensor(group.gather(own) if group else own, requires_grad=True)  # (rows, B)
+        values = loss(leaf, self.options.loss)
+        (slope,), work = grad(values[0], [leaf]), []
+        end = own.shape[1] * group.rank if group else 0
+        for share, part in zip(shares, parts, strict=True):
+            start, end = end, end + part.shape[1]
+            work.append((share, part, slope[:, start:end]))
+        del parts, part
         while work:
             for gradients in list(self.map(lambda share: backward(*share), work[:threads])):
                 adam.add(gradients, self.map)
             del work[:threads]
+        if group:
+            group.add_up(adam.gradient)
         factor, _ = ag.clip_by_global_norm(adam.gradient, MAX_NORM)
         adam.step(rate, factor, self.map)
         return values
 
     def array(self, values):
         """A NumPy array as an array on the device, in the networks' dtype."""
-        return ag.xp.asarray(values.astype(self.dtype))
+        return ag.xp.asarray(values, dtype=self.dtype)
 
     def noise(self, count, rng):
         """z ~ N(0, I): (count, Z)."""
@@ -1199,6 +1260,8 @@ def make_parser():
                      help="Adam's rate at the start; it falls to 0 in a line (default: 1e-4; for tiny 5e-4)")  # fmt: skip
     how.add_argument("--beta2", type=number(*LIMITS["beta2"]), metavar="R",
                      help="how long Adam remembers squares (default: 0.99; 0.9 for other discriminators)")  # fmt: skip
+    how.add_argument("--precision", choices=ag.PRECISIONS, help="of matrix products: a GPU is faster with tf32 or "
+                     "bfloat16, a CPU rounds as it would, slowly (default: float32)")  # fmt: skip
     how.add_argument("--ema-decay", type=number(*LIMITS["ema_decay"]), metavar="R",
                      help="decay of the moving average of the generator that makes the samples "
                      "(default: 0.999; for tiny 0.99)")  # fmt: skip
@@ -1224,6 +1287,8 @@ def make_parser():
                        "of a folder of pictures may change")  # fmt: skip
     where.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto",
                        help="gpu needs CuPy (default: auto, the GPU if there is one)")  # fmt: skip
+    where.add_argument("--gpus", type=number(int, 1, 64), metavar="N", default=1,
+                       help="GPUs of this machine that share a batch (default: 1)")  # fmt: skip
     where.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads that share a batch; another "
                        "number gives the same run up to rounding (default: as many as pay)")  # fmt: skip
     watch = parser.add_argument_group("how often to look")
@@ -1321,7 +1386,8 @@ def read_options(path):
             known = False
         if not known:
             raise UserError(f"{path}: its option {name} is {value!r}; start a new run")
-    named = {"dataset": None, "size": SIZES, "loss": LOSSES, "generator": NAMES, "discriminator": NAMES}
+    named = {"dataset": None, "size": SIZES, "loss": LOSSES, "generator": NAMES, "discriminator": NAMES,
+             "precision": ag.PRECISIONS}  # fmt: skip
     for name, known in named.items():
         value = getattr(options, name)
         if not isinstance(value, str) or (known and value not in known):
@@ -1359,8 +1425,44 @@ def refuse_idle_options(args):
         raise UserError("--num-images goes with --evaluate or --evaluate-every; leave it out")
     if args.evaluate and (args.evaluate_every or args.profile):
         raise UserError("--evaluate-every and --profile watch a training; leave them out")
+    if args.evaluate and args.gpus > 1:
+        raise UserError("--gpus shares training; leave it out")
     if args.features == "own" and args.inception:
         raise UserError("--features own does not look through --inception; leave out one of them")
+
+
+def gather_gpus(args, options):
+    """The Group of --gpus N, whose other processes are started here. Raises UserError if this machine has fewer GPUs."""
+    found = ag.xp.cuda.runtime.getDeviceCount() if ag.xp is not np else 0
+    if found < args.gpus:
+        raise UserError(f"--gpus {args.gpus} asks for more GPUs than the {found} in use here; lower it, or leave it out")
+    if options.batch_size % args.gpus or options.gen_batch_size % args.gpus:
+        raise UserError(f"--batch-size and --gen-batch-size must divide by --gpus {args.gpus}")
+    if options.generator != "transgan":
+        raise UserError(f"--gpus cannot be: the batch norm of --generator {options.generator} wants whole batches")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = []
+    for rank in range(1, args.gpus):
+        processes.append(context.Process(target=take_part, args=(rank, port, args, options), daemon=True))
+        processes[-1].start()
+    return Group(0, args.gpus, port, processes)
+
+
+def take_part(rank, port, args, options):
+    """What the processes of further GPUs do: the same steps as the first, which alone writes and shows anything."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first, with whom this one ends
+    ag.use_device("gpu")
+    ag.xp.cuda.Device(rank).use()
+    ag.use_precision(options.precision)
+    pictures = data.load_pictures(options.dataset, args.data_dir, options.image_size)
+    trainer = Trainer(options, pictures, group=Group(rank, args.gpus, port))
+    if args.resume:
+        trainer.load(args.resume / "checkpoint.npz")
+    while trainer.step < options.steps:
+        trainer.train_step()
 
 
 def run(args):
@@ -1374,11 +1476,13 @@ def run(args):
         device = ag.use_device(args.device)
     except RuntimeError as error:
         raise UserError(str(error)) from None
+    ag.use_precision(options.precision)
     ag.keep_freed_memory()
     if not args.evaluate:
         prepare_folder(out, args.resume)
     pictures = data.load_pictures(options.dataset, args.data_dir, options.image_size)
-    trainer = Trainer(options, pictures, args.threads)
+    group = gather_gpus(args, options) if args.gpus > 1 else None
+    trainer = Trainer(options, pictures, args.threads, group=group)
     if args.evaluate or args.evaluate_every:
         from paper import scores
     if args.evaluate:
@@ -1394,11 +1498,14 @@ def run(args):
     threads = f", {trainer.threads} threads" if device == "cpu" else ""
     print(f"{NAMES[options.generator]}-{options.size} on {options.dataset} {options.image_size}x{options.image_size}, "
           f"{len(pictures):,} pictures, {device}{threads}, into {out}", flush=True)  # fmt: skip
+    start = time.monotonic()
     measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
     with ag.profile() if args.profile else contextlib.nullcontext() as times:
         train(trainer, out, args.sample_every, args.save_every, out == args.resume, args.evaluate_every, measure)
     if args.profile:
         print(ag.profile_table(times))
+        print(f"waiting for data: {trainer.waited:.3f} s of {time.monotonic() - start:.1f} s, "
+              f"{100 * trainer.waited / (time.monotonic() - start):.2f}%")  # fmt: skip
     print(f"done: {out / 'samples' / f'step-{trainer.step:06d}.png'}")
 
 

@@ -46,12 +46,12 @@ def our_steps(size, batch_size):
     """Our two steps on random pictures: functions that return when their results are there, in the order of STEPS."""
     ag.keep_freed_memory()
     trainer = make_trainer(size, batch_size)
-    rng, real = np.random.default_rng(0), trainer.batches[0]
+    (disc_inputs, *_), gen_inputs = trainer.inputs(0)
 
-    def run(step, *arguments):
-        return [float(x) for x in step(*arguments, 1e-4, rng).values() if x is not None]  # on a GPU, wait for it
+    def run(step, inputs):
+        return [float(x) for x in step(inputs, 1e-4).values() if x is not None]  # on a GPU, wait for it
 
-    return lambda: run(trainer.discriminator_step, real), lambda: run(trainer.generator_step)
+    return lambda: run(trainer.discriminator_step, disc_inputs), lambda: run(trainer.generator_step, gen_inputs)
 
 
 def torch_steps(side, size, batch_size):
