@@ -1885,6 +1885,23 @@ def test_rehearsal_of_training_on_a_gpu(loss, small, tmp_path, rehearsed_gpu):
 
 
 @on_cpu
+def test_a_step_does_not_wait_for_the_gpu(small, rehearsed_gpu, monkeypatch):
+    """Nothing is fetched from the device within a step, so that its operations queue up there without a gap."""
+    ag.use_device("gpu")
+    trainer = small_trainer(1, diff_aug=POLICY, accumulate=2)
+
+    def wait(*_):
+        raise AssertionError("the step waits for the device")
+
+    with monkeypatch.context() as patch:
+        for name in ("get", "item", "__float__", "__bool__"):
+            patch.setattr(DeviceArray, name, wait)
+        for _ in range(2):
+            losses = trainer.train_step()
+    assert all(np.isfinite(float(x)) for x in losses.values())
+
+
+@on_cpu
 def test_rehearsal_of_every_operation_on_a_gpu(rehearsed_gpu):
     """What training does not use, too: derivatives of all operations, with masks and plain arrays."""
     assert ag.use_device("gpu") == "a rehearsed GPU"
@@ -3530,3 +3547,19 @@ def test_the_benchmark_runs():
             assert set(result[what]) == {"ours", "eager", "fused"}
             assert min(result[what].values()) > 0
     assert subprocess.run([sys.executable, str(script), "--sides", "theirs"], capture_output=True).returncode == 2
+
+
+@on_cpu
+def test_the_table_of_growth_is_measured():
+    script = Path(__file__).with_name("benchmarks") / "growth.py"
+    arguments = ["--rounds", "1", "--largest", "64", "--device", "cpu"]
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["grows"] for row in rows] == ["batch"] * 3 + ["tokens", "width"]
+    small, base, large, fewer, narrow = rows
+    for name in ("linear", "attention", "moved MB", "peak MB"):
+        assert large[name] / small[name] == pytest.approx(16, rel=0.1)
+    assert base["linear"] / fewer["linear"] == pytest.approx(4)
+    assert base["attention"] / fewer["attention"] == pytest.approx(16)
+    assert base["linear"] / narrow["linear"] == pytest.approx(16)
