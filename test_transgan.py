@@ -3550,6 +3550,17 @@ def test_the_benchmark_runs():
 
 
 @on_cpu
+def test_every_speed_up_can_be_taken_away():
+    script = Path(__file__).with_name("benchmarks") / "speedups.py"
+    arguments = ["--size", "tiny", "--batch-size", "2", "--rounds", "1"]
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.rsplit(maxsplit=2) for line in done.stdout.splitlines()[2:]]
+    assert len(rows) == 10
+    assert all(float(ratio) > 0 for _, *ratios in rows for ratio in ratios)
+
+
+@on_cpu
 def test_the_table_of_growth_is_measured():
     script = Path(__file__).with_name("benchmarks") / "growth.py"
     arguments = ["--rounds", "1", "--largest", "64", "--device", "cpu"]

@@ -96,9 +96,13 @@ def resident(field):
 
 
 def work(side, size, batch_size, device, pipe):
-    """One side's process: run the step that is asked for and answer with its seconds; at last, with its megabytes."""
+    """One side's process."""
     ag.use_device(device)
-    steps = our_steps(size, batch_size) if side == "ours" else torch_steps(side, size, batch_size)
+    serve(our_steps(size, batch_size) if side == "ours" else torch_steps(side, size, batch_size), pipe)
+
+
+def serve(steps, pipe):
+    """Run the step that is asked for and answer with its seconds; at last, with this process's megabytes."""
     before = resident("VmRSS") if STATUS.exists() else 0
     while (step := pipe.recv()) is not None:
         start = time.perf_counter()
@@ -107,12 +111,16 @@ def work(side, size, batch_size, device, pipe):
     pipe.send(round(resident("VmHWM") - before) if STATUS.exists() and ag.xp is np else None)
 
 
-def measure(sides, size, batch_size, device, rounds):
-    """{what: {side: number}} of the medians in seconds for each of STEPS, and of the megabytes of "peak memory"."""
+def take_turns(sides, rounds):
+    """Times of `sides`, {name: (function of a process that serves, its arguments but for the pipe)}, step by step in turn.
+
+    Returns {what: {side: ...}}: lists of seconds for each of STEPS, and the megabytes of "peak memory". A side that ends
+    early is left out.
+    """
     context, pipes = multiprocessing.get_context("spawn"), {}
-    for side in sides:
+    for side, (function, arguments) in sides.items():
         pipes[side], other = context.Pipe()
-        context.Process(target=work, args=(side, size, batch_size, device, other), daemon=True).start()
+        context.Process(target=function, args=(*arguments, other), daemon=True).start()
         other.close()  # so that a process that ends early is heard of
     times = {step: {side: [] for side in sides} for step in STEPS}
     for round_ in range(rounds + 1):
@@ -122,16 +130,21 @@ def measure(sides, size, batch_size, device, rounds):
                     pipes[side].send(i)
                     seconds = pipes[side].recv()
                 except (EOFError, OSError):
-                    print(f"{side} ended early: size {size}, batch {batch_size}", file=sys.stderr)
+                    print(f"{side} ended early", file=sys.stderr)
                     del pipes[side]
                     continue
                 if round_:
                     times[step][side].append(seconds)
-    rows = {step: {side: statistics.median(times[step][side]) for side in pipes} for step in STEPS}
     for pipe in pipes.values():
         pipe.send(None)
-    rows["peak memory"] = {side: pipe.recv() for side, pipe in pipes.items()}
-    return rows
+    whole = {step: {side: times[step][side] for side in pipes} for step in STEPS}
+    return whole | {"peak memory": {side: pipe.recv() for side, pipe in pipes.items()}}
+
+
+def measure(sides, size, batch_size, device, rounds):
+    """{what: {side: number}} of the medians in seconds for each of STEPS, and of the megabytes of "peak memory"."""
+    times = take_turns({side: (work, (side, size, batch_size, device)) for side in sides}, rounds)
+    return times | {step: {side: statistics.median(x) for side, x in times[step].items()} for step in STEPS}
 
 
 def line(size, batch_size, what, row):

@@ -1,0 +1,71 @@
+"""What each of our speed-ups gains: a training step with all of them beside steps that go without one each.
+
+    python benchmarks/speedups.py [--size S] [--batch-size 16] [--rounds 7]
+
+The two steps of benchmarks/step.py, on the CPU. Each variant is a process of its own; they take turns, and the medians are
+divided by those of the step with everything. 1.30 means that without this speed-up the step would take 1.30 times as long.
+"""
+
+import argparse
+import functools
+import statistics
+
+import step
+
+import autograd as ag
+import transgan
+
+
+def linear_composed(x, weight, bias=None):
+    return x @ weight if bias is None else x @ weight + bias
+
+
+def without(name):
+    """Take the speed-up `name` away from this process; what takes its place is mostly what the tests compare it with."""
+    composed = {"attention": ag.attention_composed, "gelu": ag.gelu_composed, "layer_norm": ag.layer_norm_composed,
+                "softmax": ag.softmax_composed, "linear": linear_composed}  # fmt: skip
+    if name in composed:
+        replacement = composed[name]
+        setattr(ag, name, (lambda x, mask=None: replacement(x)) if name == "softmax" else replacement)
+    elif name == "cache-sized pieces":
+        ag._CACHE = 1 << 40
+    elif name == "kept memory":
+        ag.keep_freed_memory = lambda: None
+    elif name == "threads":
+        transgan.Trainer = functools.partial(transgan.Trainer, threads=1)
+    elif name == "[cls] alone in the last block":
+        call = transgan.Block.__call__
+        transgan.Block.__call__ = lambda self, x, mask=None, n=None: transgan.first_tokens(call(self, x, mask), n)
+    elif name == "sums in place":
+        ag._accumulate = lambda total, piece: (total[0] + piece[0], False)
+
+
+SPEEDUPS = ("attention", "gelu", "layer_norm", "softmax", "linear", "cache-sized pieces", "kept memory", "threads",
+            "[cls] alone in the last block", "sums in place")  # fmt: skip
+
+
+def work(name, size, batch_size, pipe):
+    """A variant's process."""
+    without(name)
+    step.serve(step.our_steps(size, batch_size), pipe)
+
+
+def main():
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="S", choices=transgan.SIZES)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds after one that is not (default 7)")
+    args = parser.parse_args()
+    print(f"size {args.size}, batch {args.batch_size}, {transgan.CORES} cores, medians of {args.rounds} rounds")
+    print(f"{'without':32}" + "".join(f"{name:>22}" for name in step.STEPS))
+    for name in SPEEDUPS:
+        sides = {"everything": (work, None), name: (work, name)}
+        times = step.take_turns({s: (f, (x, args.size, args.batch_size)) for s, (f, x) in sides.items()}, args.rounds)
+        medians = [[statistics.median(times[what][side]) for side in (name, "everything")] for what in step.STEPS]
+        ratios = [alone / everything for alone, everything in medians]
+        print(f"{name:32}" + "".join(f"{ratio:>22.2f}" for ratio in ratios), flush=True)
+
+
+if __name__ == "__main__":
+    main()
