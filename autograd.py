@@ -8,14 +8,14 @@ The formulas are themselves written in Tensor operations, so a gradient can reme
 differentiated again. TransGAN's loss needs exactly that, because it penalises the norm of a gradient.
 
 Contents
-    1. Where arrays live      xp, use_device, to_numpy
+    1. Where arrays live      xp, use_device, use_precision, to_numpy
     2. Tensor                 Tensor, Node, no_grad
     3. Walking back           grad, unbroadcast
     4. Primitive operations   add ... concatenate, pixel_shuffle
-    5. Fused operations       linear, gelu, softmax, layer_norm, attention, beside the compositions they equal
+    5. Fused operations       linear, gelu, softmax, layer_norm, attention, beside the compositions they equal; CUDA kernels
     6. Pictures               conv2d, pooling, upsampling, batch_norm, spectral_norm: what the paper's peers are made of
     7. Checking derivatives   gradient_check
-    8. Optimisation, memory   clip_by_global_norm, Adam, keep_freed_memory
+    8. Optimisation, memory   clip_by_global_norm, Adam over flat arrays, keep_freed_memory
     9. Where the time goes    profile, profile_table
 
 Errors: every operation raises ValueError (IndexError for an index out of range) with one line naming the operation and
@@ -40,6 +40,7 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import DTypeLike, NDArray
 
+# What the type hints name. Nothing is enforced while the program runs; `mypy` checks them.
 Array: TypeAlias = NDArray[Any]  # or cupy.ndarray, which has the same methods
 Operand: TypeAlias = "Tensor | Array | float"  # what may stand beside a Tensor in a formula
 Vjp: TypeAlias = "Callable[[Tensor], Tensor]"  # the gradient of an operation's result -> the gradient of one operand
@@ -182,27 +183,6 @@ class Tensor:
         self.data: Array = data
         self.node = Node() if requires_grad else None
 
-    if TYPE_CHECKING:  # the operators, and the methods of the same names as NumPy's: chapter 4 makes them
-
-        def __add__(self, b: Operand) -> Tensor: ...
-        def __radd__(self, a: Operand) -> Tensor: ...
-        def __sub__(self, b: Operand) -> Tensor: ...
-        def __rsub__(self, a: Operand) -> Tensor: ...
-        def __mul__(self, b: Operand) -> Tensor: ...
-        def __rmul__(self, a: Operand) -> Tensor: ...
-        def __truediv__(self, b: Operand) -> Tensor: ...
-        def __rtruediv__(self, a: Operand) -> Tensor: ...
-        def __matmul__(self, b: Operand) -> Tensor: ...
-        def __rmatmul__(self, a: Operand) -> Tensor: ...
-        def __neg__(self) -> Tensor: ...
-        def __pow__(self, exponent: float) -> Tensor: ...
-        def __getitem__(self, index: Index | tuple[Index, ...]) -> Tensor: ...
-        def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor: ...
-        def mean(self, axis: Axis = None, keepdims: bool = False) -> Tensor: ...
-        def max(self, axis: Axis = None, keepdims: bool = False) -> Tensor: ...
-        def reshape(self, *shape: int | Sequence[int]) -> Tensor: ...
-        def transpose(self, *axes: int) -> Tensor: ...
-
     @property
     def shape(self) -> Shape:
         return self.data.shape
@@ -241,6 +221,27 @@ class Tensor:
     def __repr__(self) -> str:
         return f"Tensor({self.data!r}{', requires_grad=True' if self.node else ''})"
 
+    if TYPE_CHECKING:  # at run time these are the functions of chapter 4, which are attached there
+
+        def __add__(self, b: Operand) -> Tensor: ...
+        def __radd__(self, a: Operand) -> Tensor: ...
+        def __sub__(self, b: Operand) -> Tensor: ...
+        def __rsub__(self, a: Operand) -> Tensor: ...
+        def __mul__(self, b: Operand) -> Tensor: ...
+        def __rmul__(self, a: Operand) -> Tensor: ...
+        def __truediv__(self, b: Operand) -> Tensor: ...
+        def __rtruediv__(self, a: Operand) -> Tensor: ...
+        def __matmul__(self, b: Operand) -> Tensor: ...
+        def __rmatmul__(self, a: Operand) -> Tensor: ...
+        def __neg__(self) -> Tensor: ...
+        def __pow__(self, exponent: float) -> Tensor: ...
+        def __getitem__(self, index: Index | tuple[Index, ...]) -> Tensor: ...
+        def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor: ...
+        def mean(self, axis: Axis = None, keepdims: bool = False) -> Tensor: ...
+        def max(self, axis: Axis = None, keepdims: bool = False) -> Tensor: ...
+        def reshape(self, *shape: int | Sequence[int]) -> Tensor: ...
+        def transpose(self, *axes: int) -> Tensor: ...
+
 
 def _raw(x: Operand) -> Array | float:
     return x.data if isinstance(x, Tensor) else x  # an operand's array; plain numbers and arrays pass as they are
@@ -265,7 +266,10 @@ def _result(data: Array | float, *edges: tuple[Operand | None, Vjp]) -> Tensor:
 
 
 def _operation(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Put the operation's name and the shapes it was given before whatever its arrays complain about."""
+    """Put the operation's name and the shapes it was given before whatever its arrays complain about.
+
+    While `profile` is at work (chapter 9), also time it.
+    """
 
     @functools.wraps(function)
     def named(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -377,7 +381,7 @@ def _accumulate(total: tuple[Tensor, bool], piece: tuple[Tensor, bool]) -> tuple
         if fresh:
             xp.add(mine.data, other.data, out=mine.data)
             return mine, True
-    return total[0] + piece[0], not _mode.recording
+    return total[0] + piece[0], not _mode.recording  # a new array, so fresh from now on, unless it is to be differentiated
 
 
 def unbroadcast(gradient: Tensor, shape: Shape) -> Tensor:
@@ -527,7 +531,7 @@ def reduce_mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     if not x.size:
         raise ValueError("there is no mean of no elements")
     total = reduce_sum(x, axis, keepdims)
-    return total * (total.size / x.size)
+    return total * (total.size / x.size)  # x.size / total.size elements went into each sum
 
 
 @_operation
@@ -599,6 +603,7 @@ def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 for _name, _function in {"add": add, "sub": subtract, "mul": multiply, "truediv": divide, "matmul": matmul}.items():
     setattr(Tensor, f"__{_name}__", _function)
+    # a + b with an array or number a is b.__radd__(a); the default value keeps each lambda's own function
     setattr(Tensor, f"__r{_name}__", lambda b, a, _function=_function: _function(a, b))
 for _name, _method in {"__neg__": negative, "__pow__": power, "__getitem__": getitem, "sum": reduce_sum, "max": reduce_max,
                        "mean": reduce_mean, "reshape": reshape, "transpose": transpose}.items():  # fmt: skip
@@ -1089,7 +1094,8 @@ def attention_composed(qkv: Tensor, num_heads: int, mask: Array | None = None) -
 
 _ATTENTION_CUDA = """
 // A block of TILE threads takes TILE queries (or keys) of one head, a thread each, and goes through all keys (or queries)
-// TILE at a time, which the threads first fetch together into memory that they share. D is a head's width.
+// TILE at a time, which the threads first fetch together into memory that they share. D is a head's width; blockIdx.y
+// numbers the heads of the whole batch.
 #define HEAD(array, parts, part) (array + (count(blockIdx.y / heads) * tokens * parts + part) * heads * D \\
                                   + blockIdx.y % heads * D)  // of the first token; the next is parts * heads * D further
 
@@ -1284,7 +1290,7 @@ def _attention_vjp(qkv: Array, num_heads: int, mask: Array | None, out: Array, l
     return _join_heads(result, len(out), num_heads)
 
 
-_WIDEST_HEAD = 32  # that a thread can keep in its registers; wider heads have few tokens, so few scores to write down
+_WIDEST_HEAD = 32  # a thread keeps its rows of D numbers in registers; wider heads have few tokens, so few scores to hold
 
 
 def _attention_gpu(qkv: Array, num_heads: int, mask: Array | None) -> tuple[Array, Array]:
@@ -1466,7 +1472,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Pair =
 
 def _picture_blocks(batch: int, rows: int, size: int) -> Iterator[tuple[slice, slice]]:
     """Slices (pictures, rows of the result) that cover them all, when a row of the result needs `size` numbers."""
-    budget = _COLUMNS if xp is np else 1 << 28
+    budget = _COLUMNS if xp is np else 1 << 28  # a GPU wants large products: a gigabyte of float32
     lines = min(rows, max(1, budget // size))
     images = max(1, budget // (size * rows))
     for b in range(0, batch, images):
@@ -1562,7 +1568,7 @@ def spectral_norm(weight: Tensor, u: Array) -> Tensor:
     u^T W v for v = W^T u / |W^T u|, and so is its gradient: ds = u^T dW v.
     """
     product = Tensor(u[None]) @ weight.reshape(len(weight), -1)  # (1, -1)
-    return weight / sqrt((product * product).sum() + 1e-24)
+    return weight / sqrt((product * product).sum() + 1e-24)  # W^T u may be 0
 
 
 def power_iteration(weight: Array, u: Array) -> Array:
