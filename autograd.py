@@ -553,7 +553,7 @@ def broadcast_to(x: Tensor, shape: Shape) -> Tensor:
 @_operation
 def reshape(x: Tensor, *shape: int | Sequence[int]) -> Tensor:
     """The same elements in another shape, row by row; one size may be -1."""
-    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    sizes: Any = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
     before = x.shape
     return _result(x.data.reshape(sizes), (x, lambda g: reshape(g, before)))
 
