@@ -8,19 +8,21 @@ The formulas are themselves written in Tensor operations, so a gradient can reme
 differentiated again. TransGAN's loss needs exactly that, because it penalises the norm of a gradient.
 
 Contents
-    1. Where arrays live      xp, use_device, to_numpy
+    1. Where arrays live      xp, use_device, use_precision, to_numpy
     2. Tensor                 Tensor, Node, no_grad
     3. Walking back           grad, unbroadcast
     4. Primitive operations   add ... concatenate, pixel_shuffle
-    5. Fused operations       linear, gelu, softmax, layer_norm, attention, beside the compositions they equal
+    5. Fused operations       linear, gelu, softmax, layer_norm, attention, beside the compositions they equal; CUDA kernels
     6. Pictures               conv2d, pooling, upsampling, batch_norm, spectral_norm: what the paper's peers are made of
     7. Checking derivatives   gradient_check
-    8. Optimisation, memory   clip_by_global_norm, Adam, keep_freed_memory
+    8. Optimisation, memory   clip_by_global_norm, Adam over flat arrays, keep_freed_memory
     9. Where the time goes    profile, profile_table
 
 Errors: every operation raises ValueError (IndexError for an index out of range) with one line naming the operation and
 the shapes it was given, and TypeError when float32 and float64 meet. The docstrings below name only what goes beyond.
 """
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
@@ -30,9 +32,24 @@ import itertools
 import math
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
+from numpy.typing import DTypeLike, NDArray
+
+# What the type hints name. Nothing is enforced while the program runs; `mypy` checks them.
+Array: TypeAlias = NDArray[Any]  # or cupy.ndarray, which has the same methods
+Operand: TypeAlias = "Tensor | Array | float"  # what may stand beside a Tensor in a formula
+Vjp: TypeAlias = "Callable[[Tensor], Tensor]"  # the gradient of an operation's result -> the gradient of one operand
+Shape: TypeAlias = tuple[int, ...]
+Axis: TypeAlias = "int | Shape | None"  # the axes of a reduction; None for all
+Edge: TypeAlias = "tuple[Node, Shape, Vjp]"  # from an operation to an operand: its Node, its shape, the vjp towards it
+Index: TypeAlias = "int | slice | EllipsisType | None"  # of one axis
+Pair: TypeAlias = "int | Shape"  # for the rows and the columns of a picture: one number for both, or two
+P = ParamSpec("P")  # the parameters of a function that gets wrapped
 
 # --- 1. Where arrays live ---------------------------------------------------------------------------------------------
 
@@ -41,7 +58,7 @@ PRECISIONS = {"float32": 23, "tf32": 10, "bfloat16": 7}  # bits of a number's fr
 _precision = "float32"
 
 
-def use_device(device="auto"):
+def use_device(device: str = "auto") -> str:
     """Choose where arrays live, and return the choice in words: "cpu" or the GPU's name.
 
     device: "cpu" (NumPy), "gpu" (CuPy), or "auto", the GPU where CuPy is installed and finds one, else the CPU. Call it
@@ -57,7 +74,7 @@ def use_device(device="auto"):
     try:
         import cupy
 
-        name = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+        name: str = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
         one = cupy.ones((1, 1), np.float32)
         cupy.exp(cupy.matmul(one, one)).get()  # a GPU without its compiler or its BLAS is none to us
     except Exception as error:  # CuPy raises its own classes for a missing driver, library or device
@@ -69,7 +86,7 @@ def use_device(device="auto"):
     return name
 
 
-def use_precision(precision):
+def use_precision(precision: str) -> None:
     """Choose how exact the matrix products of float32 arrays are: "float32", "tf32" or "bfloat16", see PRECISIONS.
 
     A GPU multiplies shorter numbers many times faster, and still adds their products up in float32. On a CPU this is
@@ -87,12 +104,12 @@ def use_precision(precision):
         linalg.set_compute_type(np.float32, getattr(linalg, f"COMPUTE_TYPE_{kind}"))
 
 
-def _product(a, b):
+def _product(a: Array, b: Array) -> Array:
     """a @ b of arrays, in the precision that is chosen."""
     return xp.matmul(a, b) if _precision == "float32" or xp is not np else np.matmul(_rounded(a), _rounded(b))
 
 
-def _rounded(x):
+def _rounded(x: Array) -> Array:
     """A float32 array with fractions as short as the precision has them, rounded to nearest; others as they are."""
     if x.dtype != np.float32:
         return x
@@ -101,10 +118,10 @@ def _rounded(x):
     return (bits >> np.uint32(dropped) << np.uint32(dropped)).view(np.float32)
 
 
-def to_numpy(array):
+def to_numpy(array: Tensor | Array) -> NDArray[Any]:
     """An array (or a Tensor's) as a NumPy array of the same shape and dtype: a copy from a GPU, itself on the CPU."""
     array = array.data if isinstance(array, Tensor) else array
-    return array.get() if hasattr(array, "get") else np.asarray(array)
+    return np.asarray(array.get() if hasattr(array, "get") else array)
 
 
 # --- 2. Tensor --------------------------------------------------------------------------------------------------------
@@ -120,7 +137,7 @@ _mode = _Mode()
 
 
 @contextlib.contextmanager
-def recording(enabled):
+def recording(enabled: bool) -> Iterator[None]:
     """Within this context operations of this thread remember how they were computed (enabled=True) or do not."""
     before, _mode.recording = _mode.recording, enabled
     try:
@@ -129,7 +146,7 @@ def recording(enabled):
         _mode.recording = before
 
 
-def no_grad():
+def no_grad() -> contextlib.AbstractContextManager[None]:
     """A context in which nothing is remembered: for sampling, and for whatever must not be differentiated."""
     return recording(False)
 
@@ -143,8 +160,8 @@ class Node:
 
     __slots__ = ("edges", "order")
 
-    def __init__(self, edges=()):
-        self.edges = edges  # ((operand's Node, operand's shape, vjp), ...); None once `grad` has let go of it
+    def __init__(self, edges: tuple[Edge, ...] = ()):
+        self.edges: tuple[Edge, ...] | None = edges  # None once `grad` has let go of it
         self.order = next(_order)
 
 
@@ -158,41 +175,79 @@ class Tensor:
     __slots__ = ("data", "node")
     __array_ufunc__ = None  # so that array * Tensor asks Tensor.__rmul__, not NumPy
 
-    def __init__(self, data, requires_grad=False, dtype=None):
+    def __init__(self, data: Any, requires_grad: bool = False, dtype: DTypeLike | None = None):
         if not isinstance(data, xp.ndarray) or dtype is not None:
             data = xp.asarray(data, dtype=dtype or getattr(data, "dtype", np.float32))
         if data.dtype.kind != "f":
             data = data.astype(np.float32)
-        self.data = data
+        self.data: Array = data
         self.node = Node() if requires_grad else None
 
-    shape = property(lambda self: self.data.shape)
-    ndim = property(lambda self: self.data.ndim)
-    size = property(lambda self: self.data.size)
-    dtype = property(lambda self: self.data.dtype)
-    requires_grad = property(lambda self: self.node is not None)
-    T = property(lambda self: transpose(self))
+    @property
+    def shape(self) -> Shape:
+        return self.data.shape
 
-    def detach(self):
+    @property
+    def ndim(self) -> int:
+        return self.data.ndim
+
+    @property
+    def size(self) -> int:
+        return self.data.size
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.data.dtype
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.node is not None
+
+    @property
+    def T(self) -> Tensor:
+        return transpose(self)
+
+    def detach(self) -> Tensor:
         """The same array, without its history: no gradient flows back through the result."""
         return Tensor(self.data)
 
-    def item(self):
+    def item(self) -> float:
         """The value of a Tensor of one element as a Python float (on a GPU this waits for the device)."""
         return float(self.data.item())
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.data)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Tensor({self.data!r}{', requires_grad=True' if self.node else ''})"
 
+    if TYPE_CHECKING:  # at run time these are the functions of chapter 4, which are attached there
 
-def _raw(x):
+        def __add__(self, b: Operand) -> Tensor: ...
+        def __radd__(self, a: Operand) -> Tensor: ...
+        def __sub__(self, b: Operand) -> Tensor: ...
+        def __rsub__(self, a: Operand) -> Tensor: ...
+        def __mul__(self, b: Operand) -> Tensor: ...
+        def __rmul__(self, a: Operand) -> Tensor: ...
+        def __truediv__(self, b: Operand) -> Tensor: ...
+        def __rtruediv__(self, a: Operand) -> Tensor: ...
+        def __matmul__(self, b: Operand) -> Tensor: ...
+        def __rmatmul__(self, a: Operand) -> Tensor: ...
+        def __neg__(self) -> Tensor: ...
+        def __pow__(self, exponent: float) -> Tensor: ...
+        def __getitem__(self, index: Index | tuple[Index, ...]) -> Tensor: ...
+        def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor: ...
+        def mean(self, axis: Axis = None, keepdims: bool = False) -> Tensor: ...
+        def max(self, axis: Axis = None, keepdims: bool = False) -> Tensor: ...
+        def reshape(self, *shape: int | Sequence[int]) -> Tensor: ...
+        def transpose(self, *axes: int) -> Tensor: ...
+
+
+def _raw(x: Operand) -> Array | float:
     return x.data if isinstance(x, Tensor) else x  # an operand's array; plain numbers and arrays pass as they are
 
 
-def _result(data, *edges):
+def _result(data: Array | float, *edges: tuple[Operand | None, Vjp]) -> Tensor:
     """The Tensor of an operation's result; `edges` are (operand, vjp) pairs.
 
     A vjp takes the gradient of the result and returns the operand's, Tensor to Tensor. Operands that are plain numbers or
@@ -210,11 +265,14 @@ def _result(data, *edges):
     return result
 
 
-def _operation(function):
-    """Put the operation's name and the shapes it was given before whatever its arrays complain about."""
+def _operation(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Put the operation's name and the shapes it was given before whatever its arrays complain about.
+
+    While `profile` is at work (chapter 9), also time it.
+    """
 
     @functools.wraps(function)
-    def named(*args, **kwargs):
+    def named(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         try:
             return _timed(function.__name__, "forward", function, *args, **kwargs) if _times else function(*args, **kwargs)
         except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
@@ -223,7 +281,7 @@ def _operation(function):
             operands = itertools.chain.from_iterable(x if isinstance(x, (list, tuple)) else (x,) for x in args)
             shapes = ", ".join(str(x.shape) for x in operands if hasattr(x, "shape"))
             kind = next((k for k in (ValueError, IndexError, TypeError) if isinstance(error, k)), ValueError)
-            clear = kind(f"{function.__name__} of shapes {shapes}: {error}")
+            clear: Any = kind(f"{function.__name__} of shapes {shapes}: {error}")
             clear.named = True
             raise clear from None
 
@@ -233,7 +291,9 @@ def _operation(function):
 # --- 3. Walking back --------------------------------------------------------------------------------------------------
 
 
-def grad(output, inputs, output_grad=None, create_graph=False):
+def grad(
+    output: Tensor, inputs: Iterable[Tensor], output_grad: Tensor | None = None, create_graph: bool = False
+) -> list[Tensor]:
     """Gradients of `output` with respect to each of `inputs`: a list of Tensors of their shapes.
 
     output: a Tensor of one element, or any shape with `output_grad`, a Tensor of that shape, v in v^T d(output)/d(input)
@@ -251,7 +311,8 @@ def grad(output, inputs, output_grad=None, create_graph=False):
     inputs = list(inputs)
     if not inputs:
         return []
-    if any(x.node is None for x in inputs):
+    nodes = [x.node for x in inputs if x.node]
+    if len(nodes) < len(inputs):
         raise ValueError("grad: every input must be a Tensor with requires_grad=True, or computed from one")
     if output_grad is None:
         if output.size != 1:
@@ -260,7 +321,7 @@ def grad(output, inputs, output_grad=None, create_graph=False):
     if output_grad.shape != output.shape:
         raise ValueError(f"grad: output_grad of shape {output_grad.shape} for an output of shape {output.shape}")
 
-    wanted = {x.node: None for x in inputs}
+    wanted: dict[Node, Tensor | None] = dict.fromkeys(nodes)
     useful = _between(output.node, wanted)
     waiting = [(-output.node.order, output.node)] if output.node in useful else []  # a heap: the newest node first
     gradients = {output.node: (output_grad, False)}  # with whether its array may be written to
@@ -270,7 +331,7 @@ def grad(output, inputs, output_grad=None, create_graph=False):
             gradient, _ = gradients.pop(node)
             if node in wanted:
                 wanted[node] = gradient
-            for operand, shape, vjp in node.edges:
+            for operand, shape, vjp in node.edges or ():
                 if operand in useful:
                     piece = _pull(vjp, gradient, shape)
                     # A vjp returns the gradient it was given, a view, or a fresh array that nobody else holds. a + b
@@ -284,18 +345,18 @@ def grad(output, inputs, output_grad=None, create_graph=False):
                         heapq.heappush(waiting, (-operand.order, operand))
             if node.edges and not create_graph:
                 node.edges = None
-    found = [wanted[x.node] for x in inputs]
+    found = [wanted[node] for node in nodes]
     return [Tensor(xp.zeros_like(x.data)) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
-def _pull(vjp, gradient, shape):
+def _pull(vjp: Vjp, gradient: Tensor, shape: Shape) -> Tensor:
     """The gradient of an operand, of its `shape`, from that of the result."""
     if _times and not _depth.inside:
         return _timed(vjp.__qualname__.split(".")[0], "backward", _pull, vjp, gradient, shape)
     return unbroadcast(vjp(gradient), shape)
 
 
-def _between(start, wanted):
+def _between(start: Node | None, wanted: Iterable[Node]) -> set[Node]:
     """The nodes on some path from `start` down to the nodes `wanted`, both ends included."""
     oldest = min(node.order for node in wanted)  # older nodes cannot depend on any wanted one
     seen, stack = set(), [start]
@@ -309,21 +370,21 @@ def _between(start, wanted):
         stack.extend(operand for operand, _, _ in node.edges)
     useful = set()
     for node in sorted(seen, key=lambda node: node.order):
-        if node in wanted or any(operand in useful for operand, _, _ in node.edges):
+        if node in wanted or any(operand in useful for operand, _, _ in node.edges or ()):
             useful.add(node)
     return useful
 
 
-def _accumulate(total, piece):
+def _accumulate(total: tuple[Tensor, bool], piece: tuple[Tensor, bool]) -> tuple[Tensor, bool]:
     """The sum of two (gradient, fresh) pairs, in the array of whichever is fresh."""
     for (mine, fresh), (other, _) in ((total, piece), (piece, total)):
         if fresh:
             xp.add(mine.data, other.data, out=mine.data)
             return mine, True
-    return total[0] + piece[0], not _mode.recording
+    return total[0] + piece[0], not _mode.recording  # a new array, so fresh from now on, unless it is to be differentiated
 
 
-def unbroadcast(gradient, shape):
+def unbroadcast(gradient: Tensor, shape: Shape) -> Tensor:
     """Sum `gradient` over the axes that broadcasting had stretched, back to an operand's `shape`.
 
     Broadcasting copies an element along an axis; the derivative of a copy is a sum over the copies. This is the only
@@ -345,37 +406,37 @@ def unbroadcast(gradient, shape):
 
 
 @_operation
-def add(a, b):
+def add(a: Operand, b: Operand) -> Tensor:
     """a + b, elementwise with broadcasting. d(a+b) = da + db."""
     return _result(_raw(a) + _raw(b), (a, lambda g: g), (b, lambda g: g))
 
 
 @_operation
-def subtract(a, b):
+def subtract(a: Operand, b: Operand) -> Tensor:
     """a - b, elementwise with broadcasting. d(a-b) = da - db."""
     return _result(_raw(a) - _raw(b), (a, lambda g: g), (b, lambda g: -g))
 
 
 @_operation
-def multiply(a, b):
+def multiply(a: Operand, b: Operand) -> Tensor:
     """a * b, elementwise with broadcasting. d(ab) = b da + a db."""
     return _result(_raw(a) * _raw(b), (a, lambda g: g * b), (b, lambda g: g * a))
 
 
 @_operation
-def divide(a, b):
+def divide(a: Operand, b: Operand) -> Tensor:
     """a / b, elementwise with broadcasting. d(a/b) = da/b - (a/b^2) db."""
     return _result(_raw(a) / _raw(b), (a, lambda g: g / b), (b, lambda g: -(g / b) * (a / b)))
 
 
 @_operation
-def negative(x):
+def negative(x: Tensor) -> Tensor:
     """-x, elementwise."""
     return _result(-x.data, (x, lambda g: -g))
 
 
 @_operation
-def power(x, exponent):
+def power(x: Tensor, exponent: float) -> Tensor:
     """x ** exponent for a constant number. d(x^p) = p x^(p-1) dx."""
     if isinstance(exponent, Tensor):
         raise TypeError("the exponent must be a number; write exp(b * log(a)) for a ** b")
@@ -387,31 +448,31 @@ def power(x, exponent):
 
 
 @_operation
-def exp(x):
+def exp(x: Tensor) -> Tensor:
     """e^x, elementwise. d exp(x) = exp(x) dx."""
     return _result(xp.exp(x.data), (x, lambda g: g * exp(x)))
 
 
 @_operation
-def log(x):
+def log(x: Tensor) -> Tensor:
     """Natural logarithm, elementwise. d log(x) = dx / x."""
     return _result(xp.log(x.data), (x, lambda g: g / x))
 
 
 @_operation
-def sqrt(x):
+def sqrt(x: Tensor) -> Tensor:
     """Square root, elementwise. d sqrt(x) = dx / (2 sqrt(x)), infinite at 0."""
     return _result(xp.sqrt(x.data), (x, lambda g: g * 0.5 / sqrt(x)))
 
 
 @_operation
-def tanh(x):
+def tanh(x: Tensor) -> Tensor:
     """Hyperbolic tangent, elementwise. d tanh(x) = (1 - tanh(x)^2) dx."""
     return _result(xp.tanh(x.data), (x, lambda g: g * (1.0 - tanh(x) ** 2)))
 
 
 @_operation
-def sigmoid(x):
+def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + e^-x), elementwise; for x < 0 as e^x / (1 + e^x), so that exp cannot overflow. d s(x) = s(x) s(-x) dx."""
     small = xp.exp(-xp.abs(x.data))
     data = xp.where(x.data < 0, small, 1) / (1 + small)
@@ -419,20 +480,20 @@ def sigmoid(x):
 
 
 @_operation
-def softplus(x):
+def softplus(x: Tensor) -> Tensor:
     """log(1 + e^x), elementwise, as max(x, 0) + log(1 + e^-|x|), which cannot overflow. d = sigmoid(x) dx."""
     data = xp.maximum(x.data, 0.0) + xp.log1p(xp.exp(-xp.abs(x.data)))
     return _result(data, (x, lambda g: g * sigmoid(x)))
 
 
 @_operation
-def relu(x):
+def relu(x: Tensor) -> Tensor:
     """max(x, 0), elementwise; the derivative is 1 where x > 0, else 0."""
     return _result(xp.maximum(x.data, 0.0), (x, lambda g: g * (x.data > 0)))
 
 
 @_operation
-def matmul(a, b):
+def matmul(a: Operand, b: Operand) -> Tensor:
     """Matrix product (..., n, k) @ (..., k, m) -> (..., n, m); leading axes broadcast.
 
     d(ab) = da b + a db, so the gradients are g b^T and a^T g. When b is one matrix for a whole batch, all rows of a are
@@ -451,12 +512,12 @@ def matmul(a, b):
     return _result(data, (a, lambda g: matmul(g, swap_last(b))), (b, lambda g: matmul(swap_last(a), g)))
 
 
-def _rows(x):
+def _rows(x: Tensor) -> Tensor:
     return reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))  # (..., c) -> (rows, c)
 
 
 @_operation
-def reduce_sum(x, axis=None, keepdims=False):
+def reduce_sum(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Sum over `axis` (a number, a tuple, or None for all). The gradient of a sum is spread to every summand."""
     axes = range(x.ndim) if axis is None else normalize_axis_tuple(axis, x.ndim)
     kept = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
@@ -465,16 +526,16 @@ def reduce_sum(x, axis=None, keepdims=False):
 
 
 @_operation
-def reduce_mean(x, axis=None, keepdims=False):
+def reduce_mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Mean over `axis` (a number, a tuple, or None for all)."""
     if not x.size:
         raise ValueError("there is no mean of no elements")
     total = reduce_sum(x, axis, keepdims)
-    return total * (total.size / x.size)
+    return total * (total.size / x.size)  # x.size / total.size elements went into each sum
 
 
 @_operation
-def reduce_max(x, axis=None, keepdims=False):
+def reduce_max(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Largest element over `axis`. The gradient goes to it, in equal parts where several are equal."""
     top = x.data.max(axis=axis, keepdims=True)
     is_top = x.data == top
@@ -484,34 +545,34 @@ def reduce_max(x, axis=None, keepdims=False):
 
 
 @_operation
-def broadcast_to(x, shape):
+def broadcast_to(x: Tensor, shape: Shape) -> Tensor:
     """Stretch axes of size 1 (and add leading ones) to `shape`, without a copy; `unbroadcast` is its derivative."""
     return _result(xp.broadcast_to(x.data, shape), (x, lambda g: g))
 
 
 @_operation
-def reshape(x, *shape):
+def reshape(x: Tensor, *shape: int | Sequence[int]) -> Tensor:
     """The same elements in another shape, row by row; one size may be -1."""
-    shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    sizes: Any = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
     before = x.shape
-    return _result(x.data.reshape(shape), (x, lambda g: reshape(g, before)))
+    return _result(x.data.reshape(sizes), (x, lambda g: reshape(g, before)))
 
 
 @_operation
-def transpose(x, *axes):
+def transpose(x: Tensor, *axes: int) -> Tensor:
     """Permute the axes, axes[i] of x becoming axis i; without axes, reverse them. The derivative permutes back."""
     axes = axes or tuple(reversed(range(x.ndim)))
     back = tuple(sorted(range(len(axes)), key=lambda i: axes[i] % max(x.ndim, 1)))
     return _result(x.data.transpose(axes), (x, lambda g: transpose(g, *back)))
 
 
-def swap_last(x):
+def swap_last(x: Tensor) -> Tensor:
     """Transpose the last two axes: (..., n, m) -> (..., m, n)."""
     return transpose(x, *range(x.ndim - 2), x.ndim - 1, x.ndim - 2)
 
 
 @_operation
-def getitem(x, index):
+def getitem(x: Tensor, index: Index | tuple[Index, ...]) -> Tensor:
     """x[index] for whole numbers, slices, None and ...; the gradient is laid into zeros at the same place."""
     for part in index if isinstance(index, tuple) else (index,):
         if not (part is None or part is Ellipsis or isinstance(part, (int, np.integer, slice))):
@@ -520,18 +581,18 @@ def getitem(x, index):
 
 
 @_operation
-def _place(x, index, shape):
+def _place(x: Tensor, index: Index | tuple[Index, ...], shape: Shape) -> Tensor:
     data = xp.zeros(shape, x.dtype)
     data[index] = x.data
     return _result(data, (x, lambda g: g[index]))
 
 
 @_operation
-def concatenate(tensors, axis=0):
+def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     """Join Tensors along an existing axis; each gets its own part of the gradient."""
     ends = list(itertools.accumulate(x.shape[axis] for x in tensors))
 
-    def part(i):
+    def part(i: int) -> Vjp:
         index = [slice(None)] * tensors[i].ndim
         index[axis] = slice(ends[i] - tensors[i].shape[axis], ends[i])
         return lambda g: g[tuple(index)]
@@ -542,14 +603,15 @@ def concatenate(tensors, axis=0):
 
 for _name, _function in {"add": add, "sub": subtract, "mul": multiply, "truediv": divide, "matmul": matmul}.items():
     setattr(Tensor, f"__{_name}__", _function)
+    # a + b with an array or number a is b.__radd__(a); the default value keeps each lambda's own function
     setattr(Tensor, f"__r{_name}__", lambda b, a, _function=_function: _function(a, b))
-Tensor.__neg__, Tensor.__pow__, Tensor.__getitem__ = negative, power, getitem
-Tensor.sum, Tensor.mean, Tensor.max, Tensor.reshape, Tensor.transpose = (
-    reduce_sum, reduce_mean, reduce_max, reshape, transpose)  # fmt: skip
+for _name, _method in {"__neg__": negative, "__pow__": power, "__getitem__": getitem, "sum": reduce_sum, "max": reduce_max,
+                       "mean": reduce_mean, "reshape": reshape, "transpose": transpose}.items():  # fmt: skip
+    setattr(Tensor, _name, _method)
 
 
 @_operation
-def pixel_shuffle(x, factor):
+def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
     """(B, C*r*r, H, W) -> (B, C, H*r, W*r) with r = factor: channels become resolution.
 
     out[b, c, h*r + i, w*r + j] = x[b, c*r*r + i*r + j, h, w] (Shi et al. 2016, eq. 4, in PyTorch's order of channels);
@@ -564,7 +626,7 @@ def pixel_shuffle(x, factor):
 
 
 @_operation
-def pixel_unshuffle(x, factor):
+def pixel_unshuffle(x: Tensor, factor: int) -> Tensor:
     """(B, C, H*r, W*r) -> (B, C*r*r, H, W): the inverse of `pixel_shuffle`."""
     batch, channels, height, width = x.shape
     if height % factor or width % factor:
@@ -599,15 +661,16 @@ __device__ real warp_max(real x) {
 
 
 @functools.cache
-def _kernel(source, name, dtype, **constants):
+def _kernel(source: str, name: str, dtype: np.dtype[Any], **constants: object) -> Any:
     """The kernel `name` of a CUDA source, compiled for arrays of `dtype` and with `constants` in place of their names."""
     constants |= {"LOWEST": f"real({np.finfo(dtype).min!s})"}
     lines = [f"#define {key} {value}" for key, value in constants.items()]
     lines.append(f"typedef {'double' if dtype == np.float64 else 'float'} real;")
-    return xp.RawKernel("\n".join([*lines, _CUDA, source]), name)
+    cupy: Any = xp
+    return cupy.RawKernel("\n".join([*lines, _CUDA, source]), name)
 
 
-def _launch(source, name, grid, block, *arguments, **constants):
+def _launch(source: str, name: str, grid: Shape, block: Shape, *arguments: Any, **constants: object) -> None:
     """Run the kernel `name` of a CUDA source in a grid of blocks of threads.
 
     arguments: arrays, of which the first says what `real` is, and must lie in rows if they are written to; None for an
@@ -615,7 +678,7 @@ def _launch(source, name, grid, block, *arguments, **constants):
     """
     dtype = arguments[0].dtype
 
-    def passed(x):
+    def passed(x: Any) -> Any:
         if isinstance(x, xp.ndarray):
             return xp.ascontiguousarray(x)
         return np.uintp(0) if x is None else np.int64(x) if isinstance(x, int) else dtype.type(x)
@@ -623,13 +686,13 @@ def _launch(source, name, grid, block, *arguments, **constants):
     _kernel(source, name, dtype, **constants)(grid, block, tuple(map(passed, arguments)))
 
 
-def _launch_elements(source, name, size, *arguments):
+def _launch_elements(source: str, name: str, size: int, *arguments: Any) -> None:
     """A thread for each of `size` elements."""
     if size:
         _launch(source, name, (-(-size // 256),), (256,), *arguments, size)
 
 
-def _launch_rows(source, name, x, *arguments):
+def _launch_rows(source: str, name: str, x: Array, *arguments: Any) -> None:
     """A warp of 32 threads for each row of an array x (..., width), four of them in a block; the row is theirs to share."""
     width = x.shape[-1]
     if x.size:
@@ -637,7 +700,7 @@ def _launch_rows(source, name, x, *arguments):
 
 
 @_operation
-def linear(x, weight, bias=None):
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight + bias: (..., k), (k, m), (m,) -> (..., m), the sum written into the product's own array."""
     if x.shape[-1:] != weight.shape[:1] or (bias is not None and bias.shape != weight.shape[1:]):
         raise ValueError("expected (..., k), (k, m) and (m,)")
@@ -686,7 +749,7 @@ extern "C" __global__ void gelu_curvature(const real* x, const real* g, real* ou
 """
 
 
-def _elementwise(kernel, *arrays, results=1):
+def _elementwise(kernel: Callable[..., tuple[Array, ...]], *arrays: Array, results: int = 1) -> list[Array]:
     """`results` new arrays from kernel(*arrays): in cache-sized pieces on the CPU, by the kernel of its name on a GPU."""
     made = [xp.empty(arrays[0].shape, arrays[0].dtype) for _ in range(results)]
     if xp is not np:
@@ -699,7 +762,7 @@ def _elementwise(kernel, *arrays, results=1):
     return made
 
 
-def _normal(x):
+def _normal(x: Array) -> tuple[Array, Array]:
     """Phi(x) and phi(x) of an array. NumPy has no erf: float64 asks math.erf for every element, slow and exact, and
     float32 uses Abramowitz and Stegun 7.1.26, whose error of 1.5e-7 is float32's own, and which shares phi's exp."""
     density = np.exp(x * x * -0.5)
@@ -724,23 +787,23 @@ def _normal(x):
 
 
 @_operation
-def normal_cdf(x):
+def normal_cdf(x: Tensor) -> Tensor:
     """Phi(x), elementwise: the probability that a standard normal number is below x. d Phi(x) = phi(x) dx."""
     (data,) = _elementwise(_normal_cdf, x.data)
     return _result(data, (x, lambda g: g * exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))))
 
 
-def _normal_cdf(x):
+def _normal_cdf(x: Array) -> tuple[Array, ...]:
     return _normal(x)[:1]
 
 
-def gelu_composed(x):
+def gelu_composed(x: Tensor) -> Tensor:
     """GELU as its definition reads: x Phi(x)."""
     return x * normal_cdf(x)
 
 
 @_operation
-def gelu(x):
+def gelu(x: Tensor) -> Tensor:
     """Gaussian error linear unit in its exact form, x Phi(x), elementwise (Hendrycks and Gimpel 2016).
 
     Its derivatives: x Phi(x)  ->  Phi(x) + x phi(x)  ->  (2 - x^2) phi(x), using phi'(x) = -x phi(x). The first comes
@@ -752,13 +815,13 @@ def gelu(x):
     return _result(value, (x, lambda g: g * (_gelu_slope(x, slope) if _mode.recording else slope)))
 
 
-def _gelu(x):
+def _gelu(x: Array) -> tuple[Array]:
     cdf, _ = _normal(x)
     cdf *= x
     return (cdf,)
 
 
-def _gelu_with_slope(x):
+def _gelu_with_slope(x: Array) -> tuple[Array, Array]:
     cdf, density = _normal(x)
     density *= x
     density += cdf
@@ -767,10 +830,10 @@ def _gelu_with_slope(x):
 
 
 @_operation
-def _gelu_slope(x, slope):
+def _gelu_slope(x: Tensor, slope: Array) -> Tensor:
     """The array `slope` = Phi(x) + x phi(x) as an operation on x, with its derivative (2 - x^2) phi(x)."""
 
-    def vjp(g):
+    def vjp(g: Tensor) -> Tensor:
         if _mode.recording:
             return g * (2.0 - x * x) * exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))
         return Tensor(_elementwise(_gelu_curvature, x.data, g.data)[0])
@@ -778,7 +841,7 @@ def _gelu_slope(x, slope):
     return _result(slope, (x, vjp))
 
 
-def _gelu_curvature(x, g):
+def _gelu_curvature(x: Array, g: Array) -> tuple[Array]:
     square = x * x
     density = np.exp(square * -0.5)
     density *= 1 / math.sqrt(2 * math.pi)
@@ -788,7 +851,7 @@ def _gelu_curvature(x, g):
     return (density,)
 
 
-def softmax_composed(x):
+def softmax_composed(x: Tensor) -> Tensor:
     """Softmax as its definition reads: exp(x) / sum exp(x). Overflows for large x, which `softmax` does not."""
     weights = exp(x)
     return weights / weights.sum(axis=-1, keepdims=True)
@@ -826,7 +889,7 @@ extern "C" __global__ void softmax_vjp(const real* p, const real* g, real* out, 
 
 
 @_operation
-def softmax(x, mask=None):
+def softmax(x: Tensor, mask: Array | None = None) -> Tensor:
     """exp(x) / sum exp(x) over the last axis: (..., n) -> (..., n), rows that sum to 1.
 
     The row's maximum is subtracted first, which cancels in the quotient and keeps exp from overflowing. mask: a boolean
@@ -838,7 +901,7 @@ def softmax(x, mask=None):
         raise ValueError(f"the mask, of shape {mask.shape}, must broadcast to x")
     p = _softmax(x.data, mask) if xp is np else _softmax_gpu(x.data, mask)
 
-    def vjp(g):
+    def vjp(g: Tensor) -> Tensor:
         if _mode.recording:
             y = softmax(x, mask)
             return y * (g - (g * y).sum(axis=-1, keepdims=True))
@@ -852,7 +915,7 @@ def softmax(x, mask=None):
     return _result(p, (x, vjp))
 
 
-def _softmax(x, mask):
+def _softmax(x: Array, mask: Array | None) -> Array:
     p = x if mask is None else np.where(mask, x, -np.inf).astype(x.dtype)
     p = p - _finite(p.max(axis=-1, keepdims=True))
     np.exp(p, out=p)
@@ -860,7 +923,7 @@ def _softmax(x, mask):
     return p
 
 
-def _softmax_gpu(x, mask):
+def _softmax_gpu(x: Array, mask: Array | None) -> Array:
     p, rows = xp.empty(x.shape, x.dtype), 1
     if mask is not None:
         mask = mask.astype(bool)
@@ -871,15 +934,15 @@ def _softmax_gpu(x, mask):
     return p
 
 
-def _finite(top):
+def _finite(top: Array) -> Array:
     return xp.maximum(top, xp.finfo(top.dtype).min)  # a row's maximum, also where the whole row is masked (-inf)
 
 
-def _positive(total):
+def _positive(total: Array) -> Array:
     return xp.maximum(total, xp.finfo(total.dtype).tiny)  # a row's sum, also where the whole row is masked (0)
 
 
-def layer_norm_composed(x, weight, bias, eps=1e-5):
+def layer_norm_composed(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Layer norm as its definition reads."""
     centred = x - x.mean(axis=-1, keepdims=True)
     variance = (centred * centred).mean(axis=-1, keepdims=True)
@@ -924,7 +987,7 @@ extern "C" __global__ void layer_norm_vjp(const real* h, const real* r, const re
 
 
 @_operation
-def layer_norm(x, weight, bias, eps=1e-5):
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Layer normalization over the last axis: (..., C), (C,), (C,) -> (..., C) (Ba et al. 2016).
 
     h = (x - mean(x)) r with r = (mean((x - mean(x))^2) + eps)^-1/2, and the result is h weight + bias.
@@ -935,23 +998,23 @@ def layer_norm(x, weight, bias, eps=1e-5):
         raise ValueError("weight and bias must have the shape of x's last axis")
     data, h, r = (_layer_norm if xp is np else _layer_norm_gpu)(x.data, weight.data, bias.data, eps)
 
-    def vjp_x(g):
+    def vjp_x(g: Tensor) -> Tensor:
         if _mode.recording:
             return _normalize_vjp(x, eps, h, r, g * weight)
         return Tensor(_normalize_vjp_arrays(h, r, g.data, weight.data))
 
-    def vjp_weight(g):
+    def vjp_weight(g: Tensor) -> Tensor:
         return g * (_normalized(x, eps, h, r) if _mode.recording else h)
 
     return _result(data, (x, vjp_x), (weight, vjp_weight), (bias, lambda g: g))
 
 
-def _row_sum(x):
+def _row_sum(x: Array) -> Array:
     """(..., C) -> (..., 1), as a product with a vector of ones: BLAS sums rows several times faster than ufuncs do."""
     return xp.matmul(x, xp.ones((x.shape[-1], 1), x.dtype))
 
 
-def _layer_norm(x, weight, bias, eps):
+def _layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> tuple[Array, Array, Array]:
     """The result of `layer_norm` and its arrays h (..., C) and r (..., 1)."""
     width = x.shape[-1]
     h = x - _row_sum(x) / width
@@ -966,13 +1029,13 @@ def _layer_norm(x, weight, bias, eps):
     return data, h, r
 
 
-def _layer_norm_gpu(x, weight, bias, eps):
+def _layer_norm_gpu(x: Array, weight: Array, bias: Array, eps: float) -> tuple[Array, Array, Array]:
     data, h, r = xp.empty(x.shape, x.dtype), xp.empty(x.shape, x.dtype), xp.empty((*x.shape[:-1], 1), x.dtype)
     _launch_rows(_LAYER_NORM_CUDA, "layer_norm", x, weight, bias, data, h, r, eps)
     return data, h, r
 
 
-def _normalize_vjp_arrays(h, r, g, weight=None):
+def _normalize_vjp_arrays(h: Array, r: Array, g: Array, weight: Array | None = None) -> Array:
     """r (u - mean(u) - h mean(h u)) of u = g weight, or of u = g."""
     if xp is not np:
         dx = xp.empty_like(h)
@@ -988,17 +1051,17 @@ def _normalize_vjp_arrays(h, r, g, weight=None):
     return dx
 
 
-def _normalize_vjp(x, eps, h, r, u):
+def _normalize_vjp(x: Tensor, eps: float, h: Array, r: Array, u: Tensor) -> Tensor:
     """dx of `layer_norm` in Tensor operations, so that it can be differentiated: h and r are operations on x again."""
-    h, r = _normalized(x, eps, h, r), _inverse_deviation(x, eps, h, r)
-    return r * (u - u.mean(axis=-1, keepdims=True) - h * (u * h).mean(axis=-1, keepdims=True))
+    h_x, r_x = _normalized(x, eps, h, r), _inverse_deviation(x, eps, h, r)
+    return r_x * (u - u.mean(axis=-1, keepdims=True) - h_x * (u * h_x).mean(axis=-1, keepdims=True))
 
 
 @_operation
-def _normalized(x, eps, h, r):
+def _normalized(x: Tensor, eps: float, h: Array, r: Array) -> Tensor:
     """The array h of `layer_norm` as an operation on x."""
 
-    def vjp(g):
+    def vjp(g: Tensor) -> Tensor:
         if _mode.recording:
             return _normalize_vjp(x, eps, h, r, g)
         return Tensor(_normalize_vjp_arrays(h, r, g.data))
@@ -1007,10 +1070,10 @@ def _normalized(x, eps, h, r):
 
 
 @_operation
-def _inverse_deviation(x, eps, h, r):
+def _inverse_deviation(x: Tensor, eps: float, h: Array, r: Array) -> Tensor:
     """The array r of `layer_norm` as an operation on x. dr = -r^2 sum(h dx) / C."""
 
-    def vjp(g):
+    def vjp(g: Tensor) -> Tensor:
         if _mode.recording:
             return g * _inverse_deviation(x, eps, h, r) ** 2 * _normalized(x, eps, h, r) * (-1 / x.shape[-1])
         return Tensor(g.data * r * r * (-1 / x.shape[-1]) * h)
@@ -1018,7 +1081,7 @@ def _inverse_deviation(x, eps, h, r):
     return _result(r, (x, vjp))
 
 
-def attention_composed(qkv, num_heads, mask=None):
+def attention_composed(qkv: Tensor, num_heads: int, mask: Array | None = None) -> Tensor:
     """Multi-head attention as its definition reads: softmax(q k^T / sqrt(D)) v for each head, then heads side by side."""
     batch, tokens, width = qkv.shape
     head = width // 3 // num_heads
@@ -1031,7 +1094,8 @@ def attention_composed(qkv, num_heads, mask=None):
 
 _ATTENTION_CUDA = """
 // A block of TILE threads takes TILE queries (or keys) of one head, a thread each, and goes through all keys (or queries)
-// TILE at a time, which the threads first fetch together into memory that they share. D is a head's width.
+// TILE at a time, which the threads first fetch together into memory that they share. D is a head's width; blockIdx.y
+// numbers the heads of the whole batch.
 #define HEAD(array, parts, part) (array + (count(blockIdx.y / heads) * tokens * parts + part) * heads * D \\
                                   + blockIdx.y % heads * D)  // of the first token; the next is parts * heads * D further
 
@@ -1152,7 +1216,7 @@ extern "C" __global__ void attention_vjp_key(const real* qkv, const bool* mask, 
 
 
 @_operation
-def attention(qkv, num_heads, mask=None):
+def attention(qkv: Tensor, num_heads: int, mask: Array | None = None) -> Tensor:
     """Scaled dot-product self-attention of H = num_heads heads of width D = C / H: (B, N, 3C) -> (B, N, C).
 
     qkv holds query, key and value of every token side by side. mask: boolean (N, N), True where query i may see key j.
@@ -1174,7 +1238,7 @@ def attention(qkv, num_heads, mask=None):
     forward, backward = (_attention, _attention_vjp) if xp is np else (_attention_gpu, _attention_vjp_gpu)
     out, log_sum = forward(qkv.data, num_heads, mask)
 
-    def vjp(g):
+    def vjp(g: Tensor) -> Tensor:
         if _mode.recording:
             return grad(attention_composed(qkv, num_heads, mask), [qkv], g, create_graph=True)[0]
         return Tensor(backward(qkv.data, num_heads, mask, out, log_sum, g.data))
@@ -1182,12 +1246,12 @@ def attention(qkv, num_heads, mask=None):
     return _result(out, (qkv, vjp))
 
 
-def _attention(qkv, num_heads, mask):
+def _attention(qkv: Array, num_heads: int, mask: Array | None) -> tuple[Array, Array]:
     """out (B, N, C) and the logarithm L (B*H, N, 1) of each query's sum, from qkv (B, N, 3C)."""
     q, k, v = _split_heads(qkv, num_heads)  # (B*H, N, D) each
     k = _swap_copy(k)  # (B*H, D, N)
     out, log_sum = xp.empty_like(q), xp.empty((*q.shape[:2], 1), q.dtype)
-    for heads, rows, keys in _blocks(*q.shape[:2], mask):
+    for heads, rows, keys in _blocks(len(q), q.shape[1], mask):
         p = xp.matmul(q[heads, rows], k[heads, :, keys])  # (heads, rows, keys)
         if mask is not None:
             p += _mask_bias(mask[rows, keys], p.dtype)
@@ -1200,7 +1264,7 @@ def _attention(qkv, num_heads, mask):
     return _join_heads(out[None], len(qkv), num_heads), log_sum
 
 
-def _attention_vjp(qkv, num_heads, mask, out, log_sum, g):
+def _attention_vjp(qkv: Array, num_heads: int, mask: Array | None, out: Array, log_sum: Array, g: Array) -> Array:
     """d qkv (B, N, 3C) from g (B, N, C). Subtracting a number from each row of a product is left to the product:
     q k^T - L = [q, -L] [k, 1]^T, which saves a pass over the scores, and likewise g v^T - sum(g out)."""
     q, k, v = _split_heads(qkv, num_heads)  # (B*H, N, D) each
@@ -1211,7 +1275,7 @@ def _attention_vjp(qkv, num_heads, mask, out, log_sum, g):
     g_shifted, v_one = xp.concatenate([g, -_row_sum(inner)], axis=-1), _swap_copy(xp.concatenate([v, one], axis=-1))
     result = xp.zeros((3, *q.shape), q.dtype)
     dq, dk, dv = result
-    for heads, rows, keys in _blocks(*q.shape[:2], mask):
+    for heads, rows, keys in _blocks(len(q), q.shape[1], mask):
         p = xp.matmul(q_shifted[heads, rows], k_one[heads, :, keys])  # (heads, rows, keys)
         if mask is not None:
             p += _mask_bias(mask[rows, keys], p.dtype)
@@ -1226,10 +1290,10 @@ def _attention_vjp(qkv, num_heads, mask, out, log_sum, g):
     return _join_heads(result, len(out), num_heads)
 
 
-_WIDEST_HEAD = 32  # that a thread can keep in its registers; wider heads have few tokens, so few scores to write down
+_WIDEST_HEAD = 32  # a thread keeps its rows of D numbers in registers; wider heads have few tokens, so few scores to hold
 
 
-def _attention_gpu(qkv, num_heads, mask):
+def _attention_gpu(qkv: Array, num_heads: int, mask: Array | None) -> tuple[Array, Array]:
     """The same as `_attention` by one kernel, which never writes a score down: its sum, its maximum and the weighted sum
     of values grow key by key, and are scaled down whenever a larger maximum turns up (the online softmax)."""
     batch, tokens, width = qkv.shape
@@ -1238,7 +1302,7 @@ def _attention_gpu(qkv, num_heads, mask):
     return out, log_sum
 
 
-def _attention_vjp_gpu(qkv, num_heads, mask, out, log_sum, g):
+def _attention_vjp_gpu(qkv: Array, num_heads: int, mask: Array | None, out: Array, log_sum: Array, g: Array) -> Array:
     """The same as `_attention_vjp` by two kernels, one for queries and one for keys, so that none adds into another's."""
     result = xp.empty(qkv.shape, qkv.dtype)
     for name in ("attention_vjp_query", "attention_vjp_key"):
@@ -1246,7 +1310,7 @@ def _attention_vjp_gpu(qkv, num_heads, mask, out, log_sum, g):
     return result
 
 
-def _launch_heads(name, qkv, num_heads, mask, *arrays):
+def _launch_heads(name: str, qkv: Array, num_heads: int, mask: Array | None, *arrays: Array) -> None:
     batch, tokens, width = qkv.shape
     head = width // 3 // num_heads
     tile = 128 if head <= 16 else 32  # what they share has to fit into 48 kB
@@ -1256,15 +1320,15 @@ def _launch_heads(name, qkv, num_heads, mask, *arrays):
         _launch(_ATTENTION_CUDA, name, grid, (tile,), qkv, mask, *arrays, tokens, num_heads, **constants)
 
 
-def _swap_copy(x):
+def _swap_copy(x: Array) -> Array:
     return xp.ascontiguousarray(x.swapaxes(-1, -2))  # small products run twice as fast on a right side that lies in rows
 
 
-def _mask_bias(mask, dtype):
+def _mask_bias(mask: Array, dtype: np.dtype[Any]) -> Array:
     return xp.where(mask, 0, -xp.inf).astype(dtype)
 
 
-def _split_heads(x, num_heads, parts=3):
+def _split_heads(x: Array, num_heads: int, parts: int = 3) -> Array:
     """(B, N, parts*C) -> (parts, B*H, N, D); of three parts the first, the query, is scaled by D^-1/2."""
     batch, tokens, width = x.shape
     head = width // parts // num_heads
@@ -1275,7 +1339,7 @@ def _split_heads(x, num_heads, parts=3):
     return x
 
 
-def _join_heads(x, batch, num_heads):
+def _join_heads(x: Array, batch: int, num_heads: int) -> Array:
     """(parts, B*H, N, D) -> (B, N, parts*C)."""
     parts, _, tokens, head = x.shape
     x = x.reshape(parts, batch, num_heads, tokens, head).transpose(1, 3, 0, 2, 4)  # (B, N, parts, H, D)
@@ -1285,7 +1349,7 @@ def _join_heads(x, batch, num_heads):
 _SCORES = 1 << 17  # of them in a block: half a megabyte, in a core's cache together with its product
 
 
-def _blocks(heads, tokens, mask):
+def _blocks(heads: int, tokens: int, mask: Array | None) -> Iterator[tuple[slice, slice, slice]]:
     """Slices (heads, rows, keys) that cover all scores, each at most _SCORES of them.
 
     keys reaches from the first to the last key that the mask lets any of the rows see: a small window costs less.
@@ -1299,7 +1363,7 @@ def _blocks(heads, tokens, mask):
             yield slice(h, h + group), slice(r, r + rows), visible
 
 
-def _visible(mask, rows):
+def _visible(mask: Array | None, rows: slice) -> slice:
     if mask is None:
         return slice(None)
     seen = np.flatnonzero(mask[rows].any(axis=0))
@@ -1311,11 +1375,11 @@ def _visible(mask, rows):
 # (B, C, H, W); kernel, stride and padding are numbers, or pairs of one for the rows and one for the columns.
 
 
-def _pair(n):
+def _pair(n: Pair) -> Shape:
     return n if isinstance(n, tuple) else (n, n)
 
 
-def _padded(x, padding, fill):
+def _padded(x: Array, padding: Shape, fill: float) -> Array:
     """An array (B, C, H, W) with `padding` rows and columns of `fill` around it; itself where there are none."""
     (rows, columns), (batch, channels, height, width) = padding, x.shape
     if not rows and not columns:
@@ -1325,7 +1389,7 @@ def _padded(x, padding, fill):
     return data
 
 
-def _windows(x, kernel, stride):
+def _windows(x: Array, kernel: Shape, stride: Shape) -> Array:
     """A view of an array (B, C, H, W) as its windows, (B, C, kh, kw, H', W'), all of them in the same memory."""
     (kh, kw), (down, right), (batch, channels, height, width) = kernel, stride, x.shape
     rows, columns = (height - kh) // down + 1, (width - kw) // right + 1
@@ -1336,7 +1400,7 @@ def _windows(x, kernel, stride):
 
 
 @_operation
-def unfold(x, kernel, stride=1, padding=0, fill=0.0):
+def unfold(x: Tensor, kernel: Pair, stride: Pair = 1, padding: Pair = 0, fill: float = 0.0) -> Tensor:
     """All windows of a picture: (B, C, H, W) -> (B, C, kh, kw, H', W'), H' = (H + 2 padding - kh) // stride + 1.
 
     out[b, c, i, j, y, x] is pixel (i, j) of the window whose corner lies at (y, x) * stride, in the picture with a margin
@@ -1348,7 +1412,7 @@ def unfold(x, kernel, stride=1, padding=0, fill=0.0):
 
 
 @_operation
-def fold(x, shape, stride=1, padding=0):
+def fold(x: Tensor, shape: Shape, stride: Pair = 1, padding: Pair = 0) -> Tensor:
     """Add windows (B, C, kh, kw, H', W') up where `unfold` took them from: a picture of `shape` (B, C, H, W)."""
     kernel, stride, padding = x.shape[2:4], _pair(stride), _pair(padding)
     (down, right), (top, left), (rows, columns) = stride, padding, x.shape[4:]
@@ -1359,7 +1423,7 @@ def fold(x, shape, stride=1, padding=0):
     return _result(data, (x, lambda g: unfold(g, kernel, stride, padding)))
 
 
-def conv2d_composed(x, weight, bias=None, stride=1, padding=0):
+def conv2d_composed(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Pair = 1, padding: Pair = 0) -> Tensor:
     """Convolution as its definition reads: every window, as one row of numbers, times the matrix of the weights."""
     outputs, _, *kernel = weight.shape
     windows = unfold(x, tuple(kernel), stride, padding)  # (B, C, kh, kw, H', W')
@@ -1373,7 +1437,7 @@ _COLUMNS = 1 << 18  # numbers in the windows that a CPU lays out at once: a mega
 
 
 @_operation
-def conv2d(x, weight, bias=None, stride=1, padding=0):
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Pair = 1, padding: Pair = 0) -> Tensor:
     """Convolution (cross-correlation, as all frameworks have it): (B, C, H, W), (O, C, kh, kw), (O,) -> (B, O, H', W').
 
     out[b, o, y, x] = bias[o] + sum over c, i, j of weight[o, c, i, j] in[b, c, y stride + i, x stride + j]: one matrix
@@ -1394,11 +1458,11 @@ def conv2d(x, weight, bias=None, stride=1, padding=0):
     if bias is not None:
         data += bias.data.reshape(-1, 1, 1)
 
-    def vjp_x(g):
+    def vjp_x(g: Tensor) -> Tensor:
         spread = matmul(reshape(weight, outputs, inner).T, reshape(g, batch, outputs, -1))  # (B, C kh kw, H'W')
         return fold(reshape(spread, windows.shape), x.shape, stride, padding)
 
-    def vjp_weight(g):
+    def vjp_weight(g: Tensor) -> Tensor:
         laid_out = reshape(unfold(x, kernel, stride, padding), batch, inner, -1)  # (B, C kh kw, H'W')
         product = matmul(reshape(g, batch, outputs, -1), swap_last(laid_out))  # (B, O, C kh kw)
         return reshape(reduce_sum(product, 0), weight.shape)
@@ -1406,9 +1470,9 @@ def conv2d(x, weight, bias=None, stride=1, padding=0):
     return _result(data, (x, vjp_x), (weight, vjp_weight), (bias, lambda g: reduce_sum(g, (0, 2, 3))))
 
 
-def _picture_blocks(batch, rows, size):
+def _picture_blocks(batch: int, rows: int, size: int) -> Iterator[tuple[slice, slice]]:
     """Slices (pictures, rows of the result) that cover them all, when a row of the result needs `size` numbers."""
-    budget = _COLUMNS if xp is np else 1 << 28
+    budget = _COLUMNS if xp is np else 1 << 28  # a GPU wants large products: a gigabyte of float32
     lines = min(rows, max(1, budget // size))
     images = max(1, budget // (size * rows))
     for b in range(0, batch, images):
@@ -1416,7 +1480,7 @@ def _picture_blocks(batch, rows, size):
             yield slice(b, min(b + images, batch)), slice(r, min(r + lines, rows))
 
 
-def _over_windows(function, windows):
+def _over_windows(function: np.ufunc, windows: Array) -> Array:
     """A ufunc of two arguments applied over the pixels of each window: array (B, C, kh, kw, H', W') -> (B, C, H', W')."""
     first, *others = (windows[:, :, i, j] for i, j in itertools.product(*map(range, windows.shape[2:4])))
     total = first.copy()
@@ -1426,12 +1490,12 @@ def _over_windows(function, windows):
 
 
 @_operation
-def max_pool2d(x, kernel, stride, padding=0):
+def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair = 0) -> Tensor:
     """The largest pixel of each window: (B, C, H, W) -> (B, C, H', W'). Its gradient is `reduce_max`'s, then folded."""
     kernel, stride, padding = _pair(kernel), _pair(stride), _pair(padding)
     data = _over_windows(xp.maximum, _windows(_padded(x.data, padding, -xp.inf), kernel, stride))
 
-    def vjp(g):
+    def vjp(g: Tensor) -> Tensor:
         is_top = _windows(_padded(x.data, padding, -xp.inf), kernel, stride) == data[:, :, None, None]
         share = is_top / is_top.sum(axis=(2, 3), keepdims=True).astype(x.dtype)
         return fold(g[:, :, None, None] * share, x.shape, stride, padding)
@@ -1440,7 +1504,7 @@ def max_pool2d(x, kernel, stride, padding=0):
 
 
 @_operation
-def avg_pool2d(x, kernel, stride, padding=0, count_padding=True):
+def avg_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair = 0, count_padding: bool = True) -> Tensor:
     """The mean of each window: (B, C, H, W) -> (B, C, H', W'); with count_padding=False of its pixels in the picture."""
     kernel, stride, padding = _pair(kernel), _pair(stride), _pair(padding)
     data = _over_windows(xp.add, _windows(_padded(x.data, padding, 0), kernel, stride))
@@ -1448,7 +1512,7 @@ def avg_pool2d(x, kernel, stride, padding=0, count_padding=True):
     share = 1 / _over_windows(xp.add, _windows(inside, kernel, stride))  # (1, 1, H', W')
     data *= share
 
-    def vjp(g):
+    def vjp(g: Tensor) -> Tensor:
         spread = broadcast_to((g * share)[:, :, None, None], (*x.shape[:2], *kernel, *data.shape[2:]))
         return fold(spread, x.shape, stride, padding)
 
@@ -1456,7 +1520,7 @@ def avg_pool2d(x, kernel, stride, padding=0, count_padding=True):
 
 
 @_operation
-def upsample_nearest(x, factor):
+def upsample_nearest(x: Tensor, factor: int) -> Tensor:
     """Each pixel becomes factor*factor of them: (B, C, H, W) -> (B, C, H factor, W factor)."""
     batch, channels, height, width = x.shape
     x = reshape(x, batch, channels, height, 1, width, 1)
@@ -1465,7 +1529,7 @@ def upsample_nearest(x, factor):
 
 
 @_operation
-def resize_bilinear(x, height, width):
+def resize_bilinear(x: Tensor, height: int, width: int) -> Tensor:
     """Bilinear interpolation between the centres of pixels: (B, C, H, W) -> (B, C, height, width).
 
     A product with a matrix from the left for the rows and from the right for the columns. As PyTorch's interpolate with
@@ -1475,20 +1539,20 @@ def resize_bilinear(x, height, width):
     return matmul(matmul(Tensor(rows), x), Tensor(columns).T)
 
 
-def _interpolation(new, old, dtype):
+def _interpolation(new: int, old: int, dtype: np.dtype[Any]) -> Array:
     """The array (new, old) that interpolates `old` numbers in a line at `new` places, evenly."""
     at = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
     distance = np.abs(at[:, None] - np.arange(old))
     return xp.asarray(np.maximum(1 - distance, 0).astype(dtype))
 
 
-def batch_statistics(x):
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel over a batch of pictures: (B, C, H, W) -> (1, C, 1, 1) each."""
     mean = x.mean(axis=(0, 2, 3), keepdims=True)
     return mean, ((x - mean) ** 2).mean(axis=(0, 2, 3), keepdims=True)
 
 
-def batch_norm(x, mean, variance, weight, bias, eps=1e-5):
+def batch_norm(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Batch normalization (Ioffe and Szegedy 2015): (x - mean) / sqrt(variance + eps) * weight + bias, a channel each.
 
     x (B, C, H, W); mean and variance (1, C, 1, 1) of `batch_statistics` while training, later of their running averages;
@@ -1497,30 +1561,37 @@ def batch_norm(x, mean, variance, weight, bias, eps=1e-5):
     return (x - mean) * (weight.reshape(1, -1, 1, 1) / sqrt(variance + eps)) + bias.reshape(1, -1, 1, 1)
 
 
-def spectral_norm(weight, u):
+def spectral_norm(weight: Tensor, u: Array) -> Tensor:
     """weight / s, with s its largest singular value as a matrix W (O, -1), as u sees it (Miyato et al. 2018).
 
     u: an array (O,), the direction that `power_iteration` improves; it counts as a constant. s = |W^T u|, which is their
     u^T W v for v = W^T u / |W^T u|, and so is its gradient: ds = u^T dW v.
     """
     product = Tensor(u[None]) @ weight.reshape(len(weight), -1)  # (1, -1)
-    return weight / sqrt((product * product).sum() + 1e-24)
+    return weight / sqrt((product * product).sum() + 1e-24)  # W^T u may be 0
 
 
-def power_iteration(weight, u):
+def power_iteration(weight: Array, u: Array) -> Array:
     """One step of the power method, u <- W W^T u / |...|, towards the first left singular vector of an array (O, ...)."""
     matrix = weight.reshape(len(weight), -1)
     return _unit(matrix @ _unit(matrix.T @ u))
 
 
-def _unit(x):
+def _unit(x: Array) -> Array:
     return x / (xp.linalg.norm(x) + 1e-12)
 
 
 # --- 7. Checking derivatives ------------------------------------------------------------------------------------------
 
 
-def gradient_check(function, inputs, order=2, step=1e-5, coordinates=100, seed=0):
+def gradient_check(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Array],
+    order: int = 2,
+    step: float = 1e-5,
+    coordinates: int = 100,
+    seed: int = 0,
+) -> float:
     """The largest relative error of `grad` against central differences, over all derivatives up to `order`.
 
     function: takes Tensors like `inputs` and returns a Tensor of any shape; inputs: float64 arrays. The result y is
@@ -1537,15 +1608,15 @@ def gradient_check(function, inputs, order=2, step=1e-5, coordinates=100, seed=0
         raise TypeError("gradient_check: inputs must be float64")
     rng = np.random.default_rng(seed)
 
-    def number(*tensors):
+    def number(*tensors: Tensor) -> Tensor:
         y = function(*tensors)
         w = xp.asarray(np.random.default_rng(seed + 1).standard_normal(y.shape))
         return ((y + y * y * 0.5) * w).sum()
 
     directions = [xp.asarray(rng.standard_normal(x.shape)) for x in inputs]
 
-    def slope_of(number):
-        def directional(*tensors):
+    def slope_of(number: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def directional(*tensors: Tensor) -> Tensor:
             gradients = grad(number(*tensors), tensors, create_graph=True)
             return sum(((g * u).sum() for g, u in zip(gradients, directions, strict=True)), start=Tensor(0.0, dtype=float))
 
@@ -1558,9 +1629,11 @@ def gradient_check(function, inputs, order=2, step=1e-5, coordinates=100, seed=0
     return worst
 
 
-def _first_order_error(number, inputs, step, coordinates, rng):
-    exact = [grad(*_call(number, inputs), create_graph=recorded) for recorded in (False, True)]
-    exact = [[to_numpy(g) for g in pair] for pair in zip(*exact, strict=True)]  # of each input, both forms
+def _first_order_error(
+    number: Callable[..., Tensor], inputs: list[Array], step: float, coordinates: int, rng: np.random.Generator
+) -> float:
+    walks = [grad(*_call(number, inputs), create_graph=recorded) for recorded in (False, True)]
+    exact = [[to_numpy(g) for g in pair] for pair in zip(*walks, strict=True)]  # of each input, both forms
     worst = 0.0
     for i, x in enumerate(inputs):
         chosen = rng.permutation(x.size)[:coordinates]
@@ -1578,7 +1651,7 @@ def _first_order_error(number, inputs, step, coordinates, rng):
     return worst
 
 
-def _call(number, inputs):
+def _call(number: Callable[..., Tensor], inputs: list[Array]) -> tuple[Tensor, list[Tensor]]:
     tensors = [Tensor(x, requires_grad=True) for x in inputs]
     return number(*tensors), tensors
 
@@ -1586,7 +1659,7 @@ def _call(number, inputs):
 # --- 8. Optimisation, memory ------------------------------------------------------------------------------------------
 
 
-def clip_by_global_norm(gradient, max_norm):
+def clip_by_global_norm(gradient: Array, max_norm: float) -> tuple[Array, Array]:
     """The factor that scales an array to a Euclidean norm of at most max_norm, and that norm.
 
     min(1, max_norm / (norm + 1e-6)), the form PyTorch uses. Both are 0-d arrays that stay on the device. The factor is
@@ -1608,7 +1681,13 @@ class Adam:
     cuts up, and the step count t.
     """
 
-    def __init__(self, parameters, betas=(0.0, 0.99), eps=1e-8, decay=None):
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        betas: tuple[float, float] = (0.0, 0.99),
+        eps: float = 1e-8,
+        decay: float | None = None,
+    ):
         self.parameters, self.betas, self.eps, self.decay, self.t = list(parameters), betas, eps, decay, 0
         self.p = xp.concatenate([p.data.reshape(-1) for p in self.parameters])
         self.gradient, self.v = xp.zeros_like(self.p), xp.zeros_like(self.p)
@@ -1617,7 +1696,7 @@ class Adam:
         for p, part in zip(self.parameters, self.parts(self.p), strict=True):
             p.data = part
 
-    def parts(self, flat):
+    def parts(self, flat: Array) -> list[Array]:
         """One of the flat arrays as a list of views in the parameters' order and shapes."""
         parts, end = [], 0
         for p in self.parameters:
@@ -1625,26 +1704,28 @@ class Adam:
             end += p.size
         return parts
 
-    def add(self, gradients, map=map):
+    def add(self, gradients: Iterable[Tensor], map: Callable[..., Iterable[Any]] = map) -> None:
         """Add gradients, Tensors in the parameters' order, to those of the next step. map: the built-in, or a pool's."""
 
-        def add(total, gradient):
+        def add(total: Array, gradient: Tensor) -> None:
             total += gradient.data
 
         list(map(add, self.parts(self.gradient), gradients))
 
-    def step(self, learning_rate, scale=1.0, map=map):
+    def step(self, learning_rate: float, scale: float | Array = 1.0, map: Callable[..., Iterable[Any]] = map) -> None:
         """One update with `scale` times the gradients that were added, which are zero afterwards; scale may be an array."""
         self.t += 1
         b1, b2 = self.betas
         numbers = learning_rate / (1 - b1**self.t), 1 / math.sqrt(1 - b2**self.t), b1, b2, self.eps, self.decay or 0.0
-        arrays = self.p, self.gradient, self.v, self.m, self.average
         if xp is not np:
-            _launch_elements(_ADAM_CUDA, "adam", self.p.size, *arrays, xp.asarray(scale, self.p.dtype), *numbers)
+            arrays = self.p, self.gradient, self.v, self.m, self.average, xp.asarray(scale, self.p.dtype)
+            _launch_elements(_ADAM_CUDA, "adam", self.p.size, *arrays, *numbers)
             return
 
-        def update(i):
-            _adam(*(None if x is None else x[i : i + _CACHE] for x in arrays), scale, *numbers)
+        def update(i: int) -> None:
+            piece = slice(i, i + _CACHE)
+            m, average = (None if x is None else x[piece] for x in (self.m, self.average))
+            _adam(self.p[piece], self.gradient[piece], self.v[piece], m, average, scale, *numbers)
 
         list(map(update, range(0, self.p.size, _CACHE)))
 
@@ -1664,8 +1745,11 @@ extern "C" __global__ void adam(real* p, real* gradient, real* v, real* m, real*
 """
 
 
-def _adam(p, g, v, m, average, scale, rate, correction, b1, b2, eps, decay):
+def _adam(
+    p: Array, g: Array, v: Array, m: Array | None, average: Array | None, scale: float | Array, *numbers: float
+) -> None:
     """The same on arrays (n,) of a size that stays in the cache."""
+    rate, correction, b1, b2, eps, decay = numbers
     g *= scale
     work = g * g
     work *= 1 - b2
@@ -1688,7 +1772,7 @@ def _adam(p, g, v, m, average, scale, rate, correction, b1, b2, eps, decay):
     g[...] = 0
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Tell glibc to keep freed arrays for the next allocation instead of returning their pages to the system.
 
     A training step frees and allocates the same hundreds of megabytes over and over; having every page zeroed and
@@ -1704,7 +1788,8 @@ def keep_freed_memory():
 
 # --- 9. Where the time goes -------------------------------------------------------------------------------------------
 
-_times = []  # while something is profiled, one dict: {(operation, direction): [seconds, calls, bytes]}
+Times: TypeAlias = dict[tuple[str, str], list[float]]  # {(operation, direction): [seconds, calls, bytes]}
+_times: list[Times] = []  # one while something is profiled
 
 
 class _Depth(threading.local):
@@ -1715,13 +1800,13 @@ _depth, _lock = _Depth(), threading.Lock()
 
 
 @contextlib.contextmanager
-def profile():
+def profile() -> Iterator[Times]:
     """Within this context every operation is timed; yields {(operation, "forward" or "backward"): [seconds, calls, bytes]}.
 
     Seconds are summed over threads; the bytes are those of the results. An operation made of others is one. On a GPU each
     is waited for, so that the whole takes longer than without.
     """
-    times = {}
+    times: Times = {}
     _times.append(times)
     try:
         yield times
@@ -1729,7 +1814,7 @@ def profile():
         _times.remove(times)
 
 
-def _timed(name, direction, function, *args, **kwargs):
+def _timed(name: str, direction: str, function: Callable[P, Tensor], *args: P.args, **kwargs: P.kwargs) -> Tensor:
     if _depth.inside:
         return function(*args, **kwargs)
     _depth.inside = True
@@ -1750,12 +1835,13 @@ def _timed(name, direction, function, *args, **kwargs):
     return result
 
 
-def _wait():
+def _wait() -> None:
     if xp is not np:
-        xp.cuda.Device().synchronize()
+        cupy: Any = xp
+        cupy.cuda.Device().synchronize()
 
 
-def profile_table(times):
+def profile_table(times: Times) -> str:
     """What `profile` found, as text: the operations in falling order of the time they took."""
     rows, total = [("operation", "direction", "seconds", "share", "calls", "MB")], sum(x[0] for x in times.values())
     for (name, direction), (seconds, calls, size) in sorted(times.items(), key=lambda item: -item[1][0]):
