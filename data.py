@@ -3,7 +3,7 @@
 Every data set becomes one array of bytes, (N, 3, H, W) in red, green, blue; only a batch is ever turned into floats.
 
 Contents
-    1. Errors, chance, files  UserError, random_stream, whole_file
+    1. Errors, chance, files  UserError, random_stream, whole_file, sync
     2. Archives               Archive, fetch, download: resumed where it broke off, and checked
     3. CIFAR-10               load_cifar10, its archive and its pickles, which are never executed
     4. Any pictures           load_folder, load_stl10, load_celeba: cropped, resized and decoded once, into a cache
@@ -60,18 +60,35 @@ def random_stream(purpose, seed, number=0):
 
 
 @contextlib.contextmanager
-def whole_file(path):
+def whole_file(path, previous=None):
     """Within this context, a path to write to; what lies there appears as `path` at the end, unless something went wrong.
 
-    So nobody ever meets half a file, and one that was there before stays until the new one is whole.
+    So nobody ever meets half a file, and one that was there before stays until the new one is whole and on the disk itself.
+    It is then renamed to `previous`, if that is given. If all ends between the two renames, `previous` is the newest, and
+    there is no `path`; links would close that gap, but not every file system has them.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
+        sync(part)
+        if previous and path.exists():
+            path.replace(previous)
         part.replace(path)
+        if os.name == "posix":
+            with contextlib.suppress(OSError):  # some network file systems cannot
+                sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def sync(path):
+    """Wait until the disk itself holds a file, or the names in a folder."""
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows asks for the latter
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 # --- 2. Archives ------------------------------------------------------------------------------------------------------
