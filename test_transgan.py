@@ -5,7 +5,7 @@ operation against its composition; the whole of training against PyTorch, where 
 GPU and CuPy the same tests run there.
 
 Contents
-    1. Setting up             device, hypothesis profiles, what tests draw
+    1. Setting up             device, hypothesis profiles, what tests draw, damage at random
     2. Primitive operations   first and second derivatives, extreme values, errors
     3. Fused operations       derivatives, and equality with their compositions
     4. Pictures               convolution, pooling, resizing, batch and spectral norm
@@ -21,6 +21,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import gzip
 import hashlib
 import http.server
 import io
@@ -29,6 +30,7 @@ import math
 import operator
 import os
 import pickle
+import random
 import re
 import shlex
 import shutil
@@ -71,6 +73,55 @@ AGREES = 1e-6  # largest relative error of a derivative against central differen
 seeds = st.integers(0, 2**32 - 1)
 scales = st.sampled_from([0.1, 1.0, 3.0])
 shapes = array_shapes(min_dims=0, max_dims=4, min_side=1, max_side=4)
+
+MODEST = 1 << 27  # bytes that reading a small file, whatever it says, may take
+
+
+def fuzz(examples):
+    """The settings of a test that reads damaged bytes: FUZZ=10000 python -m pytest -k fuzz has more of them."""
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=int(os.environ.get("FUZZ", examples)), suppress_health_check=checks, deadline=20_000)
+
+
+def fuzzed(content, seed):
+    """Bytes after one to four changes, half of them where a part of an archive, an array or a picture says what it is."""
+    rng, content = random.Random(seed), bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        heads = [m.start() for m in re.finditer(rb"PK|NUMPY|ustar|numpy|labels|torch|IHDR|JFIF", content)]
+        at = rng.choice(heads) + rng.randint(0, 80) if heads and rng.random() < 0.5 else rng.randint(0, len(content))
+        count, elsewhere = rng.choice((1, 2, 4, 8, 512)), rng.randint(0, len(content))
+        flipped = bytes(x ^ 1 << rng.randrange(8) for x in content[at : at + 1])
+        junk = rng.choice((b"\0", b"\xff", b"\x7f", b"9")) * count
+        match rng.choice(("flip", "write", "junk", "insert", "remove", "copy", "cut")):
+            case "flip":
+                content[at : at + 1] = flipped
+            case "write":
+                content[at : at + count] = rng.randbytes(count)
+            case "junk":
+                content[at : at + count] = junk
+            case "insert":
+                content[at:at] = rng.randbytes(count)
+            case "remove":
+                del content[at : at + count]
+            case "copy":
+                content[at : at + count] = content[elsewhere : elsewhere + count]
+            case "cut":
+                del content[at:]
+    return bytes(content)
+
+
+@contextlib.contextmanager
+def one_line_at_most():
+    """Within this context, only a UserError of one line may be raised, which ends it, and MODEST memory be taken."""
+    tracemalloc.start()
+    try:
+        yield
+    except UserError as error:
+        assert "\n" not in str(error)
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < MODEST
 
 
 def normal(seed, *shapes, scale=1.0):
@@ -2185,15 +2236,54 @@ def test_modern_pickles_and_missing_files(tmp_path):
         data.load_cifar10(tmp_path)
 
 
-@settings(max_examples=300)
-@given(where=st.integers(0, 400), junk=st.binary(min_size=1, max_size=4), cut=st.none() | st.integers(0, 400))
-def test_damaged_pickles_only_ever_raise_our_own_error(tmp_path_factory, where, junk, cut):
-    content = bytearray(python2_pickle({b"labels": [1], b"data": np.zeros((1, 3072), np.uint8)}))
-    content[where : where + len(junk)] = junk
-    path = tmp_path_factory.getbasetemp() / "damaged"
-    path.write_bytes(content[:cut])
-    with contextlib.suppress(UserError):
-        assert data.read_cifar10(path)[0].shape == (1, 3, 32, 32)
+@fuzz(200)
+@given(seed=seeds)
+def test_a_fuzzed_pickle_only_ever_raises_our_own_error(seed, tmp_path):
+    path = tmp_path / "damaged"
+    path.write_bytes(fuzzed(python2_pickle({b"labels": [1], b"data": np.zeros((1, 3072), np.uint8)}), seed))
+    with one_line_at_most():
+        pictures, labels = data.read_cifar10(path)
+        assert pictures.shape == (1, 3, 32, 32)
+        assert pictures.dtype == np.uint8
+        assert 0 <= labels <= 9
+
+
+made_once = functools.cache(lambda make: make()[0])
+
+
+@each_data_set
+@fuzz(40)
+@given(seed=seeds)
+def test_a_fuzzed_archive_only_ever_raises_our_own_error(name, seed):
+    """Half of the damage is done inside of the compression; and nothing appears but what belongs there."""
+    published, make, load = PUBLISHED[name]
+    content = made_once(make)
+    if seed % 2 and name != "celeba":
+        content = gzip.compress(fuzzed(gzip.decompress(content), seed), 1)
+    else:
+        content = fuzzed(content, seed)
+    caches = {"stl10": "stl10-48.pictures", "celeba": "celeba-64.pictures"}
+    folder = [data.CIFAR10_FOLDER, *(f"{data.CIFAR10_FOLDER}/{file}" for file in data.CIFAR10_FILES)]
+    made = [caches[name]] if name in caches else folder
+    with tempfile.TemporaryDirectory() as top:
+        where = Path(top) / "data"
+        where.mkdir()
+        (where / published.name).write_bytes(content)
+        with one_line_at_most():
+            pictures = load(where, of(published, content))
+            assert pictures.dtype == np.uint8
+            assert pictures.shape[1:] == (3, *[{"cifar10": 32, "stl10": 48, "celeba": 64}[name]] * 2)
+            assert len(pictures)
+        assert set(leftovers(Path(top))) <= {"data", *(f"data/{file}" for file in [published.name, *made])}
+
+
+@fuzz(100)
+@given(seed=seeds)
+def test_a_fuzzed_cache_only_ever_raises_our_own_error(seed, tmp_path):
+    path = tmp_path / f"x{data.CACHE}"
+    path.write_bytes(fuzzed(bytes(4 * 48), seed))
+    with one_line_at_most():
+        assert data.cached(path, 4, None).nbytes == path.stat().st_size > 0
 
 
 def picture_kinds():
@@ -2334,18 +2424,14 @@ def test_many_unreadable_files_are_counted_and_an_empty_folder_is_refused(tmp_pa
         data.load_folder(folder, folder / "1.txt", 8)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]), where=st.floats(0, 1),
-       junk=st.binary(min_size=1, max_size=4), cut=st.none() | st.floats(0, 1))  # fmt: skip
-def test_a_damaged_picture_is_read_or_skipped(kind, where, junk, cut, tmp_path, capsys):
-    content = bytearray(encoded(slope(20, 20), kind))
-    at = int(where * len(content))
-    content[at : at + len(junk)] = junk
-    content = content[: int(cut * len(content))] if cut is not None else content
-    good = encoded(slope(9, 9))
-    with warnings.catch_warnings():
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+@fuzz(30)
+@given(seed=seeds)
+def test_a_fuzzed_picture_is_read_or_skipped(kind, seed, capsys):
+    good, bad = encoded(slope(9, 9)), fuzzed(encoded(slope(20, 20), kind), seed)
+    with warnings.catch_warnings(), one_line_at_most():
         warnings.simplefilter("ignore")  # Pillow's, on odd pictures
-        pictures = list(data.decode(["bad", "good"], lambda name: io.BytesIO(good if name == "good" else content), 8, "x"))
+        pictures = list(data.decode(["bad", "good"], lambda name: io.BytesIO(good if name == "good" else bad), 8, "x"))
     assert pictures[0].shape in ((1, 3, 8, 8), (2, 3, 8, 8))
     assert ("skipped 'bad': " in capsys.readouterr().err) == (len(pictures[0]) == 1)
 
@@ -2825,25 +2911,47 @@ def test_resuming_refuses_every_other_option(small, tmp_path, capsys):
         assert f"leave out {flag} {value}" in fails(capsys, "--resume", out, "--steps", 6, flag, value)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(where=st.floats(0, 1), bit=st.integers(0, 7), draw=st.data())
-def test_a_damaged_checkpoint_only_ever_raises_our_own_error(where, bit, draw, small, tmp_path):
-    path = tmp_path / "checkpoint.npz"
-    if not path.exists():
-        small_trainer().save(path)
-    content = bytearray(path.read_bytes())
-    heads = [m.start() for m in re.finditer(b"PK|NUMPY", content)]  # where archive and arrays describe themselves
-    at = draw.draw(st.sampled_from(heads)) + int(where * 60) if bit % 2 else int(where * (len(content) - 1))
-    content[min(at, len(content) - 1)] ^= 1 << bit
-    bad = tmp_path / "bad.npz"
-    bad.write_bytes(content)
-    trainer = small_trainer()
-    with contextlib.suppress(UserError):
-        transgan.read_options(bad)
-    try:
-        trainer.load(bad)
-    except UserError as error:
-        assert "\n" not in str(error)
+@functools.cache
+def saved_once():
+    """A small run's checkpoint and log, after three of six steps, and the trainer."""
+    trainer = small_trainer(1)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "samples").mkdir()
+        transgan.train(trainer, Path(folder), 6, 3)
+        previous = Path(folder, transgan.CHECKPOINTS[1])
+        return previous.read_bytes(), Path(folder, "log.csv").read_bytes(), trainer
+
+
+@fuzz(60)
+@given(seed=seeds)
+def test_a_fuzzed_checkpoint_only_ever_raises_our_own_error(seed, small, tmp_path):
+    """Or it is as it was written, because every byte that matters is held against a checksum."""
+    content, _, trainer = saved_once()
+    path = tmp_path / transgan.CHECKPOINTS[0]
+    path.write_bytes(content)
+    trainer.load(path)
+    expected = state_of(trainer)
+    path.write_bytes(fuzzed(content, seed))
+    with one_line_at_most():
+        trainer.load(transgan.newest_checkpoint(tmp_path))
+        assert trainer.step == 3
+    assert_same_state(state_of(trainer), expected)
+
+
+@fuzz(150)
+@given(seed=seeds)
+def test_a_fuzzed_log_only_ever_raises_our_own_error(seed, small, tmp_path):
+    _, content, _ = saved_once()
+    path = tmp_path / "log.csv"
+    path.write_bytes(fuzzed(content, seed))
+    with one_line_at_most():
+        log = transgan.Log(path, 3, 6, resumed=True)
+        log.add(4, {"disc_loss": 1.0}, 6)
+        log.close()
+        rows = read_log(tmp_path)
+        assert rows[-1]["step"] == "4"
+        assert all(int(row["step"]) <= 3 for row in rows[:-1])
+        assert math.isfinite(float(rows[-1]["seconds"]))
 
 
 def test_help_and_summary(capsys):

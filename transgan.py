@@ -51,7 +51,7 @@ import numpy as np
 import autograd as ag
 import data
 from autograd import Tensor, grad
-from data import UserError
+from data import UserError, first_line
 
 # --- 1. Building blocks -----------------------------------------------------------------------------------------------
 
@@ -826,7 +826,7 @@ class open_checkpoint:
     """Within this context, the arrays of a checkpoint's zip file; whatever is wrong with it becomes a UserError.
 
     names: what it holds. What it says of itself is not trusted: nothing may be compressed, all together may claim no more
-    than the file's size, and an array is read only when its header is known to be as it should.
+    than the file's size, and an array is read only if its header says what it should.
     """
 
     SMALL = 1 << 16  # bytes of what is no array of the networks
@@ -841,7 +841,7 @@ class open_checkpoint:
             self.names = {member.filename.removesuffix(".npy") for member in members}
             if not {"options", "step"} <= self.names:
                 raise ValueError("it lacks options or step")
-            claimed = sum(member.file_size for member in members)
+            claimed = sum(max(member.file_size, member.compress_size) for member in members)
             if any(member.compress_type for member in members) or claimed > self.path.stat().st_size:
                 raise ValueError("it claims more than its size")
         except Exception as error:  # a damaged archive can raise anything at all
@@ -857,18 +857,14 @@ class open_checkpoint:
         """The array of this name, read-only; of the shape and dtype of `like`, or of at most SMALL bytes."""
         if name not in self.names:
             raise UserError(f"{self.path} does not fit: it has no {name}")
+        if like is None:
+            return data.read_array(self.file, name, self.SMALL)
         with self.file.open(f"{name}.npy") as member:
-            if np.lib.format.read_magic(member) != (1, 0):
-                raise ValueError(f"{name} is of another version")
-            shape, in_columns, dtype = np.lib.format.read_array_header_1_0(member)
-            if like is not None and (shape, dtype) != (like.shape, like.dtype):
-                raise UserError(f"{self.path} does not fit: {name} is {dtype} of shape {shape}, not {like.dtype} of "
-                                f"{like.shape}")  # fmt: skip
-            size = math.prod(shape) * dtype.itemsize
-            if like is None and not 0 < size <= self.SMALL:
-                raise ValueError(f"{name} claims {size} bytes")
-            content = member.read(size + 1)  # one more: only at its end is a member held against its checksum
-        return np.frombuffer(content, dtype).reshape(shape, order="F" if in_columns else "C")
+            shape, _, dtype = data.array_header(member)
+        if (shape, dtype) != (like.shape, like.dtype):
+            found, needed = f"{dtype} of shape {shape}", f"{like.dtype} of shape {like.shape}"
+            raise UserError(f"{self.path} does not fit: {name} is {found}, not {needed}")
+        return data.read_array(self.file, name, like.nbytes)
 
     def step(self):
         """The number of the generator step after which it was written."""
@@ -909,10 +905,6 @@ def whole_checkpoint(path):
         if broken := saved.file.testzip():
             raise ValueError(f"{broken} is not as it was written")
     return path
-
-
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # --- 6. Watching it learn ---------------------------------------------------------------------------------------------
