@@ -29,7 +29,6 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
-import zlib
 from concurrent import futures
 from pathlib import Path
 
@@ -289,7 +288,9 @@ def extract_cifar10(archive, folder):
         temporary.replace(folder)
     except KeyError as error:
         raise UserError(f"{archive} is not CIFAR-10: {error.args[0]}; delete it and start again") from None
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive can raise anything at all
         raise UserError(
             f"cannot extract {archive}: {first_line(error)}; if it is damaged, delete it and start again"
         ) from None
@@ -532,7 +533,9 @@ def load_stl10(data_dir, side=48, archive=STL10):
                         yield from pictures(tar.extractfile(member), source)
                         return
             raise UserError(f"{source} is not STL-10: it holds no {STL10_FILE}; delete it and start again")
-        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # a damaged archive can raise anything at all
             raise UserError(
                 f"cannot read {source}: {first_line(error)}; if it is damaged, delete it and start again"
             ) from None
@@ -572,7 +575,9 @@ def load_celeba(data_dir, side=64, archive=CELEBA):
                     return io.BytesIO(file.read(name))
 
                 yield from decode(sorted(faces), opened, side, path)
-        except (zipfile.BadZipFile, OSError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # a damaged archive can raise anything at all
             raise UserError(
                 f"cannot read {path}: {first_line(error)}; if it is damaged, delete it and start again"
             ) from None

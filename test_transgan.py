@@ -34,12 +34,14 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import threading
+import time
 import tracemalloc
 import types
 import warnings
@@ -1303,17 +1305,31 @@ def test_co_training_learns_to_restore_pictures(small):
     assert restored.shape == real.shape
 
 
-@pytest.mark.parametrize("loss", transgan.LOSSES)
-def test_resuming_is_exact_to_the_bit(loss, small, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"loss": loss} for loss in transgan.LOSSES),
+        *({"accumulate": 2, "loss": loss} for loss in ("wgangp-eps", "hinge")),
+        {"diff_aug": "none"},
+        {"diff_aug": "color,cutout"},
+        {"sr_weight": 0.0},
+        {"locality": "none"},
+        {"locality": "1:500,2:1200", "locality_stages": 2},
+        {"disc_steps": 1, "beta2": 0.9, "ema_decay": 0.5, "seed": 3},
+    ],
+    ids=str,
+)
+def test_resuming_is_exact_to_the_bit(options, small, tmp_path):
     """Also in the middle of an epoch: 40 pictures make 6 batches, and a step uses 2 of them."""
-    unbroken, first = small_trainer(loss=loss), small_trainer(loss=loss)
+    unbroken, first, second = (small_trainer(**options) for _ in range(3))
+    for trainer in (unbroken, first):
+        trainer.rate_scale = 0.25
     losses = [unbroken.train_step() for _ in range(6)]
     for _ in range(2):
         first.train_step()
     first.save(tmp_path / "checkpoint.npz")
-    second = small_trainer(loss=loss)
     second.load(tmp_path / "checkpoint.npz")
-    assert second.step == 2
+    assert (second.step, second.rate_scale) == (2, 0.25)
     for expected in losses[2:]:
         for name, value in second.train_step().items():
             assert (value is None and expected[name] is None) or float(value) == float(expected[name])
@@ -2482,6 +2498,52 @@ def test_a_fingerprint_tells_every_byte_and_shape(monkeypatch):
     assert data.fingerprint(pictures, first) != data.fingerprint(first, pictures)
 
 
+def npz(content, compression=zipfile.ZIP_DEFLATED):
+    """A zip file, open, with one member: x.npy."""
+    file = zipfile.ZipFile(io.BytesIO(), "w", compression)
+    file.writestr("x.npy", content)
+    return file
+
+
+def npy(claim, content=b""):
+    """An .npy file whose header claims this shape."""
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": claim})
+    return out.getvalue() + content
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: npz(npy((1 << 24,), bytes(1 << 26))), "claims 67108864 bytes, more than 100"),
+        (lambda: npz(npy((1 << 60,))), "claims"),
+        (lambda: npz(npy((-1,), bytes(8))), "claims -4"),
+        (lambda: npz(npy((4,), bytes(1 << 26))), "cannot reshape|buffer size"),
+        (lambda: npz(npy((4,), bytes(8))), "cannot reshape|buffer"),
+        (lambda: npz(npy((4,), bytes(16)), zipfile.ZIP_BZIP2), "in a way that NumPy does not use"),
+        (lambda: npz(b"\x93NUMPY\3\0" + bytes(99)), "another version"),
+        (lambda: npz(npy((1,), bytes(8)).replace(b"'<f4'", b"'O'  ")), "OBJECT"),
+    ],
+)
+def test_an_array_that_claims_too_much_is_not_read(make, message):
+    with make() as file:
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match=message):
+                data.read_array(file, "x", 100)
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+
+
+@given(array=st.sampled_from([np.arange(6.0), np.arange(6).reshape(2, 3), np.array(3), np.ones((2, 3), order="F")]))
+def test_an_array_is_read_as_numpy_reads_it(array):
+    out = io.BytesIO()
+    np.savez(out, x=array)
+    got = data.read_array(zipfile.ZipFile(out), "x", 100)
+    assert (got.dtype, got.shape, got.tolist()) == (array.dtype, array.shape, array.tolist())
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")
@@ -2851,6 +2913,386 @@ def test_resuming_from_nonsense(small, tmp_path, capsys):
     assert "holds a run already" in fails(capsys, *TRAIN, "--out", good)
     (good / "log.csv").write_bytes(b"step\n\xff\xfe")
     assert "log.csv" in fails(capsys, "--resume", good, "--steps", 9)
+
+
+def step_of(folder):
+    """The step of the newest checkpoint that can be loaded, into the run's own networks."""
+    path = transgan.newest_checkpoint(folder)
+    options = transgan.read_options(path)
+    trainer = transgan.Trainer(options, data.draw_shapes(40, options.image_size), 1)
+    trainer.load(path)
+    return trainer.step
+
+
+def test_a_checkpoint_that_is_missing_or_damaged_gives_way_to_the_one_before(small, tmp_path, capsys):
+    assert run_main(*TRAIN, "--out", tmp_path / "unbroken") == 0
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9]), flip_a_bit):
+        out = tmp_path / "run"
+        assert run_main(*TRAIN, "--out", out, "--save-every", 1) == 0
+        damage(out / "checkpoint.npz")
+        damaged = leftovers(out).count("checkpoint.npz")
+        capsys.readouterr()
+        assert run_main("--resume", out) == 0
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert re.match(r"transgan: .*[^-]checkpoint.npz.*; going on from checkpoint-previous.npz\n", error)
+        assert step_of(out) == 4
+        assert same_arrays(tmp_path / "unbroken/checkpoint.npz", out / "checkpoint.npz")
+        assert [row["step"] for row in read_log(out)] == list("01234")
+        assert leftovers(out).count("checkpoint-damaged.npz") == damaged
+        for path in out.glob("*.npz"):
+            path.write_text("nothing")
+        assert re.search(
+            r"checkpoint.npz: .*, and .*checkpoint-previous.npz: .*; start a new", fails(capsys, "--resume", out)
+        )
+        shutil.rmtree(out)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def same_arrays(*paths):
+    """Whether two checkpoints hold the same, to the bit."""
+    with np.load(paths[0]) as a, np.load(paths[1]) as b:
+        return set(a) == set(b) and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_what_differs(small, tmp_path, monkeypatch):
+    path = tmp_path / "x.npz"
+    small_trainer().save(path)
+    for options, message in (
+        ({"image_size": 16}, "is of another run: its image_size is 8, not 16"),
+        ({"loss": "hinge"}, "its loss is 'wgangp-eps', not 'hinge'"),
+        ({"sr_weight": 0.0}, "its sr_weight is 2.0, not 0.0"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            small_trainer(**options).load(path)
+    small_trainer(steps=9, accumulate=2).load(path)
+    for size, message in (
+        (
+            transgan.Size(64, (1, 1, 1), 32, 2),
+            "discriminator/embed.weight is float32 of shape (12, 16), not float32 of shape",
+        ),
+        (transgan.Size(64, (1, 2, 1), 16, 2), "it has no generator/stages.1.blocks.1"),
+        (transgan.Size(64, (1, 1, 1), 16, 1), "these networks have no discriminator/adam.v/blocks.1"),
+    ):
+        monkeypatch.setitem(transgan.SIZES, "tiny", size)
+        trainer = small_trainer()
+        before = state_of(trainer)
+        with pytest.raises(UserError, match="does not fit: .*" + re.escape(message)):
+            trainer.load(path)
+        assert_same_state(state_of(trainer), before)
+
+
+def fork(function):
+    """Call a function in a forked process: its exit code, or minus the signal that ended it."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            code = function() or 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+on_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="about POSIX's processes")
+
+
+@on_cpu
+@on_posix
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(small, tmp_path, capsys):
+    """The process is killed before the first file that it opens, renames or removes, then before the second, and so on."""
+    trainer, found = small_trainer(1), []
+    for moment in range(99):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        for trainer.step in range(2):
+            trainer.save(folder / "checkpoint.npz")
+        left = iter(range(moment))
+
+        def kill(event, args, folder=str(folder), left=left):
+            if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(folder) and next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def save(folder=folder, kill=kill):
+            trainer.step = 2
+            sys.addaudithook(kill)
+            trainer.save(folder / "checkpoint.npz")
+
+        code = fork(save)
+        found.append((step_of(folder), "going on from" in capsys.readouterr().err))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert found[0] == (1, False)
+    assert found[-1] == (2, False)
+    assert (1, True) in found  # between the two renames
+    assert sorted(found, key=lambda step: step[0]) == found
+
+
+@on_cpu
+@on_posix
+def test_a_training_that_is_killed_again_and_again_loses_nothing(small, tmp_path, capsys):
+    """At random moments, KILLS times; it comes to where it would have been, to the bit."""
+    out, rng, before, seen = tmp_path / "run", random.Random(0), -1, []
+    always = ("--device", "cpu", "--threads", 1, "--save-every", 1, "--sample-every", 100_000)
+    first = ("--image-size", 8, "--steps", 100_000, "--batch-size", 2, "--gen-batch-size", 2, "--disc-steps", 1)
+    for _ in range(int(os.environ.get("KILLS", 6))):
+        begun = any((out / name).exists() for name in transgan.CHECKPOINTS)
+        pid = os.fork()
+        if not pid:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os._exit(run_main(*always, *(("--resume", out) if begun else (*first, "--out", out))))
+        time.sleep(rng.uniform(0.01, 0.5))
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        if any((out / name).exists() for name in transgan.CHECKPOINTS):
+            step = step_of(out)
+            assert step >= before
+            before = step
+        seen.append(before)
+    assert before > 0, seen
+    options = transgan.read_options(transgan.newest_checkpoint(out))
+    unbroken = transgan.Trainer(options, data.draw_shapes(40, 8), 1)
+    losses = [unbroken.train_step() for _ in range(before)]
+    resumed = transgan.Trainer(options, data.draw_shapes(40, 8), 1)
+    resumed.load(transgan.newest_checkpoint(out))
+    assert_same_state(state_of(resumed), state_of(unbroken))
+    transgan.Log(out / "log.csv", before, options.steps, resumed=True).close()
+    rows = read_log(out)
+    assert [int(row["step"]) for row in rows] == list(range(before + 1))
+    assert [row["gen_loss"] for row in rows[1:]] == [f"{float(step['gen_loss']):.6g}" for step in losses]
+
+
+def test_a_run_killed_before_its_first_checkpoint_can_be_begun_again(small, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.csv").touch()
+    assert run_main(*TRAIN, "--out", tmp_path / "run") == 0
+    assert [row["step"] for row in read_log(tmp_path / "run")] == list("01234")
+
+
+def test_what_a_killed_run_was_writing_is_removed(small, tmp_path):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out) == 0
+    for name in ("checkpoint.npz.1.part", "samples/step-000000.png.1.part", "mine.part"):
+        (out / name).write_text("half")
+    assert run_main("--resume", out, "--steps", 5) == 0
+    assert [name for name in leftovers(out) if "part" in name] == ["mine.part"]
+
+
+@pytest.mark.parametrize("call", range(3))
+def test_whatever_fails_while_saving_the_last_checkpoint_stays(call, small, tmp_path, monkeypatch, capsys):
+    out, calls = tmp_path / "run", []
+    assert run_main(*TRAIN, "--out", out, "--save-every", 2) == 0
+
+    def failing(function):
+        def call_or_fail(path, *args):
+            if path.name.startswith("checkpoint"):
+                calls.append(path)
+                if len(calls) > call:
+                    raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *args)
+
+        return call_or_fail
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "sync", failing(data.sync))
+        patch.setattr(Path, "replace", failing(Path.replace))
+        assert "checkpoint.npz" in fails(capsys, "--resume", out, "--steps", 6)
+    assert len(calls) == call + 1
+    assert step_of(out) == 4
+    assert not list(out.glob("*.part"))
+    assert run_main("--resume", out, "--steps", 6) == 0
+
+
+@on_posix
+def test_a_folder_that_may_not_be_written_to_keeps_its_run(small, capfd):
+    with tempfile.TemporaryDirectory() as top:
+        out = Path(top) / "run"
+        assert run_main(*TRAIN, "--out", out) == 0
+        before = {path: path.read_bytes() for path in out.glob("*.*")}
+        for path in (Path(top), out, out / "samples"):
+            path.chmod(0o555)
+
+        def resume():
+            if os.getuid() == 0:  # whom no folder refuses
+                os.setuid(65534)
+            return run_main("--resume", out, "--steps", 6)
+
+        try:
+            assert fork(resume) == 2
+        finally:
+            for path in (Path(top), out, out / "samples"):
+                path.chmod(0o755)
+        assert "cannot write in" in capfd.readouterr().err
+        assert {path: path.read_bytes() for path in out.glob("*.*")} == before
+        assert step_of(out) == 4
+
+
+def test_a_disk_that_is_full_keeps_the_last_checkpoint(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out, "--save-every", 2) == 0
+    before = (out / "checkpoint.npz").read_bytes()
+    for size in (0, 100, 10_000, len(before) - 1):
+        with files_of_at_most(size):
+            assert "free some space" in fails(capsys, "--resume", out, "--steps", 6)
+        assert holds(out / "checkpoint.npz", before)
+        assert not list(out.glob("checkpoint*.part"))
+        assert step_of(out) == 4
+    assert run_main("--resume", out, "--steps", 6) == 0
+    assert [row["step"] for row in read_log(out)] == list("0123456")
+
+
+def at_step(step, action, monkeypatch):
+    """From now on, Trainer.train_step calls action(trainer, losses) at the end of this generator step."""
+    train_step = transgan.Trainer.train_step
+
+    def acting(self):
+        losses = train_step(self)
+        if self.step == step:
+            action(self, losses)
+        return losses
+
+    monkeypatch.setattr(transgan.Trainer, "train_step", acting)
+
+
+@on_posix
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, code, small, tmp_path, capsys, monkeypatch):
+    before = signal.getsignal(number)
+    assert run_main(*TRAIN, "--out", tmp_path / "unbroken", "--threads", 2) == 0
+    out, more = tmp_path / "a run", ("--data-dir", tmp_path / "my data", "--threads", 2, "--on-nan", "rewind")
+    with monkeypatch.context() as patch:
+        at_step(2, lambda *_: os.kill(os.getpid(), number), patch)
+        assert run_main(*TRAIN, "--out", out, *more) == code
+    assert signal.getsignal(number) == before
+    assert step_of(out) == 2
+    assert [row["step"] for row in read_log(out)] == list("012")
+    command = capsys.readouterr().err.strip().partition("go on with: ")[2]
+    assert shlex.split(command) == ["python", "transgan.py", "--resume", *map(str, (out, *more))]
+    assert run_main(*shlex.split(command)[2:]) == 0
+    assert same_arrays(tmp_path / "unbroken/checkpoint.npz", out / "checkpoint.npz")
+
+
+@on_posix
+def test_a_second_ctrl_c_stops_at_once_and_one_at_the_end_does_nothing(small, tmp_path, monkeypatch):
+    def twice(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        at_step(3, twice, patch)
+        assert run_main(*TRAIN, "--out", tmp_path / "run", "--save-every", 2) == 130
+    assert step_of(tmp_path / "run") == 2
+    with monkeypatch.context() as patch:
+        at_step(4, lambda *_: os.kill(os.getpid(), signal.SIGINT), patch)
+        assert run_main("--resume", tmp_path / "run") == 0
+
+
+@on_posix
+def test_signals_that_are_ignored_and_other_threads_are_left_alone(small, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with transgan.stop_signals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert stop.asked is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(run_main(*TRAIN, "--out", tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+@on_posix
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_as_a_program_it_ends_with_the_signals_exit_code(number, code, tmp_path):
+    program = [sys.executable, str(Path(__file__).with_name("transgan.py")), "--image-size", "8", "--batch-size", "2",
+               "--gen-batch-size", "2", "--device", "cpu", "--out", str(tmp_path / "run")]  # fmt: skip
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert any("step 1/" in line for line in process.stdout)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"go on with: python transgan.py --resume {tmp_path / 'run'} --device cpu\n" in error
+    assert "Traceback" not in error
+
+
+def poison(what):
+    """An action for `at_step`: a loss, or a number of the generator, becomes NaN, unless the rate was halved twice."""
+
+    def act(trainer, losses):
+        if trainer.rate_scale > 0.25:
+            if what == "loss":
+                losses["disc_loss"] = losses["disc_loss"] * math.nan
+            else:
+                trainer.gen_parameters["to_rgb.bias"].data[1:] = math.inf
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("loss", "disc_loss is nan at step 3"), ("weight", "generator/to_rgb.bias is not finite after step 3")],
+)
+def test_what_is_not_finite_stops_the_run_and_reaches_no_checkpoint(what, message, small, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    at_step(3, poison(what), monkeypatch)
+    line = fails(capsys, *TRAIN, "--out", out, "--save-every", 1)
+    assert message in line
+    assert f"--resume {out} --on-nan rewind" in line
+    assert "--learning-rate 0.0005" in line
+    assert step_of(out) == 2
+    with np.load(out / "checkpoint.npz") as saved:
+        assert all(np.isfinite(saved[name]).all() for name in saved if name != "options")
+
+
+@pytest.mark.parametrize("what", ["loss", "weight"])
+def test_rewinding_halves_the_rate_and_goes_on_exactly(what, small, tmp_path, capsys, monkeypatch):
+    out, by_hand = tmp_path / "run", small_trainer(1)
+    with monkeypatch.context() as patch:
+        at_step(3, poison(what), patch)
+        assert run_main(*TRAIN, "--out", out, "--save-every", 2, "--on-nan", "rewind", "--threads", 1) == 0
+    error = capsys.readouterr().err
+    assert "back to step 2, at 0.5 of the learning rate\n" in error
+    assert "back to step 2, at 0.25 of the learning rate\n" in error
+    assert error.count("\n") == 2
+    assert [row["step"] for row in read_log(out)] == list("01234")
+    by_hand = transgan.Trainer(transgan.read_options(out / "checkpoint.npz"), data.draw_shapes(40, 8), 1)
+    for by_hand.rate_scale in (1.0, 1.0, 0.25, 0.25):
+        by_hand.train_step()
+    by_hand.save(tmp_path / "by-hand.npz")
+    assert same_arrays(tmp_path / "by-hand.npz", out / "checkpoint.npz")
+    assert run_main("--resume", out, "--steps", 5) == 0
+    assert np.load(out / "checkpoint.npz")["rate_scale"] == 0.25
+
+
+def test_rewinding_gives_up_when_it_does_not_help(small, tmp_path, capsys, monkeypatch):
+    def break_it(trainer, losses):
+        losses["gen_loss"] = losses["gen_loss"] * math.nan
+
+    at_step(1, break_it, monkeypatch)
+    assert run_main(*TRAIN, "--out", tmp_path / "run", "--on-nan", "rewind") == 2
+    error = capsys.readouterr().err
+    assert error.count("back to step 0") == transgan.REWINDS
+    assert "gen_loss is nan at step 1" in error.splitlines()[-1]
+    assert step_of(tmp_path / "run") == 0
+
+
+def test_half_the_rate_is_half_the_rate(small):
+    halved, lower = small_trainer(1, learning_rate=2e-3), small_trainer(1, learning_rate=1e-3)
+    halved.rate_scale = 0.5
+    for trainer in (halved, lower):
+        trainer.train_step()
+    assert_same_state(state_of(halved), state_of(lower))
 
 
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint(small, tmp_path, capsys, monkeypatch):

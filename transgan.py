@@ -1520,8 +1520,11 @@ def prepare_folder(out, resume):
     """Make the run's folder, and refuse one that holds another run, or anything else that this one would overwrite."""
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        if out != resume and any((out / name).exists() for name in (*CHECKPOINTS, "log.csv")):
-            raise holds_a_run(out)
+        log = out / "log.csv"
+        if out != resume:
+            if any((out / name).exists() for name in CHECKPOINTS) or (log.exists() and log.stat().st_size):
+                raise holds_a_run(out)
+            log.unlink(missing_ok=True)  # empty: a run was killed before its first checkpoint
         if out != resume and any((out / "samples").iterdir()):
             raise UserError(f"{out / 'samples'} is not empty; move what it holds away, or choose another --out")
         tempfile.TemporaryFile(dir=out).close()
