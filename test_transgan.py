@@ -3283,8 +3283,29 @@ def test_rewinding_gives_up_when_it_does_not_help(small, tmp_path, capsys, monke
     assert run_main(*TRAIN, "--out", tmp_path / "run", "--on-nan", "rewind") == 2
     error = capsys.readouterr().err
     assert error.count("back to step 0") == transgan.REWINDS
-    assert "gen_loss is nan at step 1" in error.splitlines()[-1]
+    assert re.search("gen_loss is nan at step 1; .* 5 times half the learning rate did not help", error.splitlines()[-1])
     assert step_of(tmp_path / "run") == 0
+
+
+def test_a_branch_rewinds_to_where_it_began(small, tmp_path, capsys, monkeypatch):
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    assert run_main(*TRAIN, "--out", run) == 0
+    before = (run / "checkpoint.npz").read_bytes()
+    at_step(5, poison("weight"), monkeypatch)
+    assert run_main("--resume", run, "--out", branch, "--steps", 6, "--on-nan", "rewind") == 0
+    assert capsys.readouterr().err.count("back to step 4") == 2
+    assert [row["step"] for row in read_log(branch)] == list("56")
+    assert holds(run / "checkpoint.npz", before)
+
+
+def test_a_score_that_is_not_finite_stops_the_run(small, tmp_path):
+    trainer = small_trainer(1)
+    (tmp_path / "samples").mkdir()
+    scores = iter(({"fid_own": 1.0}, {"fid_own": math.nan}))
+    with pytest.raises(transgan.NotFinite, match="fid_own is nan at step 2"):
+        transgan.train(trainer, tmp_path, 9, 1, evaluate_every=2, scores=lambda: next(scores))
+    assert step_of(tmp_path) == 1
+    assert [row["step"] for row in read_log(tmp_path)] == list("012")
 
 
 def test_half_the_rate_is_half_the_rate(small):

@@ -15,7 +15,7 @@ Contents
     3. Losses                 gradient_penalty, discriminator_loss, generator_loss, super_resolution_error
     4. Augmentation           diff_augment, draw_augmentation
     5. Training               Options, Trainer: one step of each network, moving average, checkpoints
-    6. Watching it learn      sliced_wasserstein, Log, train, train_on: after numbers that are not finite
+    6. Watching it learn      sliced_wasserstein, Log, train, and what stops it: stop_signals, train_on
     7. Command line           summary, main
 
 In comments on shapes: B batch, N tokens, C width (embed_dim), H and W height and width in tokens or pixels, Z latent_dim,
@@ -888,11 +888,11 @@ def newest_checkpoint(folder):
     except UserError as error:
         if not previous.exists():
             raise
-        reason = str(error).partition(";")[0]
+        reason = str(error).rpartition(";")[0]
     try:
         whole_checkpoint(previous)
     except UserError as error:
-        raise UserError(f"{reason}, and {str(error).partition(';')[0]}; start a new run") from None
+        raise UserError(f"{reason}, and {str(error).rpartition(';')[0]}; start a new run") from None
     print(f"transgan: {one_line(reason)}; going on from {previous.name}", file=sys.stderr)
     return previous
 
@@ -1119,8 +1119,9 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
     if options.locality != "none":
         explain_locality(options, out / "locality.png")
     with contextlib.closing(log), stop_signals() as stop:
-        if trainer.step == 0:
+        if not resumed:
             trainer.save(out / CHECKPOINTS[0])  # first, so that whatever stops the run can be gone on from
+        if trainer.step == 0:
             log.add(0, {}, 0)
             log.measure(look(trainer, noise, real, out / "samples") | (scores() if evaluate_every else {}))
             log.tick()
@@ -1162,9 +1163,11 @@ def train_on(trainer, out, sample_every, save_every, resumed, evaluate_every=Non
         except NotFinite as error:
             scale, resumed = trainer.rate_scale / 2, True
             if on_nan != "rewind" or scale < 0.5**REWINDS:
-                raise UserError(f"{error}; the last checkpoint is from before: go on at half the learning rate with "
-                                f"--resume {out} --on-nan rewind (up to {REWINDS} times), or start a new run with less "
-                                f"than --learning-rate {trainer.options.learning_rate}") from None  # fmt: skip
+                advice = f"go on from there at half the learning rate with --resume {out} --on-nan rewind, or "
+                if on_nan == "rewind":
+                    advice = f"{REWINDS} times half the learning rate did not help: "
+                raise UserError(f"{error}; the last checkpoint is from before: {advice}start a new run with less than "
+                                f"--learning-rate {trainer.options.learning_rate}") from None  # fmt: skip
             trainer.load(newest_checkpoint(out))
             trainer.rate_scale = scale
             print(f"transgan: {error}; back to step {trainer.step}, at {scale:g} of the learning rate", file=sys.stderr)
