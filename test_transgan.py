@@ -2252,6 +2252,12 @@ def test_modern_pickles_and_missing_files(tmp_path):
         data.load_cifar10(tmp_path)
 
 
+def test_what_python_says_of_a_pickle_in_two_lines_becomes_one(tmp_path):
+    (tmp_path / "x").write_bytes(b"\x80\2K\1Q.")
+    with pytest.raises(UserError, match=r"persistent id instruction was encountered,\); delete"):
+        data.read_cifar10(tmp_path / "x")
+
+
 @fuzz(200)
 @given(seed=seeds)
 def test_a_fuzzed_pickle_only_ever_raises_our_own_error(seed, tmp_path):
@@ -2536,7 +2542,7 @@ def test_an_array_that_claims_too_much_is_not_read(make, message):
             tracemalloc.stop()
 
 
-@given(array=st.sampled_from([np.arange(6.0), np.arange(6).reshape(2, 3), np.array(3), np.ones((2, 3), order="F")]))
+@given(array=st.sampled_from([np.arange(6.0), np.arange(6).reshape(2, 3), np.array(3), np.arange(6.0).reshape(3, 2).T]))
 def test_an_array_is_read_as_numpy_reads_it(array):
     out = io.BytesIO()
     np.savez(out, x=array)
@@ -2866,6 +2872,15 @@ def nonsense_checkpoints(good):
     yield "an array alone", lambda path: np.save(path.open("wb"), np.ones(3)), "cannot read"
     yield "other arrays", lambda path: np.savez(path, a=np.ones(3)), "lacks options or step"
     yield "objects", change(step=np.array([{}], object)), "is damaged"
+
+    def repeated(path):
+        path.write_bytes(content)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("a", b"")
+            archive.filelist += 99 * [max(archive.filelist, key=lambda member: member.file_size)]
+
+    yield "members that lie on one another", repeated, "claims more than its size"
+    yield "compressed", lambda path: np.savez_compressed(path, **np.load(good)), "claims more than its size"
     yield (
         "another shape",
         change(**{"generator/to_rgb.bias": np.ones(4, np.float32)}),
@@ -3246,8 +3261,9 @@ def poison(what):
 def test_what_is_not_finite_stops_the_run_and_reaches_no_checkpoint(what, message, small, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     at_step(3, poison(what), monkeypatch)
-    line = fails(capsys, *TRAIN, "--out", out, "--save-every", 1)
+    line = fails(capsys, *TRAIN, "--out", out, "--save-every", 1, *(("--sample-every", 1) if what == "loss" else ()))
     assert message in line
+    assert not (out / "samples/step-000003.png").exists()
     assert f"--resume {out} --on-nan rewind" in line
     assert "--learning-rate 0.0005" in line
     assert step_of(out) == 2
@@ -3298,14 +3314,17 @@ def test_a_branch_rewinds_to_where_it_began(small, tmp_path, capsys, monkeypatch
     assert holds(run / "checkpoint.npz", before)
 
 
-def test_a_score_that_is_not_finite_stops_the_run(small, tmp_path):
-    trainer = small_trainer(1)
+def test_a_score_that_is_not_finite_stops_the_run_and_what_is_not_finite_gets_none(small, tmp_path, monkeypatch):
+    trainer, scores = small_trainer(1), iter(({"fid_own": 1.0}, {"fid_own": math.nan}))
     (tmp_path / "samples").mkdir()
-    scores = iter(({"fid_own": 1.0}, {"fid_own": math.nan}))
     with pytest.raises(transgan.NotFinite, match="fid_own is nan at step 2"):
         transgan.train(trainer, tmp_path, 9, 1, evaluate_every=2, scores=lambda: next(scores))
     assert step_of(tmp_path) == 1
     assert [row["step"] for row in read_log(tmp_path)] == list("012")
+    trainer.load(tmp_path / "checkpoint.npz")
+    at_step(3, poison("loss"), monkeypatch)
+    with pytest.raises(transgan.NotFinite, match="disc_loss is nan at step 3"):
+        transgan.train(trainer, tmp_path, 9, 9, resumed=True, evaluate_every=3, scores=lambda: next(scores))
 
 
 def test_half_the_rate_is_half_the_rate(small):
@@ -3361,6 +3380,16 @@ def test_resuming_keeps_the_log_and_its_clock(small, tmp_path, capsys):
     assert [row["step"] for row in rows] == list("0123456")
     assert 1000 < float(rows[5]["seconds"]) < 1010
     assert leftovers(out)[:3] == [*sorted(transgan.CHECKPOINTS), "log.csv"]
+
+
+@pytest.mark.parametrize("torn", [b"1", b"4", b"45,0.1", b"\0" * 100, b"\xff,1", b"6," + b"9" * 200_000])
+def test_what_a_log_says_after_the_checkpoint_does_not_matter(torn, small, tmp_path):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out) == 0
+    with (out / "log.csv").open("ab") as file:
+        file.write(torn)
+    assert run_main("--resume", out, "--steps", 6) == 0
+    assert [row["step"] for row in read_log(out)] == list("0123456")
 
 
 def test_resuming_refuses_every_other_option(small, tmp_path, capsys):

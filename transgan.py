@@ -1540,7 +1540,7 @@ def prepare_folder(out, resume):
 def go_on(trainer, args, checkpoint, out):
     """Take up the run in args.resume from one of its checkpoints. Raises UserError if it does not fit or is finished.
 
-    If that is the previous one, it is the newest from now on: a damaged one must not take its place when it is replaced.
+    If that is the previous one, a damaged newest goes out of its way: it would take its place with the next that is saved.
     """
     trainer.load(checkpoint)
     if trainer.step >= trainer.options.steps:
@@ -1548,7 +1548,6 @@ def go_on(trainer, args, checkpoint, out):
     if out == args.resume and checkpoint.name != CHECKPOINTS[0]:
         with contextlib.suppress(FileNotFoundError):
             (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
-        checkpoint.replace(out / CHECKPOINTS[0])
 
 
 def resume_command(args, out):
