@@ -14,7 +14,8 @@ Contents
     7. Training               augmentation, resuming to the bit, threads, a rehearsal of the GPU
     8. Data                   archives, pickles, downloads, drawn shapes, grids
     9. Command line           what a person can get wrong
-    10. Parity with PyTorch   outputs, gradients, five training steps
+    10. Losing nothing        kills, signals, full disks, checkpoints that are damaged, numbers that are not finite
+    11. Parity with PyTorch   outputs, gradients, five training steps
 """
 
 import contextlib
@@ -2930,6 +2931,148 @@ def test_resuming_from_nonsense(small, tmp_path, capsys):
     assert "log.csv" in fails(capsys, "--resume", good, "--steps", 9)
 
 
+def test_what_lies_in_a_folder_is_not_overwritten(small, tmp_path, capsys):
+    for name in ("log.csv", "samples/step-000000.png", "checkpoint.npz"):
+        out = tmp_path / name.replace("/", "-")
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("precious")
+        assert "choose another --out" in fails(capsys, *TRAIN, "--out", out)
+        assert (out / name).read_text() == "precious"
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert run_main(*TRAIN, "--out", run) == run_main(*TRAIN, "--out", other) == 0
+    before = (other / "checkpoint.npz").read_bytes()
+    assert "holds a run already" in fails(capsys, "--resume", run, "--out", other, "--steps", 6)
+    assert holds(other / "checkpoint.npz", before)
+    assert run_main("--resume", run, "--out", tmp_path / "branch", "--steps", 5) == 0
+    assert [row["step"] for row in read_log(tmp_path / "branch")] == ["5"]
+    with pytest.raises(UserError, match="holds a run already"):  # one that began while this one loaded its data
+        transgan.Log(run / "log.csv", 0, 4)
+
+
+def test_resuming_keeps_the_log_and_its_clock(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out) == 0
+    lines = (out / "log.csv").read_text().splitlines()
+    lines = [line + (",note" if line.startswith("step") else ",x") for line in lines]  # a column more than ours
+    lines[-1] = lines[-1].rpartition(",")[0].rpartition(",")[0] + ",1000,x"
+    (out / "log.csv").write_text("\n".join(lines) + "\n")
+    assert run_main("--resume", out, "--steps", 6) == 0
+    rows = read_log(out)
+    assert [row["step"] for row in rows] == list("0123456")
+    assert 1000 < float(rows[5]["seconds"]) < 1010
+    assert leftovers(out)[:3] == [*sorted(transgan.CHECKPOINTS), "log.csv"]
+
+
+@pytest.mark.parametrize("torn", [b"1", b"4", b"45,0.1", b"\0" * 100, b"\xff,1", b"6," + b"9" * 200_000])
+def test_what_a_log_says_after_the_checkpoint_does_not_matter(torn, small, tmp_path):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out) == 0
+    with (out / "log.csv").open("ab") as file:
+        file.write(torn)
+    assert run_main("--resume", out, "--steps", 6) == 0
+    assert [row["step"] for row in read_log(out)] == list("0123456")
+
+
+def test_resuming_refuses_every_other_option(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out) == 0
+    for flag, value in (("--dataset", "cifar10"), ("--size", "S"), ("--image-size", 16), ("--patch-size", 2), ("--seed", 7),
+                        ("--loss", "hinge"), ("--batch-size", 3), ("--gen-batch-size", 3), ("--disc-steps", 3),
+                        ("--learning-rate", 0.5), ("--ema-decay", 0.5), ("--diff-aug", "color"),
+                        ("--sr-weight", 1.0), ("--locality", "1:1"), ("--locality-stages", 2),
+                        ("--discriminator", "autogan"), ("--beta2", 0.5)):  # fmt: skip
+        assert f"leave out {flag} {value}" in fails(capsys, "--resume", out, "--steps", 6, flag, value)
+
+
+@functools.cache
+def saved_once():
+    """A small run's checkpoint and log, after three of six steps, and the trainer."""
+    trainer = small_trainer(1)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "samples").mkdir()
+        transgan.train(trainer, Path(folder), 6, 3)
+        previous = Path(folder, transgan.CHECKPOINTS[1])
+        return previous.read_bytes(), Path(folder, "log.csv").read_bytes(), trainer
+
+
+@fuzz(60)
+@given(seed=seeds)
+def test_a_fuzzed_checkpoint_only_ever_raises_our_own_error(seed, small, tmp_path):
+    """Or it is as it was written, because every byte that matters is held against a checksum."""
+    content, _, trainer = saved_once()
+    path = tmp_path / transgan.CHECKPOINTS[0]
+    path.write_bytes(content)
+    trainer.load(path)
+    expected = state_of(trainer)
+    path.write_bytes(fuzzed(content, seed))
+    with one_line_at_most():
+        trainer.load(transgan.newest_checkpoint(tmp_path))
+        assert trainer.step == 3
+    assert_same_state(state_of(trainer), expected)
+
+
+@fuzz(150)
+@given(seed=seeds)
+def test_a_fuzzed_log_only_ever_raises_our_own_error(seed, small, tmp_path):
+    _, content, _ = saved_once()
+    path = tmp_path / "log.csv"
+    path.write_bytes(fuzzed(content, seed))
+    with one_line_at_most():
+        log = transgan.Log(path, 3, 6, resumed=True)
+        log.add(4, {"disc_loss": 1.0}, 6)
+        log.close()
+        rows = read_log(tmp_path)
+        assert rows[-1]["step"] == "4"
+        assert all(int(row["step"]) <= 3 for row in rows[:-1])
+        assert math.isfinite(float(rows[-1]["seconds"]))
+
+
+def test_help_and_summary(capsys):
+    assert run_main("--help") == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(transgan.Options):
+        assert f"--{field.name.replace('_', '-')} " in text
+    assert run_main("--summary", "--dataset", "cifar10") == 0
+    text = capsys.readouterr().out
+    assert "18,639,531" in text
+    assert "12,458,497" in text
+
+
+def test_as_a_program():
+    program = [sys.executable, str(Path(__file__).with_name("transgan.py"))]
+    done = subprocess.run([*program, "--size", "huge"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    done = subprocess.run([*program, "--summary"], capture_output=True, text=True, check=True)
+    assert "16x16" in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="about a POSIX shell")
+@pytest.mark.parametrize("shell", ['exec "$@" --out "$0/caf\xe9" >"$0/out"', 'exec "$@" --out "$0/run" >&-'])
+def test_as_a_program_in_odd_surroundings(shell, tmp_path):
+    """A name that the terminal cannot show, and an output that is closed, are no reason to stop."""
+    program = [sys.executable, str(Path(__file__).with_name("transgan.py")), "--image-size", "8", "--steps", "1",
+               "--batch-size", "2", "--gen-batch-size", "2", "--device", "cpu"]  # fmt: skip
+    command = ["sh", "-c", shell.encode("latin-1"), str(tmp_path), *program]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_readmes_links_lead_to_what_they_name():
+    root = Path(__file__).parent
+    text = (root / "README.md").read_text()
+    links = re.findall(r"\[`([\w.]+)`\]\(([\w./]+)#L(\d+)\)", text)
+    assert len(links) >= 6
+    for name, file, line in links:
+        assert re.match(rf"(class|def| +def) {name.split('.')[-1]}\b",
+                        (root / file).read_text().splitlines()[int(line) - 1]), (name, file, line)  # fmt: skip
+    for file in re.findall(r"\]\(((?!http)[^)#]+)", text):
+        assert (root / file).exists(), file
+
+
+# --- 10. Losing nothing -----------------------------------------------------------------------------------------------
+
+
 def step_of(folder):
     """The step of the newest checkpoint that can be loaded, into the run's own networks."""
     path = transgan.newest_checkpoint(folder)
@@ -3125,6 +3268,7 @@ def test_whatever_fails_while_saving_the_last_checkpoint_stays(call, small, tmp_
     assert run_main("--resume", out, "--steps", 6) == 0
 
 
+@on_cpu
 @on_posix
 def test_a_folder_that_may_not_be_written_to_keeps_its_run(small, capfd):
     with tempfile.TemporaryDirectory() as top:
@@ -3306,12 +3450,14 @@ def test_rewinding_gives_up_when_it_does_not_help(small, tmp_path, capsys, monke
 def test_a_branch_rewinds_to_where_it_began(small, tmp_path, capsys, monkeypatch):
     run, branch = tmp_path / "run", tmp_path / "branch"
     assert run_main(*TRAIN, "--out", run) == 0
+    shutil.copy(run / "checkpoint.npz", run / "checkpoint-previous.npz")
+    flip_a_bit(run / "checkpoint.npz")
     before = (run / "checkpoint.npz").read_bytes()
     at_step(5, poison("weight"), monkeypatch)
     assert run_main("--resume", run, "--out", branch, "--steps", 6, "--on-nan", "rewind") == 0
     assert capsys.readouterr().err.count("back to step 4") == 2
     assert [row["step"] for row in read_log(branch)] == list("56")
-    assert holds(run / "checkpoint.npz", before)
+    assert holds(run / "checkpoint.npz", before)  # a branch changes nothing where it comes from
 
 
 def test_a_score_that_is_not_finite_stops_the_run_and_what_is_not_finite_gets_none(small, tmp_path, monkeypatch):
@@ -3335,161 +3481,7 @@ def test_half_the_rate_is_half_the_rate(small):
     assert_same_state(state_of(halved), state_of(lower))
 
 
-def test_a_disk_that_fills_up_keeps_the_last_checkpoint(small, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "run"
-    assert run_main(*TRAIN, "--out", out) == 0
-    before = (out / "checkpoint.npz").read_bytes()
-
-    def full(file, **arrays):
-        file.write(b"half a checkpoint")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full)
-    assert "No space left on device" in fails(capsys, "--resume", out, "--steps", 6)
-    assert holds(out / "checkpoint.npz", before)
-    assert not list(out.glob("*.part"))
-
-
-def test_what_lies_in_a_folder_is_not_overwritten(small, tmp_path, capsys):
-    for name in ("log.csv", "samples/step-000000.png", "checkpoint.npz"):
-        out = tmp_path / name.replace("/", "-")
-        (out / name).parent.mkdir(parents=True)
-        (out / name).write_text("precious")
-        assert "choose another --out" in fails(capsys, *TRAIN, "--out", out)
-        assert (out / name).read_text() == "precious"
-    run, other = tmp_path / "run", tmp_path / "other"
-    assert run_main(*TRAIN, "--out", run) == run_main(*TRAIN, "--out", other) == 0
-    before = (other / "checkpoint.npz").read_bytes()
-    assert "holds a run already" in fails(capsys, "--resume", run, "--out", other, "--steps", 6)
-    assert holds(other / "checkpoint.npz", before)
-    assert run_main("--resume", run, "--out", tmp_path / "branch", "--steps", 5) == 0
-    assert [row["step"] for row in read_log(tmp_path / "branch")] == ["5"]
-    with pytest.raises(UserError, match="holds a run already"):  # one that began while this one loaded its data
-        transgan.Log(run / "log.csv", 0, 4)
-
-
-def test_resuming_keeps_the_log_and_its_clock(small, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert run_main(*TRAIN, "--out", out) == 0
-    lines = (out / "log.csv").read_text().splitlines()
-    lines = [line + (",note" if line.startswith("step") else ",x") for line in lines]  # a column more than ours
-    lines[-1] = lines[-1].rpartition(",")[0].rpartition(",")[0] + ",1000,x"
-    (out / "log.csv").write_text("\n".join(lines) + "\n")
-    assert run_main("--resume", out, "--steps", 6) == 0
-    rows = read_log(out)
-    assert [row["step"] for row in rows] == list("0123456")
-    assert 1000 < float(rows[5]["seconds"]) < 1010
-    assert leftovers(out)[:3] == [*sorted(transgan.CHECKPOINTS), "log.csv"]
-
-
-@pytest.mark.parametrize("torn", [b"1", b"4", b"45,0.1", b"\0" * 100, b"\xff,1", b"6," + b"9" * 200_000])
-def test_what_a_log_says_after_the_checkpoint_does_not_matter(torn, small, tmp_path):
-    out = tmp_path / "run"
-    assert run_main(*TRAIN, "--out", out) == 0
-    with (out / "log.csv").open("ab") as file:
-        file.write(torn)
-    assert run_main("--resume", out, "--steps", 6) == 0
-    assert [row["step"] for row in read_log(out)] == list("0123456")
-
-
-def test_resuming_refuses_every_other_option(small, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert run_main(*TRAIN, "--out", out) == 0
-    for flag, value in (("--dataset", "cifar10"), ("--size", "S"), ("--image-size", 16), ("--patch-size", 2), ("--seed", 7),
-                        ("--loss", "hinge"), ("--batch-size", 3), ("--gen-batch-size", 3), ("--disc-steps", 3),
-                        ("--learning-rate", 0.5), ("--ema-decay", 0.5), ("--diff-aug", "color"),
-                        ("--sr-weight", 1.0), ("--locality", "1:1"), ("--locality-stages", 2),
-                        ("--discriminator", "autogan"), ("--beta2", 0.5)):  # fmt: skip
-        assert f"leave out {flag} {value}" in fails(capsys, "--resume", out, "--steps", 6, flag, value)
-
-
-@functools.cache
-def saved_once():
-    """A small run's checkpoint and log, after three of six steps, and the trainer."""
-    trainer = small_trainer(1)
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "samples").mkdir()
-        transgan.train(trainer, Path(folder), 6, 3)
-        previous = Path(folder, transgan.CHECKPOINTS[1])
-        return previous.read_bytes(), Path(folder, "log.csv").read_bytes(), trainer
-
-
-@fuzz(60)
-@given(seed=seeds)
-def test_a_fuzzed_checkpoint_only_ever_raises_our_own_error(seed, small, tmp_path):
-    """Or it is as it was written, because every byte that matters is held against a checksum."""
-    content, _, trainer = saved_once()
-    path = tmp_path / transgan.CHECKPOINTS[0]
-    path.write_bytes(content)
-    trainer.load(path)
-    expected = state_of(trainer)
-    path.write_bytes(fuzzed(content, seed))
-    with one_line_at_most():
-        trainer.load(transgan.newest_checkpoint(tmp_path))
-        assert trainer.step == 3
-    assert_same_state(state_of(trainer), expected)
-
-
-@fuzz(150)
-@given(seed=seeds)
-def test_a_fuzzed_log_only_ever_raises_our_own_error(seed, small, tmp_path):
-    _, content, _ = saved_once()
-    path = tmp_path / "log.csv"
-    path.write_bytes(fuzzed(content, seed))
-    with one_line_at_most():
-        log = transgan.Log(path, 3, 6, resumed=True)
-        log.add(4, {"disc_loss": 1.0}, 6)
-        log.close()
-        rows = read_log(tmp_path)
-        assert rows[-1]["step"] == "4"
-        assert all(int(row["step"]) <= 3 for row in rows[:-1])
-        assert math.isfinite(float(rows[-1]["seconds"]))
-
-
-def test_help_and_summary(capsys):
-    assert run_main("--help") == 0
-    text = capsys.readouterr().out
-    for field in dataclasses.fields(transgan.Options):
-        assert f"--{field.name.replace('_', '-')} " in text
-    assert run_main("--summary", "--dataset", "cifar10") == 0
-    text = capsys.readouterr().out
-    assert "18,639,531" in text
-    assert "12,458,497" in text
-
-
-def test_as_a_program():
-    program = [sys.executable, str(Path(__file__).with_name("transgan.py"))]
-    done = subprocess.run([*program, "--size", "huge"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    done = subprocess.run([*program, "--summary"], capture_output=True, text=True, check=True)
-    assert "16x16" in done.stdout
-
-
-@pytest.mark.skipif(os.name != "posix", reason="about a POSIX shell")
-@pytest.mark.parametrize("shell", ['exec "$@" --out "$0/caf\xe9" >"$0/out"', 'exec "$@" --out "$0/run" >&-'])
-def test_as_a_program_in_odd_surroundings(shell, tmp_path):
-    """A name that the terminal cannot show, and an output that is closed, are no reason to stop."""
-    program = [sys.executable, str(Path(__file__).with_name("transgan.py")), "--image-size", "8", "--steps", "1",
-               "--batch-size", "2", "--gen-batch-size", "2", "--device", "cpu"]  # fmt: skip
-    command = ["sh", "-c", shell.encode("latin-1"), str(tmp_path), *program]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_the_readmes_links_lead_to_what_they_name():
-    root = Path(__file__).parent
-    text = (root / "README.md").read_text()
-    links = re.findall(r"\[`([\w.]+)`\]\(([\w./]+)#L(\d+)\)", text)
-    assert len(links) >= 6
-    for name, file, line in links:
-        assert re.match(rf"(class|def| +def) {name.split('.')[-1]}\b",
-                        (root / file).read_text().splitlines()[int(line) - 1]), (name, file, line)  # fmt: skip
-    for file in re.findall(r"\]\(((?!http)[^)#]+)", text):
-        assert (root / file).exists(), file
-
-
-# --- 10. Parity with PyTorch ------------------------------------------------------------------------------------------
+# --- 11. Parity with PyTorch ------------------------------------------------------------------------------------------
 # The same networks in PyTorch, as functions of our parameters' names; benchmarks/step.py times itself against them.
 
 

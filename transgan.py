@@ -1545,7 +1545,7 @@ def go_on(trainer, args, checkpoint, out):
     trainer.load(checkpoint)
     if trainer.step >= trainer.options.steps:
         raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {trainer.step}")
-    if out == args.resume and checkpoint.name != CHECKPOINTS[0]:
+    if checkpoint.name != CHECKPOINTS[0]:
         with contextlib.suppress(FileNotFoundError):
             (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
 
