@@ -864,7 +864,7 @@ class open_checkpoint:
         if (shape, dtype) != (like.shape, like.dtype):
             found, needed = f"{dtype} of shape {shape}", f"{like.dtype} of shape {like.shape}"
             raise UserError(f"{self.path} does not fit: {name} is {found}, not {needed}")
-        return data.read_array(self.file, name, like.nbytes)
+        return data.read_array(self.file, name, math.prod(shape) * dtype.itemsize)
 
     def step(self):
         """The number of the generator step after which it was written."""
