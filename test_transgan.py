@@ -3135,7 +3135,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(small, tmp_path,
             "discriminator/embed.weight is float32 of shape (12, 16), not float32 of shape",
         ),
         (transgan.Size(64, (1, 2, 1), 16, 2), "it has no generator/stages.1.blocks.1"),
-        (transgan.Size(64, (1, 1, 1), 16, 1), "these networks have no discriminator/adam.v/blocks.1"),
+        (transgan.Size(64, (1, 1, 1), 16, 1), "these networks have no 'discriminator/adam.v/blocks.1"),
     ):
         monkeypatch.setitem(transgan.SIZES, "tiny", size)
         trainer = small_trainer()

@@ -800,7 +800,7 @@ class Trainer:
         with open_checkpoint(path) as saved:
             arrays = {name: saved.read(name, x) for name, x in state.items()}
             if more := saved.names - state.keys() - {"options", "step", "rate_scale"}:
-                raise UserError(f"{path} does not fit: these networks have no {min(more)}")
+                raise UserError(f"{path} does not fit: these networks have no {min(more)!r}")
             step, scale = saved.step(), saved.read("rate_scale") if "rate_scale" in saved.names else np.float64(1)
             if scale.dtype != np.float64 or scale.shape or not 0 < scale <= 1:
                 raise ValueError("its rate_scale is no number above 0, up to 1")
