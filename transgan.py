@@ -845,7 +845,8 @@ class open_checkpoint:
             if any(member.compress_type for member in members) or claimed > self.path.stat().st_size:
                 raise ValueError("it claims more than its size")
         except Exception as error:  # a damaged archive can raise anything at all
-            raise UserError(f"cannot read {self.path}: {first_line(error)}; name a run's folder") from None
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"cannot read {self.path}: {reason}; name a run's folder") from None
         return self
 
     def __exit__(self, kind, error, _):
