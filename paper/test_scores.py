@@ -325,6 +325,10 @@ def test_evaluating_a_run(quick, tmp_path, capsys):
     stats = next((tmp_path / "data").glob("fid-stats-own-*.npz"))
     assert base.run_main("--evaluate", out, "--num-images", 30, "--fid-stats", stats, *where) == 0
     assert f"against the statistics in {stats.name}" in capsys.readouterr().out
+    (out / "checkpoint.npz").replace(out / "checkpoint-previous.npz")
+    assert base.run_main("--evaluate", out, "--num-images", 30, *where) == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("going on from checkpoint-previous.npz\n")) == (lines[0], 1)
     for args, message in (
         (["--resume", out], "leave out one of them"),
         (["--num-images", 9], "must be from 10"),
