@@ -3,12 +3,12 @@
 Every data set becomes one array of bytes, (N, 3, H, W) in red, green, blue; only a batch is ever turned into floats.
 
 Contents
-    1. Errors, chance, files  UserError, random_stream, whole_file
+    1. Errors, chance, files  UserError, first_line, random_stream, whole_file, sync
     2. Archives               Archive, fetch, download: resumed where it broke off, and checked
     3. CIFAR-10               load_cifar10, its archive and its pickles, which are never executed
     4. Any pictures           load_folder, load_stl10, load_celeba: cropped, resized and decoded once, into a cache
     5. Shapes                 draw_shapes, pictures that need no download
-    6. Batches and grids      load_pictures, Batches, save_grid
+    6. Batches and grids      load_pictures, Batches, save_grid; save_arrays and read_array, for .npz files
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import http.client
 import io
+import math
 import os
 import pickle
 import pickletools
@@ -28,7 +29,6 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
-import zlib
 from concurrent import futures
 from pathlib import Path
 
@@ -47,6 +47,11 @@ class UserError(Exception):
     """Something a person can put right; its message is one line that says what is wrong and what to do."""
 
 
+def first_line(error):
+    """What an exception says in its first line, or else its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 PURPOSES = ("shapes", "order", "weights", "step", "judge", "co-training order", "evaluate", "classifier")
 
 
@@ -60,18 +65,35 @@ def random_stream(purpose, seed, number=0):
 
 
 @contextlib.contextmanager
-def whole_file(path):
+def whole_file(path, previous=None):
     """Within this context, a path to write to; what lies there appears as `path` at the end, unless something went wrong.
 
-    So nobody ever meets half a file, and one that was there before stays until the new one is whole.
+    So nobody ever meets half a file, and one that was there before stays until the new one is whole and on the disk itself.
+    It is then renamed to `previous`, if that is given. If all ends between the two renames, `previous` is the newest, and
+    there is no `path`; links would close that gap, but not every file system has them.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
+        sync(part)
+        if previous and path.exists():
+            path.replace(previous)
         part.replace(path)
+        if os.name == "posix":
+            with contextlib.suppress(OSError):  # some network file systems cannot
+                sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def sync(path):
+    """Wait until the disk itself holds a file, or the names in a folder."""
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows asks for the latter
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 # --- 2. Archives ------------------------------------------------------------------------------------------------------
@@ -266,8 +288,12 @@ def extract_cifar10(archive, folder):
         temporary.replace(folder)
     except KeyError as error:
         raise UserError(f"{archive} is not CIFAR-10: {error.args[0]}; delete it and start again") from None
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"cannot extract {archive}: {error}; if it is damaged, delete it and start again") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive can raise anything at all
+        raise UserError(
+            f"cannot extract {archive}: {first_line(error)}; if it is damaged, delete it and start again"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -290,7 +316,9 @@ def read_cifar10(path):
             f"cannot read {path}: {error.strerror}; delete its folder to extract or download it again"
         ) from None
     except Exception as error:  # a damaged pickle can raise anything at all
-        raise UserError(f"{path} is not a batch of CIFAR-10 ({error}); delete its folder and start again") from None
+        raise UserError(
+            f"{path} is not a batch of CIFAR-10 ({first_line(error)}); delete its folder and start again"
+        ) from None
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != 3072 or not len(rows):
         raise UserError(f"{path}: expected rows of 3072 bytes, found {getattr(rows, 'shape', type(rows).__name__)}")
     if not isinstance(labels, list) or len(labels) != len(rows):
@@ -422,7 +450,9 @@ def cached(path, side, chunks):
             with whole_file(path) as part, part.open("wb") as file:
                 for pictures in chunks():
                     file.write(pictures.tobytes())
-        count = path.stat().st_size // (3 * side * side)
+        count, rest = divmod(path.stat().st_size, 3 * side * side)
+        if rest:
+            raise ValueError("it ends within a picture")
         return np.memmap(path, np.uint8, "r", shape=(count, 3, side, side)).view(np.ndarray)
     except (OSError, ValueError) as error:  # a file without a single picture cannot be mapped
         raise UserError(
@@ -503,8 +533,12 @@ def load_stl10(data_dir, side=48, archive=STL10):
                         yield from pictures(tar.extractfile(member), source)
                         return
             raise UserError(f"{source} is not STL-10: it holds no {STL10_FILE}; delete it and start again")
-        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-            raise UserError(f"cannot read {source}: {error}; if it is damaged, delete it and start again") from None
+        except UserError:
+            raise
+        except Exception as error:  # a damaged archive can raise anything at all
+            raise UserError(
+                f"cannot read {source}: {first_line(error)}; if it is damaged, delete it and start again"
+            ) from None
 
     def pictures(file, source):
         size, count = 3 * STL10_SIDE**2, 0
@@ -533,16 +567,20 @@ def load_celeba(data_dir, side=64, archive=CELEBA):
         path = fetch(archive, data_dir)
         try:
             with zipfile.ZipFile(path) as file:
-                faces = {face.filename: face.file_size for face in file.infolist() if face.filename.endswith(".jpg")}
+                faces = {face.filename: face for face in file.infolist() if face.filename.endswith(".jpg")}
 
                 def opened(name):
-                    if faces[name] > MAX_FILE:
+                    if max(faces[name].file_size, faces[name].compress_size) > MAX_FILE:
                         raise ValueError("it is too large for a face of CelebA")
                     return io.BytesIO(file.read(name))
 
                 yield from decode(sorted(faces), opened, side, path)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"cannot read {path}: {error}; if it is damaged, delete it and start again") from None
+        except UserError:
+            raise
+        except Exception as error:  # a damaged archive can raise anything at all
+            raise UserError(
+                f"cannot read {path}: {first_line(error)}; if it is damaged, delete it and start again"
+            ) from None
 
     folder = Path(data_dir) / "img_align_celeba"
     if folder.is_dir():
@@ -674,6 +712,31 @@ def save_arrays(path, **arrays):
             np.savez(file, **arrays)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another --data-dir") from None
+
+
+def array_header(member):
+    """What an open .npy file begins with: (shape, whether the first index runs fastest, dtype). Raises ValueError."""
+    if np.lib.format.read_magic(member) != (1, 0):
+        raise ValueError("an array is of another version")
+    return np.lib.format.read_array_header_1_0(member)
+
+
+def read_array(archive, name, most):
+    """The array `name` of an .npz file, a ZipFile, read-only; nothing larger than `most` bytes is read or made.
+
+    np.load makes room for whatever a file claims, and reads all that a compressed one unfolds to. Raises ValueError, and
+    what a damaged zip file can make Python raise.
+    """
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in a way that NumPy does not use")
+    with archive.open(info) as member:
+        shape, in_columns, dtype = array_header(member)
+        size = math.prod(shape) * dtype.itemsize
+        if not 0 <= size <= most:
+            raise ValueError(f"{name} claims {size} bytes, more than {most}")
+        content = member.read(size + 1)  # one more: only at its end is a member held against its checksum
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if in_columns else "C")
 
 
 def save_grid(pictures, path, columns=8):

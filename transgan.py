@@ -15,7 +15,7 @@ Contents
     3. Losses                 gradient_penalty, discriminator_loss, generator_loss, super_resolution_error
     4. Augmentation           diff_augment, draw_augmentation
     5. Training               Options, Trainer: one step of each network, moving average, checkpoints
-    6. Watching it learn      sliced_wasserstein, Log, train
+    6. Watching it learn      sliced_wasserstein, Log, train, and what stops it: stop_signals, train_on
     7. Command line           summary, main
 
 In comments on shapes: B batch, N tokens, C width (embed_dim), H and W height and width in tokens or pixels, Z latent_dim,
@@ -40,7 +40,10 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
+import types
+import zipfile
 from concurrent import futures
 from pathlib import Path
 
@@ -49,7 +52,7 @@ import numpy as np
 import autograd as ag
 import data
 from autograd import Tensor, grad
-from data import UserError
+from data import UserError, first_line
 
 # --- 1. Building blocks -----------------------------------------------------------------------------------------------
 
@@ -609,6 +612,8 @@ class Trainer:
     ValueError for an image_size or patch_size that the networks cannot have.
     """
 
+    rate_scale = 1.0  # of the learning rate: halved by each rewind, see `train_on`
+
     def __init__(self, options, pictures, threads=None, dtype=np.float32, group=None):
         seed = options.seed
         self.options, self.dtype, self.step, self.group = options, dtype, 0, group
@@ -644,7 +649,7 @@ class Trainer:
         options = self.options
         self.set_window()
         disc_inputs, gen_inputs = self.next_inputs()
-        rate = options.learning_rate * (1 - self.step / options.steps)  # linear decay to 0 over the run
+        rate = self.rate_scale * options.learning_rate * (1 - self.step / options.steps)  # linear decay to 0 over the run
         for inputs in disc_inputs:
             losses = self.discriminator_step(inputs, rate)
         losses |= self.generator_step(gen_inputs, rate)
@@ -835,25 +840,35 @@ class Trainer:
         return state | {f"average/{name}": x for name, x in self.average.items()}
 
     def save(self, path):
-        """Write a checkpoint: all arrays of training, the step and the options, from which the random state follows."""
+        """Write a checkpoint: all arrays of training, the step and the options, from which the random state follows.
+
+        The one that lies there is kept as NAME-previous.npz. Raises NotFinite, and writes nothing, for a state that is not.
+        """
         arrays = {name: ag.to_numpy(x) for name, x in self._state().items()}
-        with data.whole_file(path) as part, part.open("wb") as file:
-            np.savez(file, options=json.dumps(dataclasses.asdict(self.options)), step=self.step, **arrays)
+        for name, x in arrays.items():
+            if not np.isfinite(x).all():
+                raise NotFinite(f"{name} is not finite after step {self.step}")
+        options = json.dumps(dataclasses.asdict(self.options))
+        with data.whole_file(path, path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
+            np.savez(file, options=options, step=self.step, rate_scale=self.rate_scale, **arrays)
 
     def load(self, path):
-        """Take a checkpoint's arrays and step. Raises UserError if it does not fit these networks."""
+        """Take a checkpoint's arrays and step. Raises UserError, and takes nothing, if it does not fit these networks."""
+        theirs = read_options(path)
+        for name, own in dataclasses.asdict(self.options).items():
+            if name not in ("steps", "accumulate", "dataset") and getattr(theirs, name) != own:
+                raise UserError(f"{path} is of another run: its {name} is {getattr(theirs, name)!r}, not {own!r}")
+        state = self._state()
         with open_checkpoint(path) as saved:
-            state = self._state()
-            arrays = {name: saved[name] for name in state if name in saved}
-            for name, x in state.items():
-                if name not in arrays or arrays[name].shape != x.shape or arrays[name].dtype != x.dtype:
-                    raise UserError(f"{path} does not fit: {name} should be {x.dtype} of shape {x.shape}")
-            for name, x in state.items():
-                x[...] = ag.xp.asarray(arrays[name])
-            step = saved["step"]
-            if step.dtype.kind != "i" or step.shape or step < 0:
-                raise ValueError("its step is no whole number")
-            self.step = int(step)
+            arrays = {name: saved.read(name, x) for name, x in state.items()}
+            if more := saved.names - state.keys() - {"options", "step", "rate_scale"}:
+                raise UserError(f"{path} does not fit: these networks have no {min(more)!r}")
+            step, scale = saved.step(), saved.read("rate_scale") if "rate_scale" in saved.names else np.float64(1)
+            if scale.dtype != np.float64 or scale.shape or not 0 < scale <= 1:
+                raise ValueError("its rate_scale is no number above 0, up to 1")
+        for name, x in state.items():
+            x[...] = ag.xp.asarray(arrays[name])
+        self.step, self.rate_scale = step, float(scale)
         self.gen_adam.t, self.disc_adam.t = self.step, self.step * self.options.disc_steps
         self.set_window()
 
@@ -865,29 +880,94 @@ def flip(pictures, rng):
     return pictures
 
 
+class NotFinite(UserError):
+    """A number of training, named by the message, has become infinite or NaN."""
+
+
 class open_checkpoint:
-    """Within this context, a checkpoint's arrays by name; whatever is wrong with the file becomes a UserError."""
+    """Within this context, the arrays of a checkpoint's zip file; whatever is wrong with it becomes a UserError.
+
+    names: what it holds. What it says of itself is not trusted: nothing may be compressed, all together may claim no more
+    than the file's size, and an array is read only if its header says what it should.
+    """
+
+    SMALL = 1 << 16  # bytes of what is no array of the networks
 
     def __init__(self, path):
         self.path = path
 
     def __enter__(self):
         try:
-            self.file = np.load(self.path, allow_pickle=False)
-            if not isinstance(self.file, np.lib.npyio.NpzFile) or not {"options", "step"} <= set(self.file):
+            self.file = zipfile.ZipFile(self.path)
+            members = self.file.infolist()
+            self.names = {member.filename.removesuffix(".npy") for member in members}
+            if not {"options", "step"} <= self.names:
                 raise ValueError("it lacks options or step")
+            claimed = sum(max(member.file_size, member.compress_size) for member in members)
+            if any(member.compress_type for member in members) or claimed > self.path.stat().st_size:
+                raise ValueError("it claims more than its size")
         except Exception as error:  # a damaged archive can raise anything at all
-            raise UserError(f"cannot read {self.path}: {first_line(error)}; name a run's folder") from None
-        return self.file
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"cannot read {self.path}: {reason}; name a run's folder") from None
+        return self
 
     def __exit__(self, kind, error, _):
         self.file.close()
         if isinstance(error, Exception) and not isinstance(error, UserError):
             raise UserError(f"{self.path} is damaged: {first_line(error)}; resume from another run") from None
 
+    def read(self, name, like=None):
+        """The array of this name, read-only; of the shape and dtype of `like`, or of at most SMALL bytes."""
+        if name not in self.names:
+            raise UserError(f"{self.path} does not fit: it has no {name}")
+        if like is None:
+            return data.read_array(self.file, name, self.SMALL)
+        with self.file.open(f"{name}.npy") as member:
+            shape, _, dtype = data.array_header(member)
+        if (shape, dtype) != (like.shape, like.dtype):
+            found, needed = f"{dtype} of shape {shape}", f"{like.dtype} of shape {like.shape}"
+            raise UserError(f"{self.path} does not fit: {name} is {found}, not {needed}")
+        return data.read_array(self.file, name, math.prod(shape) * dtype.itemsize)
 
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    def step(self):
+        """The number of the generator step after which it was written."""
+        step = self.read("step")
+        if step.dtype.kind != "i" or step.shape or step < 0:
+            raise ValueError("its step is no whole number")
+        return int(step)
+
+
+CHECKPOINTS = ("checkpoint.npz", "checkpoint-previous.npz")  # of a run's folder, the newest first
+
+
+def newest_checkpoint(folder):
+    """The path of the newest whole checkpoint in a run's folder; says on standard error if that is the previous one.
+
+    Raises UserError if none can be used.
+    """
+    newest, previous = (folder / name for name in CHECKPOINTS)
+    try:
+        return whole_checkpoint(newest)
+    except UserError as error:
+        if not previous.exists():
+            raise
+        reason = str(error).rpartition(";")[0]
+    try:
+        whole_checkpoint(previous)
+    except UserError as error:
+        raise UserError(f"{reason}, and {str(error).rpartition(';')[0]}; start a new run") from None
+    print(f"transgan: {one_line(reason)}; going on from {previous.name}", file=sys.stderr)
+    return previous
+
+
+def whole_checkpoint(path):
+    """`path`, if a checkpoint lies there whose options can be had and whose every byte is as written. Raises UserError."""
+    read_options(path)
+    with open_checkpoint(path) as saved:
+        saved.step()
+        if broken := saved.file.testzip():
+            raise ValueError(f"{broken} is not as it was written")
+    return path
 
 
 # --- 6. Watching it learn ---------------------------------------------------------------------------------------------
@@ -923,16 +1003,18 @@ class Log:
     def __init__(self, path, step, steps, resumed=False):
         self.first, self.steps = step, steps
         kept, self.earlier = [], 0.0
-        if resumed and path.exists() and step:  # the rows up to the checkpoint; later steps will be done again
+        if resumed and path.exists() and step:
             try:
-                with path.open(newline="") as file:
-                    kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                with path.open(newline="", encoding="utf-8", errors="replace") as file:
+                    kept = rows_until(step, csv.DictReader(file))
                 self.earlier = float(kept[-1]["seconds"]) if kept else 0.0
+                if not math.isfinite(self.earlier):
+                    raise ValueError(f"it took {self.earlier} seconds")
             except (ValueError, KeyError, TypeError, csv.Error) as error:
                 raise UserError(f"{path} is not a log of this program ({error}); move it away to go on without") from None
         start = path.with_name(path.name + ".part") if resumed else path
         try:
-            self.file = start.open("w" if resumed else "x", newline="")
+            self.file = start.open("w" if resumed else "x", newline="", encoding="utf-8")
         except FileExistsError:
             raise holds_a_run(path.parent) from None
         self.writer = csv.DictWriter(self.file, self.FIELDS, restval="", extrasaction="ignore")
@@ -941,43 +1023,68 @@ class Log:
         if resumed:
             self.file.close()
             os.replace(start, path)
-            self.file = path.open("a", newline="")
+            self.file = path.open("a", newline="", encoding="utf-8")
             self.writer.writer = csv.writer(self.file)
-        self.live, self.waiting, self.measured = bool(sys.stdout and sys.stdout.isatty()), [], {}
+        self.live, self.measured = bool(sys.stdout and sys.stdout.isatty()), {}
+        self.waiting, self.written = [], []  # rows for the file, and those in it that were not shown
         self.start = self.shown = self.last = time.monotonic()
 
-    def add(self, step, losses, pictures, measured):
-        """Remember a step: its losses, how many real pictures it used, and the distance and scores that were measured."""
+    def add(self, step, losses, pictures):
+        """Remember a step: its losses, and how many real pictures it used."""
         now = time.monotonic()
         row = {"step": step, "pictures_per_second": pictures / max(now - self.last, 1e-9)}
-        self.waiting.append(row | losses | measured | {"seconds": self.earlier + now - self.start})
+        self.waiting.append(row | losses | {"seconds": self.earlier + now - self.start})
         self.last = now
+
+    def measure(self, measured):
+        """Add the distance or scores that were measured after the last step; the time that took counts for no step."""
+        self.waiting[-1] |= measured
         self.measured |= measured
-        if now - self.shown > (0.5 if self.live else 10) or step in (self.first, self.first + 1, self.steps):
+        self.last = time.monotonic()
+
+    def check(self):
+        """Read the numbers that wait. Raises NotFinite at the first that is not."""
+        for row in self.waiting:
+            row |= {name: float(x) for name, x in row.items() if x is not None and name != "step"}
+            for name in self.FIELDS:
+                if not math.isfinite(row.get(name) or 0):
+                    raise NotFinite(f"{name} is {row[name]} at step {row['step']}")
+
+    def write(self):
+        """Write the rows that wait."""
+        for row in self.waiting:
+            self.writer.writerow({k: v if k == "step" else f"{float(v):.6g}" for k, v in row.items() if v is not None})
+        self.file.flush()
+        self.written += self.waiting
+        self.waiting.clear()
+
+    def tick(self):
+        """Check and show what there is, if it is time to."""
+        row = (self.written + self.waiting)[-1]
+        due = time.monotonic() - self.shown > (0.5 if self.live else 10)
+        if due or row["step"] in (self.first, self.first + 1, self.steps):
+            self.check()
             self.show()
 
     def show(self):
         """Write the rows that wait and show the newest."""
-        for row in self.waiting:
-            numbers = {k: v if isinstance(v, int) else f"{float(v):.6g}" for k, v in row.items() if v is not None}
-            self.writer.writerow(numbers)
-        if not self.waiting:
+        self.write()
+        if not self.written:
             return
-        self.file.flush()
         self.shown = time.monotonic()
-        row, parts = self.waiting[-1], []
+        row, parts = self.written[-1], []
         for name, label in (("disc_loss", "D"), ("gen_loss", "G"), ("penalty", "penalty"), ("sr_loss", "SR")):
             if row.get(name) is not None:
                 parts.append(f"{label} {float(row[name]):.3f}")
         parts += [f"{LABELS[name]} {value:.3f}" for name, value in self.measured.items()]
         step, elapsed = row["step"], self.shown - self.start
         left = elapsed / max(step - self.first, 1) * (self.steps - step)
-        speed = (sum(r["pictures_per_second"] for r in self.waiting) / len(self.waiting)) if step > self.first else 0
+        speed = (sum(r["pictures_per_second"] for r in self.written) / len(self.written)) if step > self.first else 0
         parts += [f"{speed:.0f} pictures/s", f"{clock(elapsed)} elapsed"]
         parts += [f"{clock(left)} left"] if step > self.first else []
         line = f"step {step}/{self.steps}  " + "  ".join(parts)
         print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
-        self.waiting.clear()
+        self.written.clear()
 
     def close(self):
         """Write what waits, and leave the live line standing."""
@@ -985,6 +1092,17 @@ class Log:
         if self.live:
             print()
         self.file.close()
+
+
+def rows_until(step, reader):
+    """A log's rows up to a step, which will go on from there. What comes after, if only half a row, is not looked at."""
+    kept = []
+    for row in reader:
+        if int(row["step"]) <= step:
+            kept.append(row)
+        if int(row["step"]) >= step:
+            break
+    return kept
 
 
 def clock(seconds):
@@ -1005,14 +1123,57 @@ def explain_locality(options, path):
     data.save_grid(np.stack(pictures), path, columns=len(pictures))
 
 
+@contextlib.contextmanager
+def stop_signals():
+    """Within this context, a first Ctrl-C or SIGTERM does no more than to set `asked`, of what this yields, to its number.
+
+    The next one acts as usual. Signals that are ignored (nohup) stay so; and only the main thread may ask for signals, so
+    in any other nothing changes. Windows has Ctrl-C and Ctrl-Break.
+    """
+    stop, before = types.SimpleNamespace(asked=None), {}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number, _):
+        stop.asked = number
+        restore()
+        with contextlib.suppress(OSError):  # print may be at work in what this interrupts
+            os.write(2, b"\nfinishing the step, to save it; Ctrl-C again stops at once\n")
+
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+        for number in numbers:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+def look(trainer, noise, real, samples):
+    """Write grids of generated and of restored pictures into the folder `samples`; returns the distance, for the log."""
+    pictures = trainer.sample(noise)
+    data.save_grid(pictures[:GRID], samples / f"step-{trainer.step:06d}.png")
+    if trainer.options.sr_weight:
+        factor = 2 ** (len(trainer.generator.stages) - 2)
+        small = downsample(real[: GRID // 8], factor)
+        rows = [small.repeat(factor, 2).repeat(factor, 3), trainer.restore(small), real[: GRID // 8]]
+        data.save_grid(np.concatenate(rows), samples / f"restored-{trainer.step:06d}.png")
+    return {"distance": sliced_wasserstein(pictures, real)}
+
+
 def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=None, scores=None):
     """Train until `trainer.options.steps`, writing samples, log and checkpoints into the folder `out`.
 
     sample_every, save_every: generator steps between sample grids and between checkpoints. Either is also made when it is
     PATIENCE seconds old, because a step of the large sizes takes a CPU half a minute. evaluate_every: generator steps
-    between calls of scores(), which returns more numbers for the log.
+    between calls of scores(), which returns more numbers for the log. Returns the number of the signal that stopped it
+    before (the step was finished, and saved), or None. Raises NotFinite; the last checkpoint is then from before.
     """
-    options = trainer.options
+    options, asked = trainer.options, None
     rng = data.random_stream("judge", options.seed)
     noise = trainer.noise(JUDGED, rng)
     real = trainer.batches.pictures
@@ -1020,36 +1181,59 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
     log = Log(out / "log.csv", trainer.step, options.steps, resumed)
     if options.locality != "none":
         explain_locality(options, out / "locality.png")
-
-    def look():
-        pictures = trainer.sample(noise)
-        data.save_grid(pictures[:GRID], out / "samples" / f"step-{trainer.step:06d}.png")
-        if options.sr_weight:
-            factor = 2 ** (len(trainer.generator.stages) - 2)
-            small = downsample(real[: GRID // 8], factor)
-            rows = [small.repeat(factor, 2).repeat(factor, 3), trainer.restore(small), real[: GRID // 8]]
-            data.save_grid(np.concatenate(rows), out / "samples" / f"restored-{trainer.step:06d}.png")
-        return {"distance": sliced_wasserstein(pictures, real)}
-
-    try:
+    with contextlib.closing(log), stop_signals() as stop:
+        if not resumed:
+            trainer.save(out / CHECKPOINTS[0])  # first, so that whatever stops the run can be gone on from
         if trainer.step == 0:
-            trainer.save(out / "checkpoint.npz")  # first, so that whatever stops the run can be gone on from
-            log.add(0, {}, 0, look() | (scores() if evaluate_every else {}))
+            log.add(0, {}, 0)
+            log.measure(look(trainer, noise, real, out / "samples") | (scores() if evaluate_every else {}))
+            log.tick()
+            asked = stop.asked
         sampled = saved = time.monotonic()
-        while trainer.step < options.steps:
+        while trainer.step < options.steps and not asked:
             losses = trainer.train_step()
-            step, last, now, measured = trainer.step, trainer.step == options.steps, time.monotonic(), {}
+            step, last, now = trainer.step, trainer.step == options.steps, time.monotonic()
+            log.add(step, losses, options.batch_size * options.disc_steps)
             if last or step % sample_every == 0 or now - sampled > PATIENCE:
-                measured, sampled = look(), now
+                log.check()
+                log.measure(look(trainer, noise, real, out / "samples"))
+                sampled = now
             if evaluate_every and (last or step % evaluate_every == 0):
-                measured |= scores()
-            log.add(step, losses, options.batch_size * options.disc_steps, measured)
-            if last or step % save_every == 0 or now - saved > PATIENCE:
-                log.show()
-                trainer.save(out / "checkpoint.npz")
+                log.check()
+                log.measure(scores())
+            asked = stop.asked
+            if last or asked or step % save_every == 0 or now - saved > PATIENCE:
+                log.check()
+                log.write()
+                data.sync(out / "log.csv")  # whose rows are not to be older than the checkpoint
+                trainer.save(out / CHECKPOINTS[0])
                 saved = now
-    finally:
-        log.close()
+            log.tick()
+    return asked if trainer.step < options.steps else None
+
+
+REWINDS = 5  # times that the learning rate may be halved
+
+
+def train_on(trainer, out, sample_every, save_every, resumed, evaluate_every=None, scores=None, on_nan="stop"):
+    """`train`, and with on_nan="rewind" once more from the last checkpoint, at half the learning rate, after NotFinite.
+
+    How often it was halved is part of a checkpoint. Raises UserError, saying what to try, after REWINDS times or at once.
+    """
+    while True:
+        try:
+            return train(trainer, out, sample_every, save_every, resumed, evaluate_every, scores)
+        except NotFinite as error:
+            scale, resumed = trainer.rate_scale / 2, True
+            if on_nan != "rewind" or scale < 0.5**REWINDS:
+                advice = f"go on from there at half the learning rate with --resume {out} --on-nan rewind, or "
+                if on_nan == "rewind":
+                    advice = f"{REWINDS} times half the learning rate did not help: "
+                raise UserError(f"{error}; the last checkpoint is from before: {advice}start a new run with less than "
+                                f"--learning-rate {trainer.options.learning_rate}") from None  # fmt: skip
+            trainer.load(newest_checkpoint(out))
+            trainer.rate_scale = scale
+            print(f"transgan: {error}; back to step {trainer.step}, at {scale:g} of the learning rate", file=sys.stderr)
 
 
 # --- 7. Command line --------------------------------------------------------------------------------------------------
@@ -1225,7 +1409,9 @@ def make_parser():
         "  python transgan.py --evaluate runs/NAME  give its FID and Inception Score",
         epilog="A run's folder holds samples/ (step-*: grids of the same noise, over time; restored-*: real pictures made\n"
         "small, what the generator makes of them, and the originals), log.csv (a row a step; distance is the sliced\n"
-        "Wasserstein distance between generated and real pictures), checkpoint.npz, and locality.png where there is some.",
+        "Wasserstein distance between generated and real pictures), checkpoint.npz and the one before it, and\n"
+        "locality.png where there is some. Exit codes: 0 done; 2 something to put right, said in one line; 130 and 143\n"
+        "stopped by Ctrl-C or SIGTERM: the running step is finished and saved. A second Ctrl-C stops at once.",
     )
     what = parser.add_argument_group("what to train")
     what.add_argument("--dataset", type=pictures, metavar="NAME", help="pictures to learn: shapes, drawn by the program; "
@@ -1276,6 +1462,9 @@ def make_parser():
     how.add_argument("--locality", type=schedule, metavar="LIST",
                      help="how far a token of the generator sees, in rows and columns, until which epoch of "
                      f"{EPOCHS}, scaled to the run, or none (default: {Options.locality}; for tiny none)")  # fmt: skip
+    how.add_argument("--on-nan", choices=("stop", "rewind"), default="stop",
+                     help="when a number is no longer finite: stop, or go on from the last checkpoint at half the rate, up "
+                     f"to {REWINDS} times (default: stop)")  # fmt: skip
     how.add_argument("--locality-stages", type=number(*LIMITS["locality_stages"]), metavar="N",
                      help="the last N stages are so limited (default: 1)")  # fmt: skip
     where = parser.add_argument_group("where")
@@ -1314,13 +1503,13 @@ def make_parser():
     return parser
 
 
-def choose_options(args):
+def choose_options(args, checkpoint=None):
     """(Options, the run's folder) of parsed arguments: the checkpoint's when resuming, else the data set's defaults."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if getattr(args, f.name) is not None}
     if begun := args.resume or args.evaluate:
         if args.preset:
             raise UserError(f"a run has its own options; leave out --preset {args.preset}")
-        saved = read_options(begun / "checkpoint.npz")
+        saved = read_options(checkpoint)
         moved = saved.dataset not in DEFAULTS and given.get("dataset") not in DEFAULTS
         changeable = ({"steps", "accumulate"} if args.resume else set()) | ({"dataset"} if moved else set())
         for name, value in given.items():
@@ -1370,8 +1559,9 @@ def check_options(options):
 def read_options(path):
     """The Options in a checkpoint. Raises UserError if they are not such as this program writes."""
     with open_checkpoint(path) as saved:
+        text = str(saved.read("options"))
         try:
-            options = Options(**json.loads(str(saved["options"])))
+            options = Options(**json.loads(text))
         except (TypeError, ValueError):
             raise UserError(f"{path} holds options of another version; start a new run") from None
     for name, (kind, least, most) in LIMITS.items():
@@ -1401,13 +1591,50 @@ def prepare_folder(out, resume):
     """Make the run's folder, and refuse one that holds another run, or anything else that this one would overwrite."""
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        if out != resume and any((out / name).exists() for name in ("checkpoint.npz", "log.csv")):
-            raise holds_a_run(out)
+        log = out / "log.csv"
+        if out != resume:
+            if any((out / name).exists() for name in CHECKPOINTS) or (log.exists() and log.stat().st_size):
+                raise holds_a_run(out)
+            log.unlink(missing_ok=True)  # empty: a run was killed before its first checkpoint
         if out != resume and any((out / "samples").iterdir()):
             raise UserError(f"{out / 'samples'} is not empty; move what it holds away, or choose another --out")
         tempfile.TemporaryFile(dir=out).close()
+        for part in (*out.glob(f"{CHECKPOINTS[0]}.*.part"), *out.glob("samples/*.part")) if out == resume else ():
+            part.unlink(missing_ok=True)  # what a killed process was writing
     except OSError as error:
         raise UserError(f"cannot write in {out}: {error.strerror}; choose another --out") from None
+
+
+def go_on(trainer, args, checkpoint, out):
+    """Take up the run in args.resume from one of its checkpoints. Raises UserError if it does not fit or is finished.
+
+    If that is the previous one, a damaged newest goes out of its way: it would take its place with the next that is saved.
+    """
+    trainer.load(checkpoint)
+    if trainer.step >= trainer.options.steps:
+        raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {trainer.step}")
+    if checkpoint.name != CHECKPOINTS[0]:
+        with contextlib.suppress(FileNotFoundError):
+            (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
+
+
+def resume_command(args, out):
+    """The command that goes on with the run in `out`, which knows its own options, as `args` began it."""
+    words, parser = ["python", "transgan.py", "--resume", str(out)], make_parser()
+    for name in (
+        "data_dir",
+        "device",
+        "gpus",
+        "threads",
+        "on_nan",
+        "sample_every",
+        "save_every",
+        "evaluate_every",
+        "num_images",
+    ):
+        if getattr(args, name) != parser.get_default(name):
+            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    return shlex.join(words)
 
 
 def holds_a_run(out):
@@ -1431,7 +1658,7 @@ def refuse_idle_options(args):
         raise UserError("--features own does not look through --inception; leave out one of them")
 
 
-def gather_gpus(args, options):
+def gather_gpus(args, options, checkpoint):
     """The Group of --gpus N, whose other processes are started here. Raises UserError if this machine has fewer GPUs."""
     found = ag.xp.cuda.runtime.getDeviceCount() if ag.xp is not np else 0
     if found < args.gpus:
@@ -1440,18 +1667,20 @@ def gather_gpus(args, options):
         raise UserError(f"--batch-size and --gen-batch-size must divide by --gpus {args.gpus}")
     if options.generator != "transgan":
         raise UserError(f"--gpus cannot be: the batch norm of --generator {options.generator} wants whole batches")
+    if args.on_nan != "stop":
+        raise UserError("--gpus and --on-nan rewind do not go together: only one of the GPUs would go back; leave out one")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     processes = []
     for rank in range(1, args.gpus):
-        processes.append(context.Process(target=take_part, args=(rank, port, args, options), daemon=True))
+        processes.append(context.Process(target=take_part, args=(rank, port, args, options, checkpoint), daemon=True))
         processes[-1].start()
     return Group(0, args.gpus, port, processes)
 
 
-def take_part(rank, port, args, options):
+def take_part(rank, port, args, options, checkpoint):
     """What the processes of further GPUs do: the same steps as the first, which alone writes and shows anything."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first, with whom this one ends
     ag.use_device("gpu")
@@ -1459,19 +1688,21 @@ def take_part(rank, port, args, options):
     ag.use_precision(options.precision)
     pictures = data.load_pictures(options.dataset, args.data_dir, options.image_size)
     trainer = Trainer(options, pictures, group=Group(rank, args.gpus, port))
-    if args.resume:
-        trainer.load(args.resume / "checkpoint.npz")
+    if checkpoint:
+        trainer.load(checkpoint)
     while trainer.step < options.steps:
         trainer.train_step()
 
 
 def run(args):
-    """What the command line asks for. Raises UserError."""
+    """What the command line asks for: returns the exit code. Raises UserError."""
     refuse_idle_options(args)
-    options, out = choose_options(args)
+    begun = args.resume or args.evaluate
+    checkpoint = newest_checkpoint(begun) if begun else None
+    options, out = choose_options(args, checkpoint)
     if args.summary:
         print(f"transgan.py {flags(options)}\n\n{summary(options)}")
-        return
+        return 0
     try:
         device = ag.use_device(args.device)
     except RuntimeError as error:
@@ -1481,40 +1712,42 @@ def run(args):
     if not args.evaluate:
         prepare_folder(out, args.resume)
     pictures = data.load_pictures(options.dataset, args.data_dir, options.image_size)
-    group = gather_gpus(args, options) if args.gpus > 1 else None
+    group = gather_gpus(args, options, checkpoint) if args.gpus > 1 else None
     trainer = Trainer(options, pictures, args.threads, group=group)
     if args.evaluate or args.evaluate_every:
         from paper import scores
     if args.evaluate:
-        trainer.load(args.evaluate / "checkpoint.npz")
+        trainer.load(checkpoint)
         features = args.features or ("own" if options.dataset == "shapes" and not args.inception else "inception")
         print(scores.evaluate(out, trainer, pictures, features, args.num_images or 50_000, args.data_dir, args.inception,
                               args.fid_stats))  # fmt: skip
-        return
+        return 0
     if args.resume:
-        trainer.load(args.resume / "checkpoint.npz")
-        if trainer.step >= options.steps:
-            raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {trainer.step}")
+        go_on(trainer, args, checkpoint, out)
     threads = f", {trainer.threads} threads" if device == "cpu" else ""
     print(f"{NAMES[options.generator]}-{options.size} on {options.dataset} {options.image_size}x{options.image_size}, "
           f"{len(pictures):,} pictures, {device}{threads}, into {out}", flush=True)  # fmt: skip
     start = time.monotonic()
     measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
     with ag.profile() if args.profile else contextlib.nullcontext() as times:
-        train(trainer, out, args.sample_every, args.save_every, out == args.resume, args.evaluate_every, measure)
+        asked = train_on(trainer, out, args.sample_every, args.save_every, out == args.resume, args.evaluate_every, measure,
+                         args.on_nan)  # fmt: skip
     if args.profile:
         print(ag.profile_table(times))
         print(f"waiting for data: {trainer.waited:.3f} s of {time.monotonic() - start:.1f} s, "
               f"{100 * trainer.waited / (time.monotonic() - start):.2f}%")  # fmt: skip
+    if asked:
+        print(f"stopped after step {trainer.step}, and saved; go on with: {resume_command(args, out)}", file=sys.stderr)
+        return 128 + asked
     print(f"done: {out / 'samples' / f'step-{trainer.step:06d}.png'}")
+    return 0
 
 
 def main(argv=None):
-    """Run the command line; returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 2 for what the user can put right, 130 or 143 after a signal."""
     args = make_parser().parse_args(argv)
     try:
-        run(args)
-        return 0
+        return run(args)
     except UserError as error:
         message = str(error)
     except MemoryError:

@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import transgan  # first: it decides how many threads NumPy's matrix products use
@@ -115,6 +116,8 @@ def _factor(covariance):
 
 # --- 3. A run's scores ------------------------------------------------------------------------------------------------
 
+LARGE = 1 << 26  # bytes of a covariance; Inception's takes half
+
 
 def look(batches, total, extractor, what, splits=10):
     """Statistics and InceptionScore of `total` pictures, which come as bytes (B, 3, S, S) from `batches`.
@@ -163,8 +166,9 @@ def reference_statistics(pictures, dataset, extractor, data_dir):
 def read_statistics(path, dims):
     """Mean (D,) and covariance (D, D) from a file in the layout of fid_stats_*.npz: mu and sigma. Raises UserError."""
     try:
-        with np.load(path, allow_pickle=False) as saved:
-            mean, covariance = (np.asarray(saved[name], np.float64) for name in ("mu", "sigma"))
+        with zipfile.ZipFile(path) as saved:
+            read = (data.read_array(saved, name, LARGE) for name in ("mu", "sigma"))
+            mean, covariance = (np.asarray(x, np.float64) for x in read)
     except Exception as error:  # a damaged archive can raise anything at all
         raise UserError(f"cannot read {path}: {transgan.first_line(error)}; delete it, or name another file") from None
     if mean.shape != (dims,) or covariance.shape != (dims, dims):

@@ -88,7 +88,7 @@ def train(folder, options, machine, steps):
     options, machine: arguments of transgan.py, those that define the run and those that say where it runs.
     """
     if reached(folder) < steps:
-        where = ["--resume", folder] if (folder / "checkpoint.npz").exists() else [*options, "--out", folder]
+        where = ["--resume", folder] if begun(folder) else [*options, "--out", folder]
         program(*where, *machine, "--steps", steps, "--sample-every", max(100, steps))
     try:
         with (folder / "log.csv").open(newline="") as file:
@@ -97,13 +97,17 @@ def train(folder, options, machine, steps):
         raise UserError(f"{folder / 'log.csv'} is damaged ({error}); move {folder} away") from None
 
 
+def begun(folder):
+    """Whether a run in `folder` has a checkpoint."""
+    return any((folder / name).exists() for name in transgan.CHECKPOINTS)
+
+
 def reached(folder):
-    """The step of a run's checkpoint, -1 without one. Raises UserError."""
-    path = folder / "checkpoint.npz"
-    if not path.exists():
+    """The step of a run's newest checkpoint, -1 without one. Raises UserError."""
+    if not begun(folder):
         return -1
-    with transgan.open_checkpoint(path) as saved:
-        return int(saved["step"])
+    with transgan.open_checkpoint(transgan.newest_checkpoint(folder)) as saved:
+        return saved.step()
 
 
 def score(folder, features, images, machine, steps):

@@ -273,6 +273,18 @@ def test_wrong_statistics_say_so(tmp_path, arrays, message):
     assert "\n" not in str(caught.value)
 
 
+@base.fuzz(100)
+@given(seed=base.seeds)
+def test_fuzzed_statistics_only_ever_raise_our_own_error(seed, tmp_path):
+    """Or they are as they were written, because their bytes are held against a checksum."""
+    path, mean, covariance = tmp_path / "stats.npz", np.arange(4.0), np.diag(np.arange(1.0, 5))
+    (np.savez_compressed if seed % 2 else np.savez)(path, mu=mean, sigma=covariance)
+    path.write_bytes(base.fuzzed(path.read_bytes(), seed))
+    with base.one_line_at_most():
+        for got, expected in zip(scores.read_statistics(path, 4), (mean, covariance), strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
 def test_real_pictures_score_better_than_noise(small, monkeypatch):  # noqa: F811
     trainer, eye = base.small_trainer(), Eye()
     real = trainer.batches.pictures
@@ -313,6 +325,11 @@ def test_evaluating_a_run(quick, tmp_path, capsys):
     stats = next((tmp_path / "data").glob("fid-stats-own-*.npz"))
     assert base.run_main("--evaluate", out, "--num-images", 30, "--fid-stats", stats, *where) == 0
     assert f"against the statistics in {stats.name}" in capsys.readouterr().out
+    (out / "checkpoint.npz").replace(out / "checkpoint-previous.npz")
+    assert base.run_main("--evaluate", out, "--num-images", 30, *where) == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("going on from checkpoint-previous.npz\n")) == (lines[0], 1)
+    (out / "checkpoint-previous.npz").replace(out / "checkpoint.npz")
     for args, message in (
         (["--resume", out], "leave out one of them"),
         (["--num-images", 9], "must be from 10"),

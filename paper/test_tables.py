@@ -59,7 +59,8 @@ def test_the_table_of_tricks(tmp_path, data_dir, capsys):
     (folder / "baseline-0" / "log.csv").write_text("step,distance\nx,y\n")
     assert tables.main([*command, "--", "--batch-size", "4", "--gen-batch-size", "4"]) == 2
     assert "log.csv is damaged" in capsys.readouterr().err
-    (folder / "baseline-0" / "checkpoint.npz").write_text("no checkpoint")
+    for name in transgan.CHECKPOINTS:
+        (folder / "baseline-0" / name).write_text("no checkpoint")
     assert tables.main([*command, "--", "--batch-size", "4", "--gen-batch-size", "4"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"transgan: cannot read .*baseline-0", error)
