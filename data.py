@@ -47,7 +47,7 @@ class UserError(Exception):
     """Something a person can put right; its message is one line that says what is wrong and what to do."""
 
 
-PURPOSES = ("shapes", "order", "weights", "step", "judge", "co-training order", "evaluate", "classifier")
+PURPOSES = ("shapes", "order", "weights", "step", "judge", "co-training order", "evaluate", "classifier", "look")
 
 
 def random_stream(purpose, seed, number=0):

@@ -949,12 +949,14 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
     PATIENCE seconds old, because a step of the large sizes takes a CPU half a minute. evaluate_every: generator steps
     between calls of scores(), which returns more numbers for the log.
     """
+    from look.report import Report
+
     options = trainer.options
     rng = data.random_stream("judge", options.seed)
     noise = trainer.noise(JUDGED, rng)
     real = trainer.batches.pictures
     real = data.scale(real[rng.choice(len(real), JUDGED, replace=len(real) < JUDGED)])
-    log = Log(out / "log.csv", trainer.step, options.steps, resumed)
+    log, report = Log(out / "log.csv", trainer.step, options.steps, resumed), Report(trainer, out)
     if options.locality != "none":
         explain_locality(options, out / "locality.png")
 
@@ -972,6 +974,7 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
         if trainer.step == 0:
             trainer.save(out / "checkpoint.npz")  # first, so that whatever stops the run can be gone on from
             log.add(0, {}, 0, look() | (scores() if evaluate_every else {}))
+            report.update()
         sampled = saved = time.monotonic()
         while trainer.step < options.steps:
             losses = trainer.train_step()
@@ -985,6 +988,9 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
                 log.show()
                 trainer.save(out / "checkpoint.npz")
                 saved = now
+            if "distance" in measured:
+                log.show()
+                report.update()
     finally:
         log.close()
 
@@ -1140,6 +1146,17 @@ def folder(text):
     return Path(text)
 
 
+def pixel(text):
+    """An argument type: ROW,COLUMN, whole numbers from 0."""
+    try:
+        row, column = map(int, text.split(","))
+    except ValueError:
+        row = column = -1
+    if min(row, column) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a row and a column, counted from 0, like 8,8")
+    return row, column
+
+
 def pictures(text):
     """An argument type: the name of a data set, or a folder that is there, as its full path."""
     if text in DEFAULTS:
@@ -1159,10 +1176,12 @@ def make_parser():
         "  python transgan.py --dataset cifar10     the paper's size S on CIFAR-10 (170 MB, downloaded once)\n"
         "  python transgan.py --dataset PATH        your own pictures, in a folder\n"
         "  python transgan.py --resume runs/NAME    go on where a run was stopped\n"
-        "  python transgan.py --evaluate runs/NAME  give its FID and Inception Score",
-        epilog="A run's folder holds samples/ (step-*: grids of the same noise, over time; restored-*: real pictures made\n"
-        "small, what the generator makes of them, and the originals), log.csv (a row a step; distance is the sliced\n"
-        "Wasserstein distance between generated and real pictures), checkpoint.npz, and locality.png where there is some.",
+        "  python transgan.py --evaluate runs/NAME  give its FID and Inception Score\n"
+        "  python transgan.py --from runs/NAME --sample 64 --interpolate 8 --attention --nearest 8    make pictures of it",
+        epilog="A run's folder holds report.html, which shows it all in a browser: samples/ (step-*: grids of the same\n"
+        "noise, over time; restored-*: real pictures made small, what the generator makes of them, and the originals),\n"
+        "progress.gif, curves.png and log.csv (a row a step; distance is the sliced Wasserstein distance of generated\n"
+        "from real pictures); checkpoint.npz; and locality.png where there is some.",
     )
     what = parser.add_argument_group("what to train")
     what.add_argument("--dataset", type=pictures, metavar="NAME", help="pictures to learn: shapes, drawn by the program; "
@@ -1242,6 +1261,18 @@ def make_parser():
                        "pytorch-fid publishes them")  # fmt: skip
     score.add_argument("--fid-stats", type=folder, metavar="PATH", help="a fid_stats_*.npz with mean and covariance of the "
                        "real pictures (default: computed of the data set once, and kept)")  # fmt: skip
+    looks = parser.add_argument_group("pictures of a run, see look/pictures.py")
+    looks.add_argument("--from", type=folder, dest="begun", metavar="DIR", help="make the pictures asked for below of the "
+                       "run in DIR, into DIR/look or --out; --seed is theirs (default: the run's)")  # fmt: skip
+    looks.add_argument("--sample", type=number(int, 1, 10_000), metavar="N", help="N new samples")
+    looks.add_argument("--interpolate", type=number(int, 2, 100), metavar="N",
+                       help="a walk through noise over N points and back, as a GIF and a strip of pictures")  # fmt: skip
+    looks.add_argument("--attention", action="store_true",
+                       help="where both networks look, in each block and head, as maps over a sample")  # fmt: skip
+    looks.add_argument("--query", type=pixel, metavar="ROW,COLUMN",
+                       help="the pixel whose token looks, beside [cls] (default: in the middle)")  # fmt: skip
+    looks.add_argument("--nearest", type=number(int, 1, 1000), metavar="N",
+                       help="N samples beside the training pictures that are most like them")  # fmt: skip
     watch.add_argument("--profile", action="store_true", help="print which operations took the time, when the run is done")
     watch.add_argument("--summary", action="store_true", help="print the networks as a table, and stop")
     return parser
@@ -1250,7 +1281,9 @@ def make_parser():
 def choose_options(args):
     """(Options, the run's folder) of parsed arguments: the checkpoint's when resuming, else the data set's defaults."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if getattr(args, f.name) is not None}
-    if begun := args.resume or args.evaluate:
+    if begun := args.resume or args.evaluate or args.begun:
+        if args.begun:
+            given.pop("seed", None)  # of the pictures, not of the run
         if args.preset:
             raise UserError(f"a run has its own options; leave out --preset {args.preset}")
         saved = read_options(begun / "checkpoint.npz")
@@ -1260,7 +1293,7 @@ def choose_options(args):
             if name not in changeable and value != getattr(saved, name):
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"the run in {begun} has {flag} {getattr(saved, name)}; leave out {flag} {value}")
-        return check_options(dataclasses.replace(saved, **given)), args.out or begun
+        return check_options(dataclasses.replace(saved, **given)), args.out or (begun / "look" if args.begun else begun)
     preset = PRESETS.get(args.preset, {})
     dataset = given.get("dataset") or preset.get("dataset", "shapes")
     chosen = {"dataset": dataset} | DEFAULTS.get(dataset, {}) | preset | given
@@ -1350,12 +1383,21 @@ def refuse_idle_options(args):
     """Raise UserError for options that would do nothing beside the others."""
     if args.resume and args.evaluate:
         raise UserError("--resume trains and --evaluate looks; leave out one of them")
+    if args.begun and (args.resume or args.evaluate):
+        raise UserError("--from only makes pictures of a run; leave it out, or --resume and --evaluate")
+    wanted = [name for name in ("sample", "interpolate", "attention", "nearest") if getattr(args, name)]
+    if args.begun and not wanted:
+        raise UserError("--from wants to know which pictures: --sample N, --interpolate N, --attention or --nearest N")
+    if wanted and not args.begun:
+        raise UserError(f"--{wanted[0]} makes pictures of a run that has begun; name its folder with --from")
+    if args.query and not args.attention:
+        raise UserError("--query goes with --attention; leave it out")
     for name in ("features", "inception", "fid_stats"):
         if getattr(args, name) and not args.evaluate:
             raise UserError(f"--{name.replace('_', '-')} goes with --evaluate; leave it out")
     if args.num_images and not (args.evaluate or args.evaluate_every):
         raise UserError("--num-images goes with --evaluate or --evaluate-every; leave it out")
-    if args.evaluate and (args.evaluate_every or args.profile):
+    if (args.evaluate or args.begun) and (args.evaluate_every or args.profile):
         raise UserError("--evaluate-every and --profile watch a training; leave them out")
     if args.features == "own" and args.inception:
         raise UserError("--features own does not look through --inception; leave out one of them")
@@ -1373,7 +1415,7 @@ def run(args):
     except RuntimeError as error:
         raise UserError(str(error)) from None
     ag.keep_freed_memory()
-    if not args.evaluate:
+    if not (args.evaluate or args.begun):
         prepare_folder(out, args.resume)
     pictures = data.load_pictures(options.dataset, args.data_dir, options.image_size)
     trainer = Trainer(options, pictures, args.threads)
@@ -1384,6 +1426,12 @@ def run(args):
         features = args.features or ("own" if options.dataset == "shapes" and not args.inception else "inception")
         print(scores.evaluate(out, trainer, pictures, features, args.num_images or 50_000, args.data_dir, args.inception,
                               args.fid_stats))  # fmt: skip
+        return
+    if args.begun:
+        from look import pictures as looks
+
+        trainer.load(args.begun / "checkpoint.npz")
+        looks.make(args, trainer, pictures, out)
         return
     if args.resume:
         trainer.load(args.resume / "checkpoint.npz")
