@@ -47,7 +47,7 @@ class Sheet:
 
     def picture(self, x, y, pixels, factor):
         """Pixels (H, W, 3), each a square of `factor`."""
-        self.image.paste(Image.fromarray(enlarged(pixels, 2 * factor)), (2 * x, 2 * y))
+        self.image.paste(Image.fromarray(enlarged(pixels, 2 * factor)), (round(2 * x), round(2 * y)))
 
     def save(self, path):
         """Write a PNG, which appears when it is whole."""
