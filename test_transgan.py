@@ -2463,7 +2463,8 @@ def test_a_run_writes_samples_log_and_checkpoint(small, tmp_path, capsys):
         r"step 4/4  D -?\d.*  G -?\d.*  penalty \d.*  distance \d.* pictures/s  0:00:\d\d elapsed  0:00:00 left", printed
     )
     assert "\r" not in printed
-    assert leftovers(out) == ["checkpoint.npz", "log.csv", "samples"] + [f"samples/step-00000{i}.png" for i in (0, 2, 4)]
+    written = ["checkpoint.npz", "curves.png", "log.csv", "progress.gif", "report.html", "samples"]
+    assert leftovers(out) == written + [f"samples/step-00000{i}.png" for i in (0, 2, 4)]
     rows = read_log(out)
     assert [row["step"] for row in rows] == list("01234")
     assert [bool(row["distance"]) for row in rows] == [True, False, True, False, True]
@@ -2810,7 +2811,7 @@ def test_resuming_keeps_the_log_and_its_clock(small, tmp_path, capsys):
     rows = read_log(out)
     assert [row["step"] for row in rows] == list("0123456")
     assert 1000 < float(rows[5]["seconds"]) < 1010
-    assert leftovers(out)[:2] == ["checkpoint.npz", "log.csv"]
+    assert leftovers(out)[:3] == ["checkpoint.npz", "curves.png", "log.csv"]
 
 
 def test_resuming_refuses_every_other_option(small, tmp_path, capsys):

@@ -1146,17 +1146,6 @@ def folder(text):
     return Path(text)
 
 
-def pixel(text):
-    """An argument type: ROW,COLUMN, whole numbers from 0."""
-    try:
-        row, column = map(int, text.split(","))
-    except ValueError:
-        row = column = -1
-    if min(row, column) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a row and a column, counted from 0, like 8,8")
-    return row, column
-
-
 def pictures(text):
     """An argument type: the name of a data set, or a folder that is there, as its full path."""
     if text in DEFAULTS:
@@ -1168,6 +1157,8 @@ def pictures(text):
 
 def make_parser():
     """The command line. Options that define the run have no default here: `choose_options` knows where theirs is."""
+    from look import pictures as looks
+
     parser = Parser(
         prog="transgan.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1177,7 +1168,7 @@ def make_parser():
         "  python transgan.py --dataset PATH        your own pictures, in a folder\n"
         "  python transgan.py --resume runs/NAME    go on where a run was stopped\n"
         "  python transgan.py --evaluate runs/NAME  give its FID and Inception Score\n"
-        "  python transgan.py --from runs/NAME --sample 64 --interpolate 8 --attention --nearest 8    make pictures of it",
+        "  python transgan.py --from runs/NAME ...  make pictures of it: --sample, --interpolate, --attention, --nearest",
         epilog="A run's folder holds report.html, which shows it all in a browser: samples/ (step-*: grids of the same\n"
         "noise, over time; restored-*: real pictures made small, what the generator makes of them, and the originals),\n"
         "progress.gif, curves.png and log.csv (a row a step; distance is the sliced Wasserstein distance of generated\n"
@@ -1261,20 +1252,9 @@ def make_parser():
                        "pytorch-fid publishes them")  # fmt: skip
     score.add_argument("--fid-stats", type=folder, metavar="PATH", help="a fid_stats_*.npz with mean and covariance of the "
                        "real pictures (default: computed of the data set once, and kept)")  # fmt: skip
-    looks = parser.add_argument_group("pictures of a run, see look/pictures.py")
-    looks.add_argument("--from", type=folder, dest="begun", metavar="DIR", help="make the pictures asked for below of the "
-                       "run in DIR, into DIR/look or --out; --seed is theirs (default: the run's)")  # fmt: skip
-    looks.add_argument("--sample", type=number(int, 1, 10_000), metavar="N", help="N new samples")
-    looks.add_argument("--interpolate", type=number(int, 2, 100), metavar="N",
-                       help="a walk through noise over N points and back, as a GIF and a strip of pictures")  # fmt: skip
-    looks.add_argument("--attention", action="store_true",
-                       help="where both networks look, in each block and head, as maps over a sample")  # fmt: skip
-    looks.add_argument("--query", type=pixel, metavar="ROW,COLUMN",
-                       help="the pixel whose token looks, beside [cls] (default: in the middle)")  # fmt: skip
-    looks.add_argument("--nearest", type=number(int, 1, 1000), metavar="N",
-                       help="N samples beside the training pictures that are most like them")  # fmt: skip
     watch.add_argument("--profile", action="store_true", help="print which operations took the time, when the run is done")
     watch.add_argument("--summary", action="store_true", help="print the networks as a table, and stop")
+    looks.add_options(parser)
     return parser
 
 
@@ -1383,15 +1363,6 @@ def refuse_idle_options(args):
     """Raise UserError for options that would do nothing beside the others."""
     if args.resume and args.evaluate:
         raise UserError("--resume trains and --evaluate looks; leave out one of them")
-    if args.begun and (args.resume or args.evaluate):
-        raise UserError("--from only makes pictures of a run; leave it out, or --resume and --evaluate")
-    wanted = [name for name in ("sample", "interpolate", "attention", "nearest") if getattr(args, name)]
-    if args.begun and not wanted:
-        raise UserError("--from wants to know which pictures: --sample N, --interpolate N, --attention or --nearest N")
-    if wanted and not args.begun:
-        raise UserError(f"--{wanted[0]} makes pictures of a run that has begun; name its folder with --from")
-    if args.query and not args.attention:
-        raise UserError("--query goes with --attention; leave it out")
     for name in ("features", "inception", "fid_stats"):
         if getattr(args, name) and not args.evaluate:
             raise UserError(f"--{name.replace('_', '-')} goes with --evaluate; leave it out")
@@ -1405,7 +1376,10 @@ def refuse_idle_options(args):
 
 def run(args):
     """What the command line asks for. Raises UserError."""
+    from look import pictures as looks
+
     refuse_idle_options(args)
+    looks.refuse_idle_options(args)
     options, out = choose_options(args)
     if args.summary:
         print(f"transgan.py {flags(options)}\n\n{summary(options)}")
@@ -1428,8 +1402,6 @@ def run(args):
                               args.fid_stats))  # fmt: skip
         return
     if args.begun:
-        from look import pictures as looks
-
         trainer.load(args.begun / "checkpoint.npz")
         looks.make(args, trainer, pictures, out)
         return

@@ -9,9 +9,10 @@ Contents
     1. Samples and walks     sample, slerp, interpolate
     2. Attention             attention_probabilities, watched, attention
     3. Nearest neighbours    nearest_pictures, nearest
-    4. Command line          make
+    4. Command line          add_options, make
 """
 
+import argparse
 import contextlib
 import math
 
@@ -253,6 +254,47 @@ def nearest(trainer, noise, pictures, seed, path):
 
 
 # --- 4. Command line --------------------------------------------------------------------------------------------------
+
+
+def pixel(text):
+    """An argument type: ROW,COLUMN, whole numbers from 0."""
+    try:
+        row, column = map(int, text.split(","))
+    except ValueError:
+        row = column = -1
+    if min(row, column) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a row and a column, counted from 0, like 8,8")
+    return row, column
+
+
+def add_options(parser):
+    """What the command line of transgan.py knows of this chapter."""
+    looks = parser.add_argument_group("pictures of a run, see look/pictures.py")
+    looks.add_argument("--from", type=transgan.folder, dest="begun", metavar="DIR",
+                       help="make the pictures asked for below of the run in DIR, into DIR/look or --out; --seed is theirs "
+                       "(default: that of the run)")  # fmt: skip
+    looks.add_argument("--sample", type=transgan.number(int, 1, 10_000), metavar="N", help="N new samples")
+    looks.add_argument("--interpolate", type=transgan.number(int, 2, 100), metavar="N",
+                       help="a walk through noise over N points and back, as a GIF and a strip of pictures")  # fmt: skip
+    looks.add_argument("--attention", action="store_true",
+                       help="where both networks look, in each block and head, as maps over a sample")  # fmt: skip
+    looks.add_argument("--query", type=pixel, metavar="ROW,COLUMN",
+                       help="the pixel whose token looks, beside [cls] (default: in the middle)")  # fmt: skip
+    looks.add_argument("--nearest", type=transgan.number(int, 1, 1000), metavar="N",
+                       help="N samples beside the training pictures that are most like them")  # fmt: skip
+
+
+def refuse_idle_options(args):
+    """Raise UserError for options that would do nothing beside the others."""
+    wanted = [name for name in ("sample", "interpolate", "attention", "nearest") if getattr(args, name)]
+    if wanted and not args.begun:
+        raise UserError(f"--{wanted[0]} makes pictures of a run that has begun; name its folder with --from")
+    if args.query and not args.attention:
+        raise UserError("--query goes with --attention; leave it out")
+    if args.begun and not wanted:
+        raise UserError("--from wants to know which pictures: --sample N, --interpolate N, --attention or --nearest N")
+    if args.begun and (args.resume or args.evaluate):
+        raise UserError("--from only makes pictures of a run; leave it out, or --resume and --evaluate")
 
 
 def make(args, trainer, pictures, out):
