@@ -1083,12 +1083,16 @@ def test_networks_refuse_pictures_they_cannot_make_or_cut():
 # --- 7. Training ------------------------------------------------------------------------------------------------------
 
 
+def make_small(patch):
+    """Make the size `tiny` smaller still, and `shapes` a few pictures of 8x8, so that a step takes milliseconds."""
+    patch.setitem(transgan.SIZES, "tiny", transgan.Size(64, (1, 1, 1), 16, 2))
+    patch.setattr(data, "SHAPES_COUNT", 40)
+    patch.setattr(transgan, "JUDGED", 16)
+
+
 @pytest.fixture
 def small(monkeypatch):
-    """Make the size `tiny` smaller still, and `shapes` a few pictures of 8x8, so that a step takes milliseconds."""
-    monkeypatch.setitem(transgan.SIZES, "tiny", transgan.Size(64, (1, 1, 1), 16, 2))
-    monkeypatch.setattr(data, "SHAPES_COUNT", 40)
-    monkeypatch.setattr(transgan, "JUDGED", 16)
+    make_small(monkeypatch)
 
 
 def small_trainer(threads=None, dtype=np.float32, **options):
