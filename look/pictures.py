@@ -165,14 +165,16 @@ def attention(trainer, noise, query, path):
         sheet.text(left, top + 14, f"{network}: {who}" if who else network, 15, INK, "ls")
         if maps:
             attention_maps(sheet, left, top + 28, pixels, maps, factor)
-    sheet.picture(left, top + 32, pixels, 2 * factor)
-    sheet.box(
-        left + 2 * factor * query[1] - 2, top + 30 + 2 * factor * query[0], 2 * factor + 4, 2 * factor + 4, None, RED, 0, 2
-    )
+    size, top = 2 * factor, top + 36  # of a pixel
+    x, y = left + size * query[1], top + size * query[0]
+    sheet.picture(left, top, pixels, size)
+    sheet.box(x - 2, y - 2, size + 4, size + 4, None, RED, 0, 2)
+    sheet.shape([(x + size / 2, top - 1), (x + size / 2 - 5, top - 9), (x + size / 2 + 5, top - 9)], RED)
+    sheet.shape([(left - 1, y + size / 2), (left - 9, y + size / 2 - 5), (left - 9, y + size / 2 + 5)], RED)
     notes = ("made by the generator; red: the pixel whose token looks", "over the maps, light: what it looks at most",
              "under them: the largest weight, of 100% over all tokens")  # fmt: skip
     for line, note in enumerate(notes):
-        sheet.text(left, top + 44 + 2 * tile + 18 * line, note, 12, MUTED)
+        sheet.text(left, top + 12 + 2 * tile + 18 * line, note, 12, MUTED)
     sheet.save(path)
 
 
@@ -243,13 +245,10 @@ def nearest(trainer, noise, pictures, seed, path):
             near = pictures[number].transpose(1, 2, 0)
             sheet.picture(left, y, near[:, ::-1] if mirrored else near, factor)
             sheet.text(left + tile / 2, y + tile + 14, f"{distance:.1f}{' m' if mirrored else ''}", 11, MUTED, "ms")
-    note = (
-        f"Distance: root mean square over a picture, of 255 levels. Median to the nearest: {np.median(found[2][:, 0]):.1f}"
-    )
-    sheet.text(16, 50 + rows * (tile + 26), note, 12, INK, "la")
-    if apart.size:
-        note = f"Training pictures, each to the nearest other: {np.median(apart):.1f}, median of {len(apart)}"
-        sheet.text(16, 66 + rows * (tile + 26), note, 12, INK, "la")
+    note = f"To the nearest, median: samples {np.median(found[2][:, 0]):.1f}"
+    note += f", training pictures among themselves {np.median(apart):.1f}" if apart.size else ""
+    for line, text in enumerate(("Under each picture: root mean square difference, of 255 levels", note)):
+        sheet.text(16, 50 + rows * (tile + 26) + 18 * line, text, 12)
     sheet.save(path)
 
 

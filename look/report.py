@@ -100,7 +100,7 @@ def curves(log, steps, path):
     top, heights = 14, [TALL if len(columns) > 1 else LOW for _, columns in panels]
     sheet = Sheet(WIDTH, top + sum(heights) + 42)
     reached = max(log[name][0][-1] for _, columns in panels for name in columns)
-    axis = ticks(0, max(1, min(steps, reached * 1.05)), 8)
+    axis = [step for step in ticks(0, max(1, min(steps, reached * 1.05)), 8) if step == int(step)]
     end = max(1, reached, axis[-1])
 
     def across(step):
@@ -110,8 +110,7 @@ def curves(log, steps, path):
         panel(sheet, top, height, title, {look: log[name] for name, look in columns.items()}, axis, across)
         top += height
     for step in axis:
-        if step == int(step):
-            sheet.text(across(step), top - 2, f"{step:,.0f}", 13, MUTED, "ma")
+        sheet.text(across(step), top - 2, f"{step:,.0f}", 13, MUTED, "ma")
     sheet.text(WIDTH - RIGHT, top + 18, "step", 13, MUTED, "ra")
     sheet.save(path)
 
