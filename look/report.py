@@ -304,7 +304,7 @@ class Report:
             curves(log, options.steps, self.out / "curves.png")
             progress(self.out / "samples", options.image_size, self.out / "progress.gif")
             with data.whole_file(self.out / "report.html") as part:
-                part.write_text(page(self.trainer, self.out, log), encoding="utf-8")
+                part.write_text(page(self.trainer, self.out, log), "utf-8", "backslashreplace")
         except Exception as error:
             reason = transgan.one_line(transgan.first_line(error))
             print(f"transgan: {self.out / 'report.html'} could not be drawn: {reason}; the run goes on", file=sys.stderr)

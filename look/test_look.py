@@ -211,7 +211,7 @@ def test_a_log_without_numbers_draws_nothing(tmp_path):
     assert leftovers(tmp_path) == ["log.csv"]
 
 
-@given(low=st.floats(-1e6, 1e6), span=st.floats(1e-3, 1e7), most=st.integers(2, 8))
+@given(low=st.floats(-1e6, 1e6), span=st.floats(1e-3, 1e7), most=st.integers(3, 8))
 @example(low=0.0, span=1.0, most=5)
 def test_ticks_are_few_round_and_inside(low, span, most):
     found = report.ticks(low, low + span, most)
@@ -244,7 +244,7 @@ def test_progress_shows_the_same_pictures_over_time(tmp_path, monkeypatch):
         grid[0, 0], grid[1, 1], grid[63] = i / 50 - 1, 1 - i / 50, 1.0
         data.save_grid(grid, tmp_path / "samples" / f"step-{i:06d}.png")
     report.progress(tmp_path / "samples", 16, tmp_path / "progress.gif")
-    image, durations = Image.open(tmp_path / "progress.gif"), []
+    image, durations, captions = Image.open(tmp_path / "progress.gif"), [], []
     assert image.n_frames == 11
     assert image.info["loop"] == 0
     for frame in range(11):
@@ -255,8 +255,11 @@ def test_progress_shows_the_same_pictures_over_time(tmp_path, monkeypatch):
         assert pixels.shape == (69 * factor + drawing.CAPTION, 69 * factor, 3)
         np.testing.assert_allclose(pixels[8 * factor, 8 * factor], (25.5 * frame, 0, 0), atol=8)
         np.testing.assert_allclose(pixels[8 * factor, 25 * factor], (0, 255 - 25.5 * frame, 0), atol=8)
-        assert pixels[-drawing.CAPTION :].max() > 150  # the caption
+        captions.append(pixels[-drawing.CAPTION :])
+        assert np.ptp(captions[-1], axis=-1).max() == 0  # grey
+        assert captions[-1].min() < 40 < 200 < captions[-1].max()
     assert durations[-1] > 4 * durations[0]
+    assert len(np.unique(captions, axis=0)) == 11
 
 
 @pytest.mark.parametrize("side", [8, 32, 128])
@@ -298,20 +301,31 @@ def test_a_drawing_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(("share", "drawn"), [(1e9, [0, 1, 2, 3, 4]), (1e-9, [0, 4])])
 def test_drawing_takes_no_more_than_its_share_of_the_time(share, drawn, tmp_path, monkeypatch):
     steps, page = [], report.page
+
+    def draw(trainer, out, log):
+        assert log["seconds"][0, -1] == trainer.step  # the log is up to date
+        steps.append(trainer.step)
+        return page(trainer, out, log)
+
     monkeypatch.setattr(report.Report, "SHARE", share)
-    monkeypatch.setattr(report, "page", lambda trainer, *rest: steps.append(trainer.step) or page(trainer, *rest))
+    monkeypatch.setattr(report, "page", draw)
     assert run_main(*base.TRAIN, "--out", tmp_path / "run", "--sample-every", 1) == 0
     assert steps == drawn
 
 
 def test_a_report_while_the_run_goes_on(run):
+    """What is left follows from the last steps' pace; names of files are no tags."""
     trainer, log = trainer_of(run), report.read_log(run / "log.csv")
-    trainer.step, log["seconds"] = 2, np.array([[0, 1, 2], [10, 14, 18.0]])
+    trainer.step, log["seconds"] = 1, np.array([[0, 1], [10, 14.5]])
+    trainer.options.dataset = "/of/<i>many</i>&amp;"
     content = report.page(trainer, run, log)
-    assert "Step 2 of 4, training" in content
-    assert "<dt>left</dt><dd>0:00:08</dd>" in content
-    assert "width: 50.00%" in content
+    page = Page(content)
+    assert "Step 1 of 4, training" in content
+    assert "<dt>left</dt><dd>0:00:13</dd>" in content
+    assert "width: 25.00%" in content
     assert "--steps 8" not in content
+    assert page.text.count("/of/<i>many</i>&amp;") == 1
+    assert "i" not in {tag for tag, _ in page.tags}
 
 
 # --- 4. Walks ---------------------------------------------------------------------------------------------------------
