@@ -4,6 +4,7 @@ import base64
 import csv
 import html.parser
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ import data
 import transgan
 from autograd import Tensor
 from look import architecture, drawing, pictures, report
-from test_transgan import fails, leftovers, no_proxy, run_main, small  # noqa: F401 (fixtures)
+from test_transgan import fails, leftovers, no_proxy, rehearsed_gpu, run_main, small  # noqa: F401 (fixtures)
 
 # --- 1. Setting up ----------------------------------------------------------------------------------------------------
 
@@ -298,6 +299,12 @@ def test_a_drawing_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capsy
     assert "report.html" not in leftovers(out)
 
 
+def test_a_folder_whose_name_is_no_text_has_a_report(tmp_path):
+    out = tmp_path / os.fsdecode(b"\xff\x80")
+    assert run_main(*base.TRAIN, "--steps", 1, "--out", out) == 0
+    assert "udcff" in (out / "report.html").read_text("utf-8")
+
+
 @pytest.mark.parametrize(("share", "drawn"), [(1e9, [0, 1, 2, 3, 4]), (1e-9, [0, 4])])
 def test_drawing_takes_no_more_than_its_share_of_the_time(share, drawn, tmp_path, monkeypatch):
     steps, page = [], report.page
@@ -535,6 +542,24 @@ def test_networks_without_attention_have_none_to_show(tmp_path, capsys):
         assert run_main("--from", out, "--attention") == code
     assert "leave it out" in capsys.readouterr().err
     assert leftovers(out / "look") == ["attention-000001-seed0.png"]
+
+
+@base.on_cpu
+def test_rehearsal_of_the_pictures_on_a_gpu(run, tmp_path, rehearsed_gpu):  # noqa: F811
+    """On arrays that refuse to meet NumPy's, the walk is the CPU's and so are the maps."""
+    trainer = trainer_of(run)
+    noise = trainer.noise(2, np.random.default_rng(0))
+    _, expected = pictures.views(trainer, noise[:1], (3, 3))
+    assert ag.use_device("gpu") == "a rehearsed GPU"
+    trainer = trainer_of(run)
+    _, found = pictures.views(trainer, noise[:1], (3, 3))
+    for name, maps in expected.items():
+        for a, b in zip(found[name], maps, strict=True):
+            assert type(a) is np.ndarray
+            np.testing.assert_allclose(a, b, rtol=1e-4)
+    pictures.interpolate(trainer, noise, tmp_path / "walk.png")
+    pictures.nearest(trainer, noise, data.draw_shapes(40, 16), 0, tmp_path / "nearest.png")
+    assert leftovers(tmp_path) == ["nearest.png", "walk.gif", "walk.png"]
 
 
 # --- 8. Architecture --------------------------------------------------------------------------------------------------
