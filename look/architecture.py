@@ -37,15 +37,15 @@ def resized(pixels, side):
     return pixels[chosen][:, chosen]
 
 
-def icon(sheet, middle, top, pixels):
-    """Pixels (n, n, 3) in ICON pixels a side, or as whole squares fill, with lines between where there is room."""
+def icon(sheet, middle, top, pixels, tokens=False):
+    """Pixels (n, n, 3) in ICON pixels a side, or as whole squares fill, with lines between tokens."""
     if len(pixels) > ICON:
         pixels = resized(pixels, ICON)
     factor = ICON // len(pixels)
     side = factor * len(pixels)
     left, top = middle - side // 2, top + (ICON - side) // 2
     sheet.picture(left, top, pixels, factor)
-    if factor > 5:
+    if tokens and factor > 5:
         for k in range(len(pixels) + 1):
             sheet.line([(left, top + k * factor), (left + side, top + k * factor)], (255, 255, 255))
             sheet.line([(left + k * factor, top), (left + k * factor, top + side)], (255, 255, 255))
@@ -85,7 +85,7 @@ def generator(sheet, top, options, shape):
     for k, (name, tokens, own_width, depth, parameters, _) in enumerate(stages):
         x = middles[k + 1]
         made = transgan.downsample(shape[None], options.image_size // int(name.split("x")[0]))[0]
-        icon(sheet, x, upper, channels_last(made))
+        icon(sheet, x, upper, channels_last(made), tokens=True)
         captions(sheet, x, upper + ICON + 22, [f"{name} = {tokens:,} tokens", f"of width {own_width}, + position"])
         stack(sheet, x, bars, depth, max(8, own_width / width * 150), BLUE)
         captions(sheet, x, bars + depth * (BAR + 4) + 18, [f"{depth} block{'s' * (depth > 1)}", amount(parameters)])

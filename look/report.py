@@ -87,7 +87,7 @@ def ticks(low, high, most):
     return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-WIDTH, LEFT, RIGHT, TALL, LOW = 1000, 84, 24, 250, 160  # pixels: the figure, its margins, the first panel and the others
+WIDTH, LEFT, RIGHT, TALL, LOW = 1000, 84, 36, 250, 160  # pixels: the figure, its margins, the first panel and the others
 
 
 def curves(log, steps, path):
@@ -119,7 +119,7 @@ def panel(sheet, top, height, title, lines, axis, across):
     """One panel of `curves`: a frame from top + 26 to top + height - 10, and lines {(legend, colour): (steps, values)}."""
     upper, lower, right = top + 26, top + height - 10, sheet.image.width / 2 - RIGHT
     drawn = {look: averaged(*line) for look, line in lines.items()}
-    low, high = limits(np.concatenate([values for _, values, _ in drawn.values()]))
+    low, high = limits(np.concatenate([spread.ravel() for _, _, spread in drawn.values()]))
 
     def down(value):
         return lower - (min(max(value, low), high) - low) / (high - low) * (lower - upper)

@@ -168,12 +168,12 @@ def test_the_shortest_command_says_what_differs():
     assert report.command(base.parsed("--steps", 7)) == "python transgan.py --steps 7"
 
 
-def colour_rows(path, colour, left, right):
+def colour_rows(path, colour, left, right, near=30):
     """The rows of a figure, between two shares of the panel's width, that hold this colour in the first panel."""
     figure = np.asarray(Image.open(path).convert("RGB")).astype(int)
     wide = report.WIDTH - report.LEFT - report.RIGHT
-    part = figure[45:250, report.LEFT + int(left * wide) : report.LEFT + int(right * wide)]
-    return 45 + np.flatnonzero((np.abs(part - colour).max(axis=-1) < 30).any(axis=1))
+    part = figure[42:250, report.LEFT + int(left * wide) : report.LEFT + int(right * wide)]
+    return 42 + np.flatnonzero((np.abs(part - colour).max(axis=-1) < near).any(axis=1))
 
 
 @pytest.mark.parametrize("strange", [{}, {7: "nan", 60: "inf"}, {9: "1e30", 70: "-1e35"}, {9: ""}])
@@ -204,6 +204,21 @@ def test_a_long_log_is_thinned_but_keeps_every_measurement(tmp_path, monkeypatch
     np.testing.assert_allclose(values.mean(), 4.5)
     assert (spread[:, 0] < values).all()
     assert (spread[:, 1] > values).all()
+
+
+def test_few_numbers_are_dots_and_many_have_a_band(tmp_path):
+    few = {"disc_loss": np.array([[0, 5, 10], [1, 1, 1.0]])}
+    report.curves(few, 10, tmp_path / "few.png")
+    dot, line = (colour_rows(tmp_path / "few.png", report.BLUE, *part) for part in ((0.49, 0.51), (0.2, 0.3)))
+    assert 2 * len(line) < len(dot) <= 8
+    many = {"disc_loss": np.array([np.arange(2000), np.arange(2000) % 8])}
+    report.curves(many, 2000, tmp_path / "many.png")
+    line = colour_rows(tmp_path / "many.png", report.BLUE, 0.1, 0.9)
+    band = colour_rows(tmp_path / "many.png", (204, 225, 239), 0.1, 0.9, near=10)
+    assert len(line) < 12
+    assert len(band) > 8 * len(line)
+    assert band[0] > 43  # the axis, from 40 to 164, has room for it
+    assert band[-1] < 161
 
 
 def test_a_log_without_numbers_draws_nothing(tmp_path):
@@ -569,8 +584,12 @@ def test_rehearsal_of_the_pictures_on_a_gpu(run, tmp_path, rehearsed_gpu):  # no
 def test_the_figure_of_both_networks_has_their_numbers(size, side, texts, tmp_path):
     path = tmp_path / "figure.png"
     assert architecture.main([str(path), "--size", size, "--image-size", str(side)]) == 0
-    with Image.open(path) as image:
-        assert image.width == architecture.WIDTH
+    figure, stages = np.asarray(Image.open(path)), len(transgan.stage_depths(size, side))
+    assert figure.shape[1] == architecture.WIDTH
+    x = architecture.WIDTH - architecture.LEFT - (architecture.WIDTH - 2 * architecture.LEFT) // (stages + 2) // 2
+    made = figure[94:154, x - 30 : x + 30]
+    assert made.min(axis=-1).max() < 255  # a picture, all of it, stands at the end
+    assert len(np.unique(made.reshape(-1, 3), axis=0)) > 2
     if size != "XL":
         options = base.parsed("--dataset", "shapes", "--size", size, "--image-size", side, "--sr-weight", 0)
         for make in (transgan.make_generator, transgan.make_discriminator):
@@ -578,7 +597,7 @@ def test_the_figure_of_both_networks_has_their_numbers(size, side, texts, tmp_pa
             assert f"{sum(p.size for p in network.parameters().values()):,} parameters" in texts
     for depth in (*transgan.stage_depths(size, side), transgan.SIZES[size].disc_depth):
         assert any(words.startswith(f"{depth} block") for words in texts)
-    assert sum(words.startswith("of width") for words in texts) == len(transgan.stage_depths(size, side)) + 1
+    assert sum(words.startswith("of width") for words in texts) == stages + 1
 
 
 def test_a_figure_that_cannot_be(tmp_path, capsys):
