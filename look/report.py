@@ -72,7 +72,7 @@ def averaged(steps, values):
 def limits(values):
     """The least and largest value that an axis shows: of all but those that lie very far from the middle half."""
     first, third = np.percentile(values, (25, 75))
-    fence = 20 * (third - first) or math.inf
+    fence = 8 * (third - first) or math.inf
     inside = values[(values >= first - fence) & (values <= third + fence)]
     low, high = inside.min(), inside.max()
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
@@ -264,6 +264,9 @@ def page(trainer, out, log):
     title = html.escape(f"{name} on {Path(options.dataset).name}")
     pictures = [embedded(out / "progress.gif", "The same noise, over time", "pixels"),
                 embedded(grids[0], f"Step {step:,}: what the averaged generator makes of it now")]  # fmt: skip
+    drawn = embedded(
+        out / "curves.png", "From log.csv. Bands: four fifths of the steps. Far numbers lie on the edge", "drawn"
+    )
     restored = embedded(grids[1], "Co-training: real pictures made small, what the generator makes of them, the originals")
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -275,7 +278,7 @@ def page(trainer, out, log):
 <div class="bar"><div style="width: {share:.2f}%"></div></div>
 {listed(key_numbers(log, step, options.steps), "numbers")}
 <section><h2>Pictures</h2><div class="pair">{"".join(pictures)}</div></section>
-<section><h2>Curves</h2>{embedded(out / "curves.png", "From log.csv; bands: four fifths of the steps", "drawn")}</section>
+<section><h2>Curves</h2>{drawn}</section>
 {f"<section><h2>Restored</h2>{restored}</section>" if restored else ""}
 <section><h2>Commands</h2><p>Made by</p><pre>{html.escape(command(options))} --out {folder}</pre>
 <p>Goes on by</p><pre>python transgan.py --resume {folder}{more}</pre>

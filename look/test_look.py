@@ -252,12 +252,12 @@ def test_limits_hold_all_but_what_is_far_out():
 
 
 def test_progress_shows_the_same_pictures_over_time(tmp_path, monkeypatch):
-    """Of a hundred grids so many, first and last among them, the last held longest, each with its own colours."""
+    """Of many grids so many frames, first and last among them, the last held longest, each with its own colours."""
     (tmp_path / "samples").mkdir()
     monkeypatch.setattr(report, "FRAMES", 11)
-    for i in range(101):
+    for i in range(41):
         grid = np.full((64, 3, 16, 16), -1.0)
-        grid[0, 0], grid[1, 1], grid[63] = i / 50 - 1, 1 - i / 50, 1.0
+        grid[0, 0], grid[1, 1], grid[63] = i / 20 - 1, 1 - i / 20, 1.0
         data.save_grid(grid, tmp_path / "samples" / f"step-{i:06d}.png")
     report.progress(tmp_path / "samples", 16, tmp_path / "progress.gif")
     image, durations, captions = Image.open(tmp_path / "progress.gif"), [], []
