@@ -7,7 +7,7 @@
 
 Contents
     1. Samples and walks     sample, slerp, interpolate
-    2. Attention             attention_probabilities, watched, attention
+    2. Attention             attention_probabilities, watched, views, attention
     3. Nearest neighbours    nearest_pictures, nearest
     4. Command line          add_options, make
 """
@@ -72,22 +72,37 @@ def interpolate(trainer, points, path):
 # --- 2. Attention -----------------------------------------------------------------------------------------------------
 
 
-def attention_probabilities(qkv, num_heads, mask=None):
-    """What `ag.attention_composed` multiplies v by: Tensor (B, N, 3C) -> Tensor (B, H, N, N), each row a distribution."""
+def token_at(query, side, grid):
+    """The number of the token, of grid*grid, that holds the pixel `query` (row, column) of a picture of side*side."""
+    return query[0] * grid // side * grid + query[1] * grid // side
+
+
+def attention_probabilities(qkv, num_heads, mask, rows):
+    """The rows, a slice, of what `ag.attention_composed` multiplies v by: Tensor (B, N, 3C) -> Tensor (B, H, R, N).
+
+    Each is a distribution over the keys. With few of them, many tokens do not need all (B, H, N, N).
+    """
     batch, tokens, width = qkv.shape
     head = width // 3 // num_heads
     q, k, _ = qkv.reshape(batch, tokens, 3, num_heads, head).transpose(2, 0, 3, 1, 4)  # (B, H, N, D) each
-    return ag.softmax(q * head**-0.5 @ ag.swap_last(k), mask)
+    return ag.softmax(q[:, :, rows] * head**-0.5 @ ag.swap_last(k), None if mask is None else mask[rows])
 
 
 @contextlib.contextmanager
-def watched(blocks):
-    """Within this context, a list of the attention probabilities, NumPy (B, H, N, N), of each block that runs, in order."""
+def watched(blocks, query, side):
+    """Within this context, a list of what tokens look at in each block that runs, in order: NumPy (B, H, R, N) each.
+
+    The attention probabilities of the [cls] token, if there is one, and of that which holds the pixel `query` of side*side.
+    """
     seen, own = [], [block.attention for block in blocks]
 
     def watching(attention):
         def call(x, mask=None):
-            seen.append(ag.to_numpy(attention_probabilities(attention.qkv(x), attention.num_heads, mask).data))
+            grid = math.isqrt(x.shape[1])
+            token = token_at(query, side, grid)
+            # [cls] is number 0, and the others follow
+            rows = slice(0, token + 2, token + 1) if x.shape[1] > grid**2 else slice(token, token + 1)
+            seen.append(ag.to_numpy(attention_probabilities(attention.qkv(x), attention.num_heads, mask, rows).data))
             return attention(x, mask)
 
         return call
@@ -116,9 +131,10 @@ def overlay(pixels, weights):
     return np.clip(0.85 * colours + 0.3 * grey, 0, 255).astype(np.uint8)
 
 
-def token_at(query, side, grid):
-    """The number of the token, of grid*grid, that holds the pixel `query` (row, column) of a picture of side*side."""
-    return query[0] * grid // side * grid + query[1] * grid // side
+def squares(weights):
+    """Weights of n*n tokens as they lie in the picture: (H, n*n) -> (H, n, n)."""
+    grid = math.isqrt(weights.shape[-1])
+    return weights.reshape(-1, grid, grid)
 
 
 def views(trainer, noise, query):
@@ -133,18 +149,15 @@ def views(trainer, noise, query):
         [module for module in network.modules() if isinstance(module, transgan.Block)]
         for network in (trainer.generator, trainer.discriminator)
     )
-    with watched(generator) as makes:
+    with watched(generator, query, side) as makes:
         picture = trainer.sample(noise)
-    with watched(discriminator) as judges, ag.no_grad():
+    with watched(discriminator, query, side) as judges, ag.no_grad():
         trainer.discriminator(Tensor(trainer.array(picture)))
-    if judges:
-        patches = math.isqrt(judges[0].shape[-1] - 1)
-        for who, token in (("the [cls] token", 0), (pixel, 1 + token_at(query, side, patches))):
-            found["discriminator", who] = [p[0, :, token, 1:].reshape(-1, patches, patches) for p in judges]
+    for number, who in enumerate(("the [cls] token", pixel)):
+        if judges:
+            found["discriminator", who] = [squares(p[0, :, number, 1:]) for p in judges]
     if makes:
-        grids = [math.isqrt(p.shape[-1]) for p in makes]
-        found["generator", pixel] = [p[0, :, token_at(query, side, n)].reshape(-1, n, n)
-                                     for p, n in zip(makes, grids, strict=True)]  # fmt: skip
+        found["generator", pixel] = [squares(p[0, :, 0]) for p in makes]
     return picture[0], found
 
 
@@ -272,14 +285,14 @@ def add_options(parser):
     looks.add_argument("--from", type=transgan.folder, dest="begun", metavar="DIR",
                        help="make the pictures asked for below of the run in DIR, into DIR/look or --out; --seed is theirs "
                        "(default: that of the run)")  # fmt: skip
-    looks.add_argument("--sample", type=transgan.number(int, 1, 10_000), metavar="N", help="N new samples")
+    looks.add_argument("--sample", type=transgan.number(int, 1, 1024), metavar="N", help="N new samples")
     looks.add_argument("--interpolate", type=transgan.number(int, 2, 100), metavar="N",
                        help="a walk through noise over N points and back, as a GIF and a strip of pictures")  # fmt: skip
     looks.add_argument("--attention", action="store_true",
                        help="where both networks look, in each block and head, as maps over a sample")  # fmt: skip
     looks.add_argument("--query", type=pixel, metavar="ROW,COLUMN",
                        help="the pixel whose token looks, beside [cls] (default: in the middle)")  # fmt: skip
-    looks.add_argument("--nearest", type=transgan.number(int, 1, 1000), metavar="N",
+    looks.add_argument("--nearest", type=transgan.number(int, 1, 100), metavar="N",
                        help="N samples beside the training pictures that are most like them")  # fmt: skip
 
 

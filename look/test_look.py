@@ -394,13 +394,14 @@ def test_probabilities_are_those_that_attention_weighs_by(masked):
     rng = np.random.default_rng(0)
     qkv = Tensor(3 * rng.standard_normal((2, 9, 3 * 8)))
     mask = transgan.window_mask(3, 1) if masked else None
-    p = pictures.attention_probabilities(qkv, 4, mask).data
+    p = pictures.attention_probabilities(qkv, 4, mask, slice(None)).data
     assert p.shape == (2, 4, 9, 9)
     np.testing.assert_allclose(p.sum(axis=-1), 1)
     v = qkv.data.reshape(2, 9, 3, 4, 2)[:, :, 2].transpose(0, 2, 1, 3)  # (B, H, N, D)
     out = (p @ v).transpose(0, 2, 1, 3).reshape(2, 9, 8)
     np.testing.assert_allclose(out, ag.attention_composed(qkv, 4, mask).data)
     assert masked == bool((p == 0).any())
+    np.testing.assert_allclose(pictures.attention_probabilities(qkv, 4, mask, slice(0, 8, 7)).data, p[:, :, [0, 7]])
 
 
 def test_the_views_are_of_the_tokens_that_look(run):
@@ -420,7 +421,7 @@ def test_the_views_are_of_the_tokens_that_look(run):
         patches = picture.reshape(3, 4, 4, 4, 4).transpose(1, 3, 0, 2, 4).reshape(1, 16, 48)
         x = np.concatenate([network.cls.data, network.embed(Tensor(patches)).data], axis=1) + network.position.data
         block = network.blocks[0]
-        p = pictures.attention_probabilities(block.attention.qkv(block.norm1(Tensor(x))), 4).data[0]
+        p = pictures.attention_probabilities(block.attention.qkv(block.norm1(Tensor(x))), 4, None, slice(None)).data[0]
     for who, token in (("the [cls] token", 0), ("the token of pixel 5, 14", 1 + 4 * (5 // 4) + 14 // 4)):
         np.testing.assert_allclose(found["discriminator", who][0].reshape(4, 16), p[:, token, 1:], rtol=1e-4)
 
@@ -430,7 +431,7 @@ def test_the_views_are_of_the_tokens_that_look(run):
     with ag.no_grad():
         x = generator.project(Tensor(noise.astype(np.float32))).reshape(1, 16, -1) + generator.stages[0].position
         block = generator.stages[0].blocks[0]
-        p = pictures.attention_probabilities(block.attention.qkv(block.norm1(x)), 4).data[0]
+        p = pictures.attention_probabilities(block.attention.qkv(block.norm1(x)), 4, None, slice(None)).data[0]
     maps = found["generator", "the token of pixel 5, 14"][0]
     np.testing.assert_allclose(maps.reshape(4, 16), p[:, 4 * (5 // 4) + 14 // 4], rtol=1e-4)
 
@@ -532,8 +533,9 @@ def test_pictures_of_a_run(run, tmp_path, capsys):
         (["--from", "RUN", "--attention", "--query", "16,0"], "count from 0 to 15"),
         (["--from", "RUN", "--attention", "--query", "0"], "must be a row and a column"),
         (["--from", "RUN", "--attention", "--query=-1,2"], "must be a row and a column"),
-        (["--from", "RUN", "--sample", 0], "from 1 to 10000"),
+        (["--from", "RUN", "--sample", 0], "from 1 to 1024"),
         (["--from", "RUN", "--interpolate", 1], "from 2 to 100"),
+        (["--from", "RUN", "--nearest", 101], "from 1 to 100"),
         (["--from", "RUN", "--sample", 4, "--resume", "RUN"], "leave it out"),
         (["--from", "RUN", "--sample", 4, "--evaluate", "RUN"], "leave it out"),
         (["--from", "RUN", "--sample", 4, "--profile"], "leave them out"),
