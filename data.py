@@ -52,7 +52,7 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-PURPOSES = ("shapes", "order", "weights", "step", "judge", "co-training order", "evaluate", "classifier")
+PURPOSES = ("shapes", "order", "weights", "step", "judge", "co-training order", "evaluate", "classifier", "look")
 
 
 def random_stream(purpose, seed, number=0):

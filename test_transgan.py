@@ -1195,12 +1195,16 @@ def test_networks_refuse_pictures_they_cannot_make_or_cut():
 # --- 7. Training ------------------------------------------------------------------------------------------------------
 
 
+def make_small(patch):
+    """Make the size `tiny` smaller still, and `shapes` a few pictures of 8x8, so that a step takes milliseconds."""
+    patch.setitem(transgan.SIZES, "tiny", transgan.Size(64, (1, 1, 1), 16, 2))
+    patch.setattr(data, "SHAPES_COUNT", 40)
+    patch.setattr(transgan, "JUDGED", 16)
+
+
 @pytest.fixture
 def small(monkeypatch):
-    """Make the size `tiny` smaller still, and `shapes` a few pictures of 8x8, so that a step takes milliseconds."""
-    monkeypatch.setitem(transgan.SIZES, "tiny", transgan.Size(64, (1, 1, 1), 16, 2))
-    monkeypatch.setattr(data, "SHAPES_COUNT", 40)
-    monkeypatch.setattr(transgan, "JUDGED", 16)
+    make_small(monkeypatch)
 
 
 def small_trainer(threads=None, dtype=np.float32, **options):
@@ -2982,7 +2986,7 @@ def test_a_run_writes_samples_log_and_checkpoint(small, tmp_path, capsys):
         r"step 4/4  D -?\d.*  G -?\d.*  penalty \d.*  distance \d.* pictures/s  0:00:\d\d elapsed  0:00:00 left", printed
     )
     assert "\r" not in printed
-    files = [*sorted(transgan.CHECKPOINTS), "log.csv", "samples"]
+    files = [*sorted(transgan.CHECKPOINTS), "curves.png", "log.csv", "progress.gif", "report.html", "samples"]
     assert leftovers(out) == files + [f"samples/step-00000{i}.png" for i in (0, 2, 4)]
     rows = read_log(out)
     assert [row["step"] for row in rows] == list("01234")
@@ -3324,7 +3328,7 @@ def test_resuming_keeps_the_log_and_its_clock(small, tmp_path, capsys):
     rows = read_log(out)
     assert [row["step"] for row in rows] == list("0123456")
     assert 1000 < float(rows[5]["seconds"]) < 1010
-    assert leftovers(out)[:3] == [*sorted(transgan.CHECKPOINTS), "log.csv"]
+    assert leftovers(out)[:3] == [*sorted(transgan.CHECKPOINTS), "curves.png"]
 
 
 @pytest.mark.parametrize("torn", [b"1", b"4", b"45,0.1", b"\0" * 100, b"\xff,1", b"6," + b"9" * 200_000])

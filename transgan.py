@@ -1173,12 +1173,14 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
     between calls of scores(), which returns more numbers for the log. Returns the number of the signal that stopped it
     before (the step was finished, and saved), or None. Raises NotFinite; the last checkpoint is then from before.
     """
+    from look.report import Report
+
     options, asked = trainer.options, None
     rng = data.random_stream("judge", options.seed)
     noise = trainer.noise(JUDGED, rng)
     real = trainer.batches.pictures
     real = data.scale(real[rng.choice(len(real), JUDGED, replace=len(real) < JUDGED)])
-    log = Log(out / "log.csv", trainer.step, options.steps, resumed)
+    log, report = Log(out / "log.csv", trainer.step, options.steps, resumed), Report(trainer, out)
     if options.locality != "none":
         explain_locality(options, out / "locality.png")
     with contextlib.closing(log), stop_signals() as stop:
@@ -1188,6 +1190,7 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
             log.add(0, {}, 0)
             log.measure(look(trainer, noise, real, out / "samples") | (scores() if evaluate_every else {}))
             log.tick()
+            report.update()
             asked = stop.asked
         sampled = saved = time.monotonic()
         while trainer.step < options.steps and not asked:
@@ -1209,6 +1212,9 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
                 trainer.save(out / CHECKPOINTS[0])
                 saved = now
             log.tick()
+            if sampled == now:
+                log.write()
+                report.update()
     return asked if trainer.step < options.steps else None
 
 
@@ -1398,6 +1404,8 @@ def pictures(text):
 
 def make_parser():
     """The command line. Options that define the run have no default here: `choose_options` knows where theirs is."""
+    from look import pictures as looks
+
     parser = Parser(
         prog="transgan.py",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1406,12 +1414,14 @@ def make_parser():
         "  python transgan.py --dataset cifar10     the paper's size S on CIFAR-10 (170 MB, downloaded once)\n"
         "  python transgan.py --dataset PATH        your own pictures, in a folder\n"
         "  python transgan.py --resume runs/NAME    go on where a run was stopped\n"
-        "  python transgan.py --evaluate runs/NAME  give its FID and Inception Score",
-        epilog="A run's folder holds samples/ (step-*: grids of the same noise, over time; restored-*: real pictures made\n"
-        "small, what the generator makes of them, and the originals), log.csv (a row a step; distance is the sliced\n"
-        "Wasserstein distance between generated and real pictures), checkpoint.npz and the one before it, and\n"
-        "locality.png where there is some. Exit codes: 0 done; 2 something to put right, said in one line; 130 and 143\n"
-        "stopped by Ctrl-C or SIGTERM: the running step is finished and saved. A second Ctrl-C stops at once.",
+        "  python transgan.py --evaluate runs/NAME  give its FID and Inception Score\n"
+        "  python transgan.py --from runs/NAME ...  make pictures of it: --sample, --interpolate, --attention, --nearest",
+        epilog="A run's folder holds report.html, which shows it all in a browser: samples/ (step-*: grids of the same\n"
+        "noise, over time; restored-*: real pictures made small, what the generator makes of them, and the originals),\n"
+        "progress.gif, curves.png and log.csv (a row a step; distance is the sliced Wasserstein distance of generated\n"
+        "from real pictures); checkpoint.npz and the one before it; and locality.png where there is some. Exit codes: 0\n"
+        "done; 2 something to put right, said in one line; 130 and 143 stopped by Ctrl-C or SIGTERM: the running step is\n"
+        "finished and saved. A second Ctrl-C stops at once.",
     )
     what = parser.add_argument_group("what to train")
     what.add_argument("--dataset", type=pictures, metavar="NAME", help="pictures to learn: shapes, drawn by the program; "
@@ -1500,13 +1510,16 @@ def make_parser():
                        "real pictures (default: computed of the data set once, and kept)")  # fmt: skip
     watch.add_argument("--profile", action="store_true", help="print which operations took the time, when the run is done")
     watch.add_argument("--summary", action="store_true", help="print the networks as a table, and stop")
+    looks.add_options(parser)
     return parser
 
 
 def choose_options(args, checkpoint=None):
     """(Options, the run's folder) of parsed arguments: the checkpoint's when resuming, else the data set's defaults."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if getattr(args, f.name) is not None}
-    if begun := args.resume or args.evaluate:
+    if begun := args.resume or args.evaluate or args.begun:
+        if args.begun:
+            given.pop("seed", None)  # of the pictures, not of the run
         if args.preset:
             raise UserError(f"a run has its own options; leave out --preset {args.preset}")
         saved = read_options(checkpoint)
@@ -1516,7 +1529,7 @@ def choose_options(args, checkpoint=None):
             if name not in changeable and value != getattr(saved, name):
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"the run in {begun} has {flag} {getattr(saved, name)}; leave out {flag} {value}")
-        return check_options(dataclasses.replace(saved, **given)), args.out or begun
+        return check_options(dataclasses.replace(saved, **given)), args.out or (begun / "look" if args.begun else begun)
     preset = PRESETS.get(args.preset, {})
     dataset = given.get("dataset") or preset.get("dataset", "shapes")
     chosen = {"dataset": dataset} | DEFAULTS.get(dataset, {}) | preset | given
@@ -1650,7 +1663,7 @@ def refuse_idle_options(args):
             raise UserError(f"--{name.replace('_', '-')} goes with --evaluate; leave it out")
     if args.num_images and not (args.evaluate or args.evaluate_every):
         raise UserError("--num-images goes with --evaluate or --evaluate-every; leave it out")
-    if args.evaluate and (args.evaluate_every or args.profile):
+    if (args.evaluate or args.begun) and (args.evaluate_every or args.profile):
         raise UserError("--evaluate-every and --profile watch a training; leave them out")
     if args.evaluate and args.gpus > 1:
         raise UserError("--gpus shares training; leave it out")
@@ -1696,8 +1709,11 @@ def take_part(rank, port, args, options, checkpoint):
 
 def run(args):
     """What the command line asks for: returns the exit code. Raises UserError."""
+    from look import pictures as looks
+
     refuse_idle_options(args)
-    begun = args.resume or args.evaluate
+    looks.refuse_idle_options(args)
+    begun = args.resume or args.evaluate or args.begun
     checkpoint = newest_checkpoint(begun) if begun else None
     options, out = choose_options(args, checkpoint)
     if args.summary:
@@ -1709,7 +1725,7 @@ def run(args):
         raise UserError(str(error)) from None
     ag.use_precision(options.precision)
     ag.keep_freed_memory()
-    if not args.evaluate:
+    if not (args.evaluate or args.begun):
         prepare_folder(out, args.resume)
     pictures = data.load_pictures(options.dataset, args.data_dir, options.image_size)
     group = gather_gpus(args, options, checkpoint) if args.gpus > 1 else None
@@ -1721,6 +1737,10 @@ def run(args):
         features = args.features or ("own" if options.dataset == "shapes" and not args.inception else "inception")
         print(scores.evaluate(out, trainer, pictures, features, args.num_images or 50_000, args.data_dir, args.inception,
                               args.fid_stats))  # fmt: skip
+        return 0
+    if args.begun:
+        trainer.load(checkpoint)
+        looks.make(args, trainer, pictures, out)
         return 0
     if args.resume:
         go_on(trainer, args, checkpoint, out)

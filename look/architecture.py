@@ -1,0 +1,209 @@
+"""A figure of both networks, with the numbers of any size: python -m look.architecture docs/architecture.png
+
+What it shows is asked of transgan.py: SIZES, and the rows of its summary. The picture in it is a drawn shape.
+"""
+
+import sys
+
+import transgan  # first: it decides how many threads NumPy's matrix products use
+
+import numpy as np  # isort: skip
+
+import data
+from data import UserError
+from look.drawing import BLUE, FAINT, GREEN, INK, MUTED, RED, Sheet, channels_last
+
+WIDTH, LEFT = 1000, 24  # pixels
+ICON, BAR = 96, 11  # side of a picture, height of a bar that stands for a block
+VIOLET = (108, 79, 163)
+
+
+def amount(count):
+    """A number of parameters, short: 9.05 M."""
+    return f"{count / 1e6:.3g} M" if count >= 1e6 else f"{count / 1e3:.3g} K" if count >= 1e3 else str(count)
+
+
+def arrow(sheet, x, end, y, label, note=""):
+    """From x to end, with a label above and a note below."""
+    sheet.line([(x, y), (end - 5, y)], MUTED, 1.5)
+    sheet.shape([(end, y), (end - 8, y - 4.5), (end - 8, y + 4.5)], MUTED)
+    sheet.text((x + end) / 2, y - 9, label, 13, INK, "ms")
+    sheet.text((x + end) / 2, y + 19, note, 12, MUTED, "ms")
+
+
+def resized(pixels, side):
+    """Every so many of the pixels (n, n, 3), or some of them twice: (side, side, 3)."""
+    chosen = np.arange(side) * len(pixels) // side
+    return pixels[chosen][:, chosen]
+
+
+def icon(sheet, middle, top, pixels, tokens=False):
+    """Pixels (n, n, 3) in ICON pixels a side, or as whole squares fill, with lines between tokens."""
+    if len(pixels) > ICON:
+        pixels = resized(pixels, ICON)
+    factor = ICON // len(pixels)
+    side = factor * len(pixels)
+    left, top = middle - side // 2, top + (ICON - side) // 2
+    sheet.picture(left, top, pixels, factor)
+    if tokens and factor > 5:
+        for k in range(len(pixels) + 1):
+            sheet.line([(left, top + k * factor), (left + side, top + k * factor)], (255, 255, 255))
+            sheet.line([(left + k * factor, top), (left + k * factor, top + side)], (255, 255, 255))
+
+
+def captions(sheet, middle, y, lines):
+    """Lines of text around `middle`, the first darker than the others."""
+    for i, line in enumerate(lines):
+        sheet.text(middle, y + 18 * i, line, 14 if i == 0 else 13, MUTED if i else INK, "ms")
+
+
+def stack(sheet, middle, top, depth, length, colour):
+    """A bar for each block, as long as tokens are wide."""
+    for k in range(depth):
+        sheet.box(middle - length / 2, top + k * (BAR + 4), length, BAR, colour, radius=3)
+
+
+def title(sheet, y, name, rows, colour):
+    """A heading with the parameters of all `rows` of a summary."""
+    sheet.box(LEFT, y - 13, 5, 17, colour, radius=2)
+    sheet.text(LEFT + 14, y, name, 18, INK, "ls")
+    sheet.text(WIDTH - LEFT, y, f"{sum(row[4] for row in rows):,} parameters", 14, MUTED, "rs")
+
+
+def generator(sheet, top, options, shape):
+    """Draw the generator from `top` on; returns where it ends. shape: float picture (3, S, S)."""
+    noise, *stages, rgb = transgan.generator_rows(options)
+    title(sheet, top, "Generator", transgan.generator_rows(options), BLUE)
+    step = (WIDTH - 2 * LEFT) / (len(stages) + 2)
+    middles = [LEFT + step * (k + 0.5) for k in range(len(stages) + 2)]
+    width, upper = stages[0][2], top + 36
+    middle, bars = upper + ICON / 2, upper + ICON + 68
+    values = np.random.default_rng(0).standard_normal((12, 1))
+    levels = np.clip(128 + 60 * values, 0, 255).astype(np.uint8)
+    sheet.picture(middles[0] - 4, upper, levels[..., None].repeat(3, -1), 8)
+    captions(sheet, middles[0], upper + ICON + 22, ["noise z", f"{width} numbers"])
+    for k, (name, tokens, own_width, depth, parameters, _) in enumerate(stages):
+        x = middles[k + 1]
+        made = transgan.downsample(shape[None], options.image_size // int(name.split("x")[0]))[0]
+        icon(sheet, x, upper, channels_last(made), tokens=True)
+        captions(sheet, x, upper + ICON + 22, [f"{name} = {tokens:,} tokens", f"of width {own_width}, + position"])
+        stack(sheet, x, bars, depth, max(8, own_width / width * 150), BLUE)
+        captions(sheet, x, bars + depth * (BAR + 4) + 18, [f"{depth} block{'s' * (depth > 1)}", amount(parameters)])
+        edge, label, note = (ICON / 2 + 8, "UpScale", "C to C/4") if k else (16, "Linear", amount(noise[4]))
+        arrow(sheet, middles[k] + edge, x - ICON / 2 - 8, middle, label, note)
+    icon(sheet, middles[-1], upper, channels_last(shape))
+    side = options.image_size
+    captions(sheet, middles[-1], upper + ICON + 22, ["picture", f"3 x {side} x {side}"])
+    arrow(sheet, middles[-2] + ICON / 2 + 8, middles[-1] - ICON / 2 - 8, middle, "Linear", amount(rgb[4]))
+    return bars + max(row[3] for row in stages) * (BAR + 4) + 60
+
+
+def discriminator(sheet, top, options, shape):
+    """Draw the discriminator from `top` on; returns where it ends."""
+    patches, blocks, head = rows = transgan.discriminator_rows(options)
+    title(sheet, top, "Discriminator", rows, RED)
+    side, p, width = options.image_size, options.patch_size, patches[2]
+    middles = [LEFT + (WIDTH - 2 * LEFT) / 5 * (k + 0.5) for k in range(5)]
+    upper, n = top + 36, side // p
+    middle, bars = upper + ICON / 2, upper + ICON + 74
+    icon(sheet, middles[0], upper, channels_last(shape))
+    captions(sheet, middles[0], upper + ICON + 28, ["picture", f"3 x {side} x {side}"])
+    shown, pitch = max(1, ICON // n), max(1, ICON // n) + 3  # pixels of a patch in the figure, and to the next
+    cut, across = resized(channels_last(shape), n * shown), n * pitch - 3
+    for row, column in np.ndindex(n, n):
+        patch = cut[row * shown : (row + 1) * shown, column * shown : (column + 1) * shown]
+        sheet.picture(middles[1] - across / 2 + column * pitch, middle - across / 2 + row * pitch, patch, 1)
+    captions(sheet, middles[1], upper + ICON + 28, [f"{n}x{n} = {patches[1]} patches", f"of 3 x {p} x {p} numbers"])
+    arrow(sheet, middles[0] + ICON / 2 + 8, middles[1] - across / 2 - 8, middle, "cut")
+    tokens(sheet, middles[2], upper, n)
+    captions(
+        sheet,
+        middles[2],
+        upper + ICON + 28,
+        [f"[cls] + {patches[1]} = {blocks[1]} tokens", f"of width {width}, + position"],
+    )
+    stack(sheet, middles[2], bars, blocks[3], 150, RED)
+    captions(sheet, middles[2], bars + blocks[3] * (BAR + 4) + 18, [f"{blocks[3]} blocks", amount(blocks[4])])
+    arrow(sheet, middles[1] + across / 2 + 8, middles[2] - ICON / 2 - 22, middle, "Linear", amount(patches[4]))
+    sheet.box(middles[3] - 12, middle - 12, 24, 24, GREEN, radius=4)
+    captions(sheet, middles[3], upper + ICON + 28, ["[cls] after all blocks", f"1 x {width}"])
+    arrow(sheet, middles[2] + ICON / 2 + 8, middles[3] - 20, middle, "take [cls]")
+    sheet.box(middles[4] - 40, middle - 18, 80, 36, None, INK, 18, 1.5)
+    sheet.text(middles[4], middle + 5, "D(x)", 15, INK, "ms")
+    captions(sheet, middles[4], upper + ICON + 28, ["one number", "high for real pictures"])
+    arrow(sheet, middles[3] + 20, middles[4] - 48, middle, "LayerNorm, Linear", amount(head[4]))
+    return bars + blocks[3] * (BAR + 4) + 60
+
+
+def tokens(sheet, middle, top, n):
+    """n*n tokens as squares, and the [cls] token before them."""
+    pitch = ICON / n
+    for row, column in np.ndindex(n, n):
+        sheet.box(
+            middle - ICON / 2 + column * pitch + 1, top + row * pitch + 1, pitch - 2, pitch - 2, (238, 176, 152), radius=2
+        )
+    sheet.box(middle - ICON / 2 - pitch - 3, top + 1, pitch - 2, pitch - 2, GREEN, radius=2)
+
+
+def block(sheet, top):
+    """Draw the parts of one block from `top` on."""
+    sheet.box(LEFT, top - 13, 5, 17, VIOLET, radius=2)
+    sheet.text(LEFT + 14, top, "One block", 18, INK, "ls")
+    sheet.text(WIDTH - LEFT, top, "tokens (N, C) to tokens (N, C), in both networks", 14, MUTED, "rs")
+    y, parts = top + 66, (("LayerNorm", "", 120), ("Attention", f"{transgan.NUM_HEADS} heads", 190), None,
+                          ("LayerNorm", "", 120), ("MLP", "C, 4C, GELU, C", 190), None)  # fmt: skip
+    x = begun = LEFT + 60
+    sheet.text(LEFT + 14, y + 5, "x", 16, INK, "ls")
+    sheet.line([(LEFT + 30, y), (begun, y)], MUTED, 1.5)
+    for part in parts:
+        if part:
+            name, note, width = part
+            arrow(sheet, x, x + 28, y, "")
+            sheet.box(x + 28, y - 24, width, 48, (241, 237, 248), VIOLET, 7, 1.2)
+            sheet.text(x + 28 + width / 2, y + (-2 if note else 5), name, 14, INK, "ms")
+            sheet.text(x + 28 + width / 2, y + 16, note, 12, MUTED, "ms")
+            x += 28 + width
+            continue
+        arrow(sheet, x, x + 28, y, "")
+        sheet.line([(begun + 6, y), (begun + 6, y - 42), (x + 39, y - 42), (x + 39, y - 11)], MUTED, 1.5)
+        sheet.box(x + 28, y - 11, 22, 22, (255, 255, 255), VIOLET, 11, 1.5)
+        sheet.text(x + 39, y + 6, "+", 17, VIOLET, "ms")
+        x = begun = x + 50
+    arrow(sheet, x, WIDTH - LEFT - 8, y, "")
+    return y + 44
+
+
+def draw(options, path):
+    """Draw both networks of TransGAN with these options into a PNG."""
+    shape = data.scale(data.draw_shapes(1, options.image_size, seed=3))[0]
+    sheet, top = Sheet(WIDTH, 1200), 40
+    for part in (generator, discriminator):
+        top = part(sheet, top, options, shape) + 24
+        sheet.line([(LEFT, top - 34), (WIDTH - LEFT, top - 34)], FAINT)
+    bottom = block(sheet, top)
+    sheet.image = sheet.image.crop((0, 0, 2 * WIDTH, 2 * int(bottom)))
+    sheet.save(path)
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code."""
+    parser = transgan.Parser(prog="python -m look.architecture", description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=transgan.folder, help="the PNG to write")
+    parser.add_argument("--size", choices=transgan.SIZES, default="S", help="of the networks (default: S)")
+    parser.add_argument("--image-size", type=transgan.number(*transgan.LIMITS["image_size"]), default=32, metavar="N",
+                        help="pixels a side (default: 32)")  # fmt: skip
+    args = parser.parse_args(argv)
+    try:
+        chosen = transgan.make_parser().parse_args(["--size", args.size, "--image-size", str(args.image_size)])
+        draw(transgan.choose_options(chosen)[0], args.path)
+        return 0
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"cannot write {args.path}: {error.strerror}; name another file"
+    print(f"transgan: {transgan.one_line(message)}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,334 @@
+"""Pictures of what a trained run can do and what it looks at, made from its checkpoint.
+
+    python transgan.py --from runs/NAME --sample 64           new samples; another --seed gives others
+    python transgan.py --from runs/NAME --interpolate 8       a walk through noise, over 8 points and back to the first
+    python transgan.py --from runs/NAME --attention           where both networks look, block by block, head by head
+    python transgan.py --from runs/NAME --nearest 8           samples beside the training pictures most like them
+
+Contents
+    1. Samples and walks     sample, slerp, interpolate
+    2. Attention             attention_probabilities, watched, views, attention
+    3. Nearest neighbours    nearest_pictures, nearest
+    4. Command line          add_options, make
+"""
+
+import argparse
+import contextlib
+import math
+
+import numpy as np
+
+import autograd as ag
+import data
+import transgan
+from autograd import Tensor
+from data import UserError
+from look import drawing
+from look.drawing import INK, MUTED, RED, Sheet
+
+# --- 1. Samples and walks ---------------------------------------------------------------------------------------------
+
+
+def sample(trainer, noise, path):
+    """Write a grid, about square, of what the averaged generator makes of noise (n, Z)."""
+    data.save_grid(trainer.sample(noise), path, columns=math.isqrt(len(noise) - 1) + 1)
+
+
+def slerp(a, b, t):
+    """Spherical interpolation from a to b, vectors (Z,) of any length but 0, at t in [0, 1], (n,): (n, Z).
+
+    On the way the direction turns evenly and the length goes evenly from |a| to |b|. Normal noise of many dimensions lies
+    near a sphere; a straight line between two of its points would lead through the inside, where the generator was never
+    trained. (Shoemake 1985; White 2016, for latent vectors.) Where a and b are parallel, that line is the way.
+    """
+    t = np.asarray(t)[:, None]
+    lengths = np.linalg.norm(a), np.linalg.norm(b)
+    a, b = a / lengths[0], b / lengths[1]
+    angle = np.arccos(np.clip(a @ b, -1, 1))
+    if np.sin(angle) < 1e-6:
+        direction = (1 - t) * a + t * b
+    else:
+        direction = (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
+    return direction * ((1 - t) * lengths[0] + t * lengths[1])
+
+
+STRIP, BETWEEN = 8, 16  # steps from one point of a walk to the next, in the strip of pictures and in the animation
+
+
+def walk(points, steps):
+    """Noise from each of the points (n, Z) to the next, from the last to the first: (n, steps, Z), all but the arrival."""
+    t = np.arange(steps) / steps
+    return np.stack([slerp(a, b, t) for a, b in zip(points, np.roll(points, -1, axis=0), strict=True)])
+
+
+def interpolate(trainer, points, path):
+    """Write a closed walk over the points of noise, (n, Z): a GIF, and a PNG with a row from each point to the next."""
+    frames = drawing.channels_last(trainer.sample(walk(points, BETWEEN).reshape(-1, points.shape[1])))
+    drawing.save_animation(frames, path.with_suffix(".gif"), max(1, 256 // frames.shape[1]), len(frames) * [80])
+    rows = np.concatenate([walk(points, STRIP), np.roll(points, -1, axis=0)[:, None]], axis=1)  # each row arrives, too
+    data.save_grid(trainer.sample(rows.reshape(-1, points.shape[1])), path.with_suffix(".png"), columns=STRIP + 1)
+
+
+# --- 2. Attention -----------------------------------------------------------------------------------------------------
+
+
+def token_at(query, side, grid):
+    """The number of the token, of grid*grid, that holds the pixel `query` (row, column) of a picture of side*side."""
+    return query[0] * grid // side * grid + query[1] * grid // side
+
+
+def attention_probabilities(qkv, num_heads, mask, rows):
+    """The rows, a slice, of what `ag.attention_composed` multiplies v by: Tensor (B, N, 3C) -> Tensor (B, H, R, N).
+
+    Each is a distribution over the keys. With few of them, many tokens do not need all (B, H, N, N).
+    """
+    batch, tokens, width = qkv.shape
+    head = width // 3 // num_heads
+    q, k, _ = qkv.reshape(batch, tokens, 3, num_heads, head).transpose(2, 0, 3, 1, 4)  # (B, H, N, D) each
+    return ag.softmax(q[:, :, rows] * head**-0.5 @ ag.swap_last(k), None if mask is None else mask[rows])
+
+
+@contextlib.contextmanager
+def watched(blocks, query, side):
+    """Within this context, a list of what tokens look at in each block that runs, in order: NumPy (B, H, R, N) each.
+
+    The attention probabilities of the [cls] token, if there is one, and of that which holds the pixel `query` of side*side.
+    """
+    seen, own = [], [block.attention for block in blocks]
+
+    def watching(attention):
+        def call(x, mask=None):
+            grid = math.isqrt(x.shape[1])
+            token = token_at(query, side, grid)
+            # [cls] is number 0, and the others follow
+            rows = slice(0, token + 2, token + 1) if x.shape[1] > grid**2 else slice(token, token + 1)
+            seen.append(ag.to_numpy(attention_probabilities(attention.qkv(x), attention.num_heads, mask, rows).data))
+            return attention(x, mask)
+
+        return call
+
+    for block in blocks:
+        block.attention = watching(block.attention)
+    try:
+        yield seen
+    finally:
+        for block, attention in zip(blocks, own, strict=True):
+            block.attention = attention
+
+
+HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)])  # dark to light
+
+
+def overlay(pixels, weights):
+    """A grey copy of a picture, bytes (S, S, 3), in the light of weights (n, n), at least 0, of its n*n parts: bytes again.
+
+    The largest weight is the brightest. n must divide S.
+    """
+    factor = len(pixels) // len(weights)
+    heat = (weights / max(weights.max(), 1e-12)).repeat(factor, 0).repeat(factor, 1)
+    colours = np.stack([np.interp(heat, np.linspace(0, 1, len(HEAT)), HEAT[:, i]) for i in range(3)], axis=-1)
+    grey = pixels.mean(axis=-1, keepdims=True)
+    return np.clip(0.85 * colours + 0.3 * grey, 0, 255).astype(np.uint8)
+
+
+def squares(weights):
+    """Weights of n*n tokens as they lie in the picture: (H, n*n) -> (H, n, n)."""
+    grid = math.isqrt(weights.shape[-1])
+    return weights.reshape(-1, grid, grid)
+
+
+def views(trainer, noise, query):
+    """What both networks look at while they make and judge the picture of noise (1, Z).
+
+    Returns the picture, floats (3, S, S), and {(network, who looks): [weights of the picture's parts, (H, n, n), of each
+    block]}, for the discriminator's [cls] token and the token of the pixel `query` in either network. What is missing from
+    1 in the discriminator's is what its token looks at [cls]. A network without attention is left out.
+    """
+    side, pixel, found = trainer.options.image_size, f"the token of pixel {query[0]}, {query[1]}", {}
+    generator, discriminator = (
+        [module for module in network.modules() if isinstance(module, transgan.Block)]
+        for network in (trainer.generator, trainer.discriminator)
+    )
+    with watched(generator, query, side) as makes:
+        picture = trainer.sample(noise)
+    with watched(discriminator, query, side) as judges, ag.no_grad():
+        trainer.discriminator(Tensor(trainer.array(picture)))
+    for number, who in enumerate(("the [cls] token", pixel)):
+        if judges:
+            found["discriminator", who] = [squares(p[0, :, number, 1:]) for p in judges]
+    if makes:
+        found["generator", pixel] = [squares(p[0, :, 0]) for p in makes]
+    return picture[0], found
+
+
+def attention(trainer, noise, query, path):
+    """Draw `views` as maps over the picture, a row for each block and a column for each head, and their mean."""
+    picture, found = views(trainer, noise, query)
+    if not found:
+        raise UserError("--attention looks into TransGAN's networks, and this run has none of them; leave it out")
+    pixels, side = drawing.channels_last(picture), picture.shape[-1]
+    factor = max(1, 64 // side)
+    tile, columns = factor * side, 1 + len(next(iter(found.values()))[0])
+    width, heights = 90 + columns * (tile + 8), [len(maps) * (tile + 24) + 70 for maps in found.values()]
+    heights.append(2 * tile + 140)  # of the picture, which comes last; two such parts lie side by side
+    rows = [max(heights[i : i + 2]) for i in range(0, len(heights), 2)]
+    sheet = Sheet(2 * width, sum(rows))
+    for number, ((network, who), maps) in enumerate([*found.items(), (("the picture", ""), None)]):
+        left, top = 16 + number % 2 * width, 16 + sum(rows[: number // 2])
+        sheet.text(left, top + 14, f"{network}: {who}" if who else network, 15, INK, "ls")
+        if maps:
+            attention_maps(sheet, left, top + 28, pixels, maps, factor)
+    size, top = 2 * factor, top + 36  # of a pixel
+    x, y = left + size * query[1], top + size * query[0]
+    sheet.picture(left, top, pixels, size)
+    sheet.box(x - 2, y - 2, size + 4, size + 4, None, RED, 0, 2)
+    sheet.shape([(x + size / 2, top - 1), (x + size / 2 - 5, top - 9), (x + size / 2 + 5, top - 9)], RED)
+    sheet.shape([(left - 1, y + size / 2), (left - 9, y + size / 2 - 5), (left - 9, y + size / 2 + 5)], RED)
+    notes = ("made by the generator; red: the pixel whose token looks", "over the maps, light: what it looks at most",
+             "under them: the largest weight, of 100% over all tokens")  # fmt: skip
+    for line, note in enumerate(notes):
+        sheet.text(left, top + 12 + 2 * tile + 18 * line, note, 12, MUTED)
+    sheet.save(path)
+
+
+def attention_maps(sheet, left, top, pixels, maps, factor):
+    """One group of `attention`: weights (H, n, n) of each block over the picture, bytes (S, S, 3), enlarged by `factor`."""
+    tile = factor * len(pixels)
+    for block, weights in enumerate(maps):
+        y, n = top + 20 + block * (tile + 24), weights.shape[-1]
+        sheet.text(left, y + tile / 2 - 2, f"block {block + 1}", 12, INK, "ls")
+        sheet.text(left, y + tile / 2 + 14, f"{n}x{n}", 12, MUTED, "ls")
+        for head, part in enumerate([*weights, weights.mean(axis=0)]):
+            x = left + 60 + head * (tile + 8)
+            if not block:
+                sheet.text(x + tile / 2, top + 14, f"head {head + 1}" if head < len(weights) else "mean", 12, MUTED, "ms")
+            sheet.picture(x, y, overlay(pixels, part), factor)
+            sheet.text(x + tile / 2, y + tile + 14, f"{100 * part.max():.2g}%", 11, MUTED, "ms")
+
+
+# --- 3. Nearest neighbours --------------------------------------------------------------------------------------------
+
+BLOCK = 1 << 22  # numbers of training pictures in memory at once: 32 MB in float64
+
+
+def nearest_pictures(queries, pictures, count):
+    """The `count` pictures that are nearest to each query, or their mirror images: bytes (Q, 3, S, S) and (N, 3, S, S).
+
+    Returns which they are, (Q, count), whether it is the mirror image, and the distances, nearest first: the root of the
+    mean square difference over a picture, of 255 levels. By |a - b|^2 = |a|^2 + |b|^2 - 2 ab, in float64, where sums of
+    whole numbers are exact. A query's mirror image is as far from a picture as the query from the picture's.
+    """
+    total, size = len(queries), queries[0].size
+    both = np.concatenate([queries, queries[..., ::-1]]).reshape(2 * total, size).astype(np.float64)
+    best, which = np.full((total, 0), np.inf), np.zeros((total, 0), int)  # squared distances; 2 * number + is mirrored
+    for first in range(0, len(pictures), max(1, BLOCK // size)):
+        block = pictures[first : first + max(1, BLOCK // size)].reshape(-1, size).astype(np.float64)
+        squares = (both**2).sum(axis=1)[:, None] + (block**2).sum(axis=1) - 2 * (both @ block.T)
+        squares = squares.reshape(2, total, len(block))
+        names = 2 * np.arange(first, first + len(block)) + (squares[1] < squares[0])
+        best, which = np.concatenate([best, squares.min(axis=0)], axis=1), np.concatenate([which, names], axis=1)
+        order = np.argsort(best, axis=1, kind="stable")[:, :count]
+        best, which = np.take_along_axis(best, order, 1), np.take_along_axis(which, order, 1)
+    return which // 2, which % 2 == 1, np.sqrt(best / size)
+
+
+NEIGHBOURS = 5
+COMPARED = 64  # training pictures whose own nearest neighbours are the measure of what is near
+
+
+def nearest(trainer, noise, pictures, seed, path):
+    """Draw what the averaged generator makes of noise (n, Z), each beside its nearest of the training pictures."""
+    made = data.to_bytes(trainer.sample(noise))
+    found = nearest_pictures(made, pictures, NEIGHBOURS)
+    some = data.random_stream("look", seed, 1).choice(len(pictures), min(COMPARED, len(pictures)), replace=False)
+    apart = nearest_pictures(pictures[np.sort(some)], pictures, 2)[2][:, 1:]  # the nearest of all is the picture itself
+    side, groups = made.shape[-1], 2 if len(made) > 3 else 1
+    factor = max(1, 64 // side)
+    tile, rows = factor * side, -(-len(made) // groups)
+    width = (NEIGHBOURS + 1) * (tile + 8) + 40
+    sheet = Sheet(20 + groups * width, 84 + rows * (tile + 26))
+    for group in range(groups):
+        sheet.text(16 + group * width, 26, "sample", 13, INK, "ls")
+        sheet.text(16 + group * width + tile + 24, 26, "nearest training pictures, m: mirrored", 13, INK, "ls")
+    for i, picture in enumerate(made):
+        x, y = 16 + i // rows * width, 38 + i % rows * (tile + 26)
+        sheet.picture(x, y, picture.transpose(1, 2, 0), factor)
+        for k, (number, mirrored, distance) in enumerate(zip(*(part[i] for part in found), strict=True)):
+            left = x + 16 + (k + 1) * (tile + 8)
+            near = pictures[number].transpose(1, 2, 0)
+            sheet.picture(left, y, near[:, ::-1] if mirrored else near, factor)
+            sheet.text(left + tile / 2, y + tile + 14, f"{distance:.1f}{' m' if mirrored else ''}", 11, MUTED, "ms")
+    note = f"To the nearest, median: samples {np.median(found[2][:, 0]):.1f}"
+    note += f", training pictures among themselves {np.median(apart):.1f}" if apart.size else ""
+    for line, text in enumerate(("Under each picture: root mean square difference, of 255 levels", note)):
+        sheet.text(16, 50 + rows * (tile + 26) + 18 * line, text, 12)
+    sheet.save(path)
+
+
+# --- 4. Command line --------------------------------------------------------------------------------------------------
+
+
+def pixel(text):
+    """An argument type: ROW,COLUMN, whole numbers from 0."""
+    try:
+        row, column = map(int, text.split(","))
+    except ValueError:
+        row = column = -1
+    if min(row, column) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a row and a column, counted from 0, like 8,8")
+    return row, column
+
+
+def add_options(parser):
+    """What the command line of transgan.py knows of this chapter."""
+    looks = parser.add_argument_group("pictures of a run, see look/pictures.py")
+    looks.add_argument("--from", type=transgan.folder, dest="begun", metavar="DIR",
+                       help="make the pictures asked for below of the run in DIR, into DIR/look or --out; --seed is theirs "
+                       "(default: that of the run)")  # fmt: skip
+    looks.add_argument("--sample", type=transgan.number(int, 1, 1024), metavar="N", help="N new samples")
+    looks.add_argument("--interpolate", type=transgan.number(int, 2, 100), metavar="N",
+                       help="a walk through noise over N points and back, as a GIF and a strip of pictures")  # fmt: skip
+    looks.add_argument("--attention", action="store_true",
+                       help="where both networks look, in each block and head, as maps over a sample")  # fmt: skip
+    looks.add_argument("--query", type=pixel, metavar="ROW,COLUMN",
+                       help="the pixel whose token looks, beside [cls] (default: in the middle)")  # fmt: skip
+    looks.add_argument("--nearest", type=transgan.number(int, 1, 100), metavar="N",
+                       help="N samples beside the training pictures that are most like them")  # fmt: skip
+
+
+def refuse_idle_options(args):
+    """Raise UserError for options that would do nothing beside the others."""
+    wanted = [name for name in ("sample", "interpolate", "attention", "nearest") if getattr(args, name)]
+    if wanted and not args.begun:
+        raise UserError(f"--{wanted[0]} makes pictures of a run that has begun; name its folder with --from")
+    if args.query and not args.attention:
+        raise UserError("--query goes with --attention; leave it out")
+    if args.begun and not wanted:
+        raise UserError("--from wants to know which pictures: --sample N, --interpolate N, --attention or --nearest N")
+    if args.begun and (args.resume or args.evaluate):
+        raise UserError("--from only makes pictures of a run; leave it out, or --resume and --evaluate")
+
+
+def make(args, trainer, pictures, out):
+    """Write what the command line asks for into the folder `out`, and print its path. Raises UserError."""
+    side, seed = trainer.options.image_size, trainer.options.seed if args.seed is None else args.seed
+    query = args.query or (side // 2, side // 2)
+    if max(query) >= side:
+        raise UserError(
+            f"--query {query[0]},{query[1]} is outside of {side}x{side} pixels; they count from 0 to {side - 1}"
+        )
+
+    def noise(count):  # the first samples of a seed are the same, whatever is made of them
+        return trainer.noise(count, data.random_stream("look", seed))
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name, count, draw in (
+        ("sample", args.sample, lambda path: sample(trainer, noise(args.sample), path)),
+        ("interpolate", args.interpolate, lambda path: interpolate(trainer, noise(args.interpolate), path)),
+        ("attention", args.attention, lambda path: attention(trainer, noise(1), query, path)),
+        ("nearest", args.nearest, lambda path: nearest(trainer, noise(args.nearest), pictures, seed, path)),
+    ):
+        if count:
+            path = out / f"{name}-{trainer.step:06d}-seed{seed}.png"
+            draw(path)
+            print(path)

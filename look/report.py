@@ -1,0 +1,315 @@
+"""A run at a glance: its curves, its pictures over time, and one page that shows both.
+
+`update` is called by training whenever there is a new grid of samples, and reads only what already lies in the run's
+folder: log.csv and samples/. It writes curves.png, progress.gif and report.html, each of them whole or not at all.
+
+Contents
+    1. Curves      read_log, curves
+    2. Progress    progress
+    3. The page    command, page, Report
+"""
+
+import base64
+import csv
+import dataclasses
+import datetime
+import html
+import math
+import shlex
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import autograd as ag
+import data
+import transgan
+from look import drawing
+from look.drawing import BLUE, FAINT, GREEN, INK, MUTED, ORANGE, RED, Sheet
+
+# --- 1. Curves --------------------------------------------------------------------------------------------------------
+
+# (title, columns of log.csv and their legend, colour): one panel each, drawn where the log has numbers for it.
+PANELS = (
+    ("losses", {"disc_loss": ("discriminator", BLUE), "gen_loss": ("generator", RED)}),
+    ("gradient penalty", {"penalty": ("penalty", BLUE)}),
+    ("co-training, error of the restored pixels", {"sr_loss": ("mean square", ORANGE)}),
+    ("distance of generated from real pictures", {"distance": ("sliced Wasserstein", GREEN)}),
+    ("FID-own, low is good", {"fid_own": ("FID-own", GREEN)}),
+    ("IS-own, high is good", {"is_own": ("IS-own", GREEN)}),
+)
+MEASURED = ("distance", "fid_own", "is_own")  # in few rows, all of which are shown
+LOG_BYTES = 2_000_000  # of a longer log only every second row is read, every third, and so on
+POINTS = 125  # a curve through more numbers is averaged down to so many
+
+
+def read_log(path):
+    """The finite numbers in a run's log.csv by column: {"disc_loss": (steps, values), ...}, float arrays of one length."""
+    stride = 1 + path.stat().st_size // LOG_BYTES
+    with path.open(newline="") as file:
+        reader = csv.reader(file)
+        names = next(reader)
+        measured = [names.index(name) for name in MEASURED]
+        rows = [row for i, row in enumerate(reader) if i % stride == 0 or any(row[column] for column in measured)]
+    columns = {}
+    for name, values in zip(names, zip(*rows, strict=True), strict=False):
+        pairs = np.array([(float(row[0]), float(x)) for row, x in zip(rows, values, strict=True) if x]).reshape(-1, 2)
+        columns[name] = pairs[np.isfinite(pairs[:, 1])].T
+    return columns
+
+
+def averaged(steps, values):
+    """A curve's (steps, values) in at most POINTS points, means over as many rows each, and each one's spread: the values
+    below and above which a tenth of its rows lie."""
+    parts = [np.array_split(x, min(POINTS, len(x))) for x in (steps, values)]
+    spread = [np.percentile(part, (10, 90)) for part in parts[1]]
+    return np.array([part.mean() for part in parts[0]]), np.array([part.mean() for part in parts[1]]), np.array(spread)
+
+
+def limits(values):
+    """The least and largest value that an axis shows: of all but those that lie very far from the middle half."""
+    first, third = np.percentile(values, (25, 75))
+    fence = 8 * (third - first) or math.inf
+    inside = values[(values >= first - fence) & (values <= third + fence)]
+    low, high = inside.min(), inside.max()
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def ticks(low, high, most):
+    """Round numbers from low to high, in steps of 1, 2 or 5 times a power of ten, at most about `most` of them."""
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+WIDTH, LEFT, RIGHT, TALL, LOW = 1000, 84, 36, 250, 160  # pixels: the figure, its margins, the first panel and the others
+
+
+def curves(log, steps, path):
+    """Draw what `read_log` returned as panels above one another, their axis a run of `steps`; nothing without numbers."""
+    panels = [(title, {name: look for name, look in columns.items() if name in log and log[name].size})
+              for title, columns in PANELS]  # fmt: skip
+    panels = [(title, columns) for title, columns in panels if columns]
+    if not panels:
+        return
+    top, heights = 14, [TALL if len(columns) > 1 else LOW for _, columns in panels]
+    sheet = Sheet(WIDTH, top + sum(heights) + 42)
+    reached = max(log[name][0][-1] for _, columns in panels for name in columns)
+    axis = [step for step in ticks(0, max(1, min(steps, reached * 1.05)), 8) if step == int(step)]
+    end = max(1, reached, axis[-1])
+
+    def across(step):
+        return LEFT + step / end * (WIDTH - LEFT - RIGHT)
+
+    for (title, columns), height in zip(panels, heights, strict=True):
+        panel(sheet, top, height, title, {look: log[name] for name, look in columns.items()}, axis, across)
+        top += height
+    for step in axis:
+        sheet.text(across(step), top - 2, f"{step:,.0f}", 13, MUTED, "ma")
+    sheet.text(WIDTH - RIGHT, top + 18, "step", 13, MUTED, "ra")
+    sheet.save(path)
+
+
+def panel(sheet, top, height, title, lines, axis, across):
+    """One panel of `curves`: a frame from top + 26 to top + height - 10, and lines {(legend, colour): (steps, values)}."""
+    upper, lower, right = top + 26, top + height - 10, sheet.image.width / 2 - RIGHT
+    drawn = {look: averaged(*line) for look, line in lines.items()}
+    low, high = limits(np.concatenate([spread.ravel() for _, _, spread in drawn.values()]))
+
+    def down(value):
+        return lower - (min(max(value, low), high) - low) / (high - low) * (lower - upper)
+
+    sheet.text(LEFT, top + 18, title, 15, INK, "ls")
+    for step in axis:
+        sheet.line([(across(step), upper), (across(step), lower)], FAINT)
+    for value in ticks(low, high, 5 if height > LOW else 3):
+        sheet.line([(LEFT, down(value)), (right, down(value))], FAINT)
+        sheet.text(LEFT - 10, down(value), f"{value:.6g}", 13, MUTED, "rm")
+    for (_, colour), (steps, _, spread) in drawn.items():
+        if len(steps) == POINTS:
+            edges = [(across(step), down(value)) for step, value in zip(steps, spread[:, 0], strict=True)]
+            edges += [(across(step), down(value)) for step, value in zip(steps[::-1], spread[::-1, 1], strict=True)]
+            sheet.shape(edges, tuple((c + 4 * 255) // 5 for c in colour))
+    x = right
+    for (legend, colour), (steps, values, _) in reversed(drawn.items()):
+        points = [(across(step), down(value)) for step, value in zip(steps, values, strict=True)]
+        if len(points) > 1:
+            sheet.line(points, colour, 2)
+        if len(points) <= 40:
+            for point in points:
+                sheet.dot(*point, 3, colour)
+        label = f"{legend}, now {lines[legend, colour][1][-1]:.4g}"
+        sheet.text(x, top + 18, label, 13, INK, "rs")
+        x -= drawing.font(13).getlength(label) + 10
+        sheet.line([(x - 18, top + 14), (x, top + 14)], colour, 3)
+        x -= 42
+    sheet.box(LEFT, upper, right - LEFT, lower - upper, outline=(190, 196, 203))
+
+
+# --- 2. Progress ------------------------------------------------------------------------------------------------------
+
+FRAMES = 60  # of an animation, at most
+PIXELS = 300_000  # of all its frames before they are enlarged: less than a megabyte in the file
+
+
+def progress(samples, image_size, path):
+    """Animate the grids samples/step-*.png, evenly thinned, the last one held. Shows their first 4 rows and columns of
+    small pictures, fewer of larger ones."""
+    grids = sorted(samples.glob("step-*.png"))
+    across, factor = min(4, max(2, 100 // image_size)), max(1, 96 // image_size)
+    side = across * (image_size + 1) + 1
+    most = min(FRAMES, max(8, PIXELS // side**2))
+    grids = [grids[i] for i in np.unique(np.linspace(0, len(grids) - 1, most).round().astype(int))]
+    cut = slice(0, side * factor, factor)
+    frames = []
+    for grid in grids:
+        with Image.open(grid) as image:
+            frames.append(np.asarray(image.convert("RGB"))[cut, cut])
+    durations = [*(len(grids) - 1) * [max(60, min(400, 6000 // len(grids)))], 2500]
+    captions = [f"step {int(grid.stem[5:]):,}" for grid in grids]
+    drawing.save_animation(np.stack(frames), path, max(1, 300 // side), durations, captions)
+
+
+# --- 3. The page ------------------------------------------------------------------------------------------------------
+
+
+def command(options):
+    """The shortest command that gives these options: with those that are not what the others decide."""
+    names = [field.name for field in dataclasses.fields(options)]
+    given, deciding = {}, ["dataset", "size", "generator", "discriminator", "image_size"]
+    for name in [*deciding, *(name for name in names if name not in deciding)]:
+        unsaid = dict.fromkeys([*names, "resume", "evaluate", "begun", "preset", "out"])
+        default, _ = transgan.choose_options(Namespace(**unsaid | given))
+        if getattr(options, name) != getattr(default, name):
+            given[name] = getattr(options, name)
+    return "python transgan.py" + "".join(
+        f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items()
+    )
+
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #f4f5f7; --card: #fff; --ink: #212529; --muted: #6c757d; --line: #e0e3e7; --bar: #0068ad }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #131518; --card: #1d2024; --ink: #e6e8ea; --muted: #98a1aa; --line: #33383e; --bar: #4fa8e0 }
+  img.drawn { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1rem 3rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif }
+h1 { margin: 0; font-size: 1.6rem; line-height: 1.2 } h2 { margin: 0 0 .75rem; font-size: 1.05rem }
+p { margin: .25rem 0 } .muted, figcaption, dt { color: var(--muted) }
+section { margin-top: 1rem; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem }
+.bar { height: .5rem; margin: .75rem 0 1rem; background: var(--line); border-radius: 1rem; overflow: hidden }
+.bar div { height: 100%; background: var(--bar) }
+.numbers, .options { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; margin: 0 }
+.numbers dd { font-size: 1.3rem; line-height: 1.2 } dl div { min-width: 0 } dt { font-size: .85rem }
+dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
+img { display: block; max-width: 100%; height: auto } img.drawn { width: 100%; min-width: 40rem } figure:has(.drawn) { overflow-x: auto }
+.pixels { image-rendering: pixelated }
+.pair { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start } figure { margin: 0 } .pair figure { flex: 1 1 18rem }
+.pair img { width: 100%; border-radius: .3rem } figcaption { margin-top: .4rem; font-size: .9rem }
+pre { margin: .25rem 0 .75rem; padding: .6rem .75rem; background: var(--paper); border-radius: .4rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: .88rem }
+"""  # noqa: E501
+
+
+def embedded(path, caption, kind=""):
+    """A picture as a figure of HTML that holds its bytes, or nothing where there is none."""
+    if path is None or not path.exists():
+        return ""
+    content = base64.b64encode(path.read_bytes()).decode()
+    image = f'<img class="{kind}" src="data:image/{path.suffix[1:]};base64,{content}" alt="{html.escape(caption)}">'
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def listed(pairs, kind):
+    """Names and values as a list of HTML."""
+    rows = (f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd></div>" for name, value in pairs)
+    return f'<dl class="{kind}">{"".join(rows)}</dl>'
+
+
+def key_numbers(log, step, steps):
+    """What a person asks first, (name, value) as text each: how fast, how long, how good."""
+    elapsed, recent = log["seconds"][1][-1], log["seconds"][:, -100:]
+    numbers = [("elapsed", transgan.clock(elapsed))]
+    if len(recent[0]) > 1:
+        pace = (recent[1, -1] - recent[1, 0]) / (recent[0, -1] - recent[0, 0])  # seconds a step
+        numbers += [("left", transgan.clock(pace * (steps - step)))] if step < steps else []
+        numbers += [("a step takes", f"{pace:.3g} s"),
+                    ("real pictures a second", f"{log['pictures_per_second'][1, -100:].mean():,.0f}")]  # fmt: skip
+    for name, label in transgan.LABELS.items():
+        if log[name].size:
+            numbers.append((f"{label}, from {log[name][1, 0]:.3f}" if log[name].shape[1] > 1 else label,
+                            f"{log[name][1, -1]:.3f}"))  # fmt: skip
+    return numbers
+
+
+def page(trainer, out, log):
+    """The report of a run in the folder `out` as HTML that needs no other file."""
+    options, step = trainer.options, trainer.step
+    name = f"{transgan.NAMES[options.generator]}-{options.size}"
+    name += f" against {transgan.NAMES[options.discriminator]}" if options.discriminator != options.generator else ""
+    where = "GPU" if ag.xp is not np else f"CPU, {trainer.threads} thread{'s' * (trainer.threads > 1)}"
+    weights = [sum(p.size for p in network.parameters().values()) for network in (trainer.generator, trainer.discriminator)]
+    share, state = 100 * step / options.steps, "finished" if step == options.steps else "training"
+    folder = html.escape(shlex.quote(str(out)))
+    more = f" --steps {2 * options.steps}" if step == options.steps else ""
+    grids = [max((out / "samples").glob(f"{kind}-*.png"), default=None) for kind in ("step", "restored")]
+    about = [(field.name.replace("_", " "), getattr(options, field.name)) for field in dataclasses.fields(options)]
+    title = html.escape(f"{name} on {Path(options.dataset).name}")
+    pictures = [embedded(out / "progress.gif", "The same noise, over time", "pixels"),
+                embedded(grids[0], f"Step {step:,}: what the averaged generator makes of it now")]  # fmt: skip
+    drawn = embedded(
+        out / "curves.png", "From log.csv. Bands: four fifths of the steps. Far numbers lie on the edge", "drawn"
+    )
+    restored = embedded(grids[1], "Co-training: real pictures made small, what the generator makes of them, the originals")
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}, step {step:,}</title><style>{STYLE}</style></head><body>
+<h1>{title}</h1>
+<p class="muted">Step {step:,} of {options.steps:,}, {state}; {datetime.datetime.now():%Y-%m-%d %H:%M}.
+{len(trainer.batches.pictures):,} pictures of {options.image_size}x{options.image_size}, {where}. Parameters:
+{weights[0]:,} of the generator, {weights[1]:,} of the discriminator.</p>
+<div class="bar"><div style="width: {share:.2f}%"></div></div>
+{listed(key_numbers(log, step, options.steps), "numbers")}
+<section><h2>Pictures</h2><div class="pair">{"".join(pictures)}</div></section>
+<section><h2>Curves</h2>{drawn}</section>
+{f"<section><h2>Restored</h2>{restored}</section>" if restored else ""}
+<section><h2>Commands</h2><p>Made by</p><pre>{html.escape(command(options))} --out {folder}</pre>
+<p>Goes on by</p><pre>python transgan.py --resume {folder}{more}</pre>
+<p>New pictures of it, a walk between them, and what it looks at</p>
+<pre>python transgan.py --from {folder} --sample 64 --interpolate 8 --attention --nearest 8</pre></section>
+<section><h2>Options</h2>{listed(about, "options")}</section>
+</body></html>
+"""
+
+
+class Report:
+    """Keeps curves.png, progress.gif and report.html of a run up to date."""
+
+    SHARE = 0.05  # of a run's time may go into drawing: where grids come faster, some of them wait for the next
+
+    def __init__(self, trainer, out):
+        self.trainer, self.out, self.due = trainer, out, 0.0
+
+    def update(self):
+        """Draw all, unless it was done a moment ago. What goes wrong is said and no more: the run is worth more."""
+        begun, options = time.monotonic(), self.trainer.options
+        if begun < self.due and self.trainer.step < options.steps:
+            return
+        try:
+            log = read_log(self.out / "log.csv")
+            curves(log, options.steps, self.out / "curves.png")
+            progress(self.out / "samples", options.image_size, self.out / "progress.gif")
+            with data.whole_file(self.out / "report.html") as part:
+                part.write_text(page(self.trainer, self.out, log), "utf-8", "backslashreplace")
+        except Exception as error:
+            reason = transgan.one_line(transgan.first_line(error))
+            print(f"transgan: {self.out / 'report.html'} could not be drawn: {reason}; the run goes on", file=sys.stderr)
+        now = time.monotonic()
+        self.due = now + (now - begun) / self.SHARE
