@@ -110,7 +110,10 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def _rounded(x: Array) -> Array:
-    """A float32 array with fractions as short as the precision has them, rounded to nearest; others as they are."""
+    """A float32 array with fractions as short as the precision has them, rounded to nearest; others as they are.
+
+    The last 23 bits of a float32 are its fraction, so it is rounded as the whole number that its bits make.
+    """
     if x.dtype != np.float32:
         return x
     dropped = 23 - PRECISIONS[_precision]
@@ -130,7 +133,7 @@ _order = itertools.count()  # numbers the Nodes as they are made
 
 
 class _Mode(threading.local):
-    recording = True  # whether operations remember how they were computed; each thread has its own
+    enabled = True  # whether operations remember how they were computed; each thread has its own
 
 
 _mode = _Mode()
@@ -139,11 +142,11 @@ _mode = _Mode()
 @contextlib.contextmanager
 def recording(enabled: bool) -> Iterator[None]:
     """Within this context operations of this thread remember how they were computed (enabled=True) or do not."""
-    before, _mode.recording = _mode.recording, enabled
+    before, _mode.enabled = _mode.enabled, enabled
     try:
         yield
     finally:
-        _mode.recording = before
+        _mode.enabled = before
 
 
 def no_grad() -> contextlib.AbstractContextManager[None]:
@@ -258,7 +261,7 @@ def _result(data: Array | float, *edges: tuple[Operand | None, Vjp]) -> Tensor:
     for x, _ in tensors:
         if x.dtype != result.dtype:
             raise TypeError(f"operands of {x.dtype} and {result.dtype} meet; convert one: Tensor(x.data, dtype=...)")
-    if _mode.recording:
+    if _mode.enabled:
         kept = tuple((x.node, x.shape, vjp) for x, vjp in tensors if x.node is not None)
         if kept:
             result.node = Node(kept)
@@ -275,14 +278,14 @@ def _operation(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     def named(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         try:
             return _timed(function.__name__, "forward", function, *args, **kwargs) if _times else function(*args, **kwargs)
-        except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
-            if getattr(error, "named", False):
+        except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:  # the last: of shapes with a 0
+            if getattr(error, "is_clear", False):
                 raise
             operands = itertools.chain.from_iterable(x if isinstance(x, (list, tuple)) else (x,) for x in args)
             shapes = ", ".join(str(x.shape) for x in operands if hasattr(x, "shape"))
             kind = next((k for k in (ValueError, IndexError, TypeError) if isinstance(error, k)), ValueError)
             clear: Any = kind(f"{function.__name__} of shapes {shapes}: {error}")
-            clear.named = True
+            clear.is_clear = True
             raise clear from None
 
     return named
@@ -381,7 +384,7 @@ def _accumulate(total: tuple[Tensor, bool], piece: tuple[Tensor, bool]) -> tuple
         if fresh:
             xp.add(mine.data, other.data, out=mine.data)
             return mine, True
-    return total[0] + piece[0], not _mode.recording  # a new array, so fresh from now on, unless it is to be differentiated
+    return total[0] + piece[0], not _mode.enabled  # a new array, so fresh from now on, unless it is to be differentiated
 
 
 def unbroadcast(gradient: Tensor, shape: Shape) -> Tensor:
@@ -582,6 +585,7 @@ def getitem(x: Tensor, index: Index | tuple[Index, ...]) -> Tensor:
 
 @_operation
 def _place(x: Tensor, index: Index | tuple[Index, ...], shape: Shape) -> Tensor:
+    """The derivative of getitem: x laid into zeros of `shape` at `index`."""
     data = xp.zeros(shape, x.dtype)
     data[index] = x.data
     return _result(data, (x, lambda g: g[index]))
@@ -681,7 +685,9 @@ def _launch(source: str, name: str, grid: Shape, block: Shape, *arguments: Any, 
     def passed(x: Any) -> Any:
         if isinstance(x, xp.ndarray):
             return xp.ascontiguousarray(x)
-        return np.uintp(0) if x is None else np.int64(x) if isinstance(x, int) else dtype.type(x)
+        if x is None:
+            return np.uintp(0)  # a null pointer
+        return np.int64(x) if isinstance(x, int) else dtype.type(x)
 
     _kernel(source, name, dtype, **constants)(grid, block, tuple(map(passed, arguments)))
 
@@ -694,9 +700,10 @@ def _launch_elements(source: str, name: str, size: int, *arguments: Any) -> None
 
 def _launch_rows(source: str, name: str, x: Array, *arguments: Any) -> None:
     """A warp of 32 threads for each row of an array x (..., width), four of them in a block; the row is theirs to share."""
-    width = x.shape[-1]
     if x.size:
-        _launch(source, name, (-(-x.size // width // 4),), (32, 4), x, *arguments, x.size // width, width)
+        width = x.shape[-1]
+        rows = x.size // width
+        _launch(source, name, (-(-rows // 4),), (32, 4), x, *arguments, rows, width)
 
 
 @_operation
@@ -718,6 +725,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 # GELU needs the normal distribution, its density phi(x) = exp(-x^2/2) / sqrt(2 pi) and its cumulative probability
 # Phi(x) = (1 + erf(x / sqrt 2)) / 2, for every element of the widest arrays there are. So it comes in cache-sized pieces.
 _CACHE = 1 << 15  # elements in a piece of an elementwise chain: a few arrays of it stay in a core's cache
+_PEAK = 1 / math.sqrt(2 * math.pi)  # phi(0)
 
 
 _NORMAL_CUDA = """
@@ -770,7 +778,7 @@ def _normal(x: Array) -> tuple[Array, Array]:
         erf = np.fromiter(map(math.erf, (x * math.sqrt(0.5)).flat), np.float64, x.size).reshape(x.shape)
         cdf = 0.5 + 0.5 * erf
     else:
-        t = np.abs(x)
+        t = np.abs(x)  # to become 1 / (1 + 0.3275911 |x| / sqrt(2))
         t *= 0.3275911 * math.sqrt(0.5)
         t += 1
         np.reciprocal(t, out=t)
@@ -782,7 +790,7 @@ def _normal(x: Array) -> tuple[Array, Array]:
         np.subtract(0.5, cdf, out=cdf)
         np.copysign(cdf, x, out=cdf)
         cdf += 0.5
-    density *= 1 / math.sqrt(2 * math.pi)
+    density *= _PEAK
     return cdf, density
 
 
@@ -790,10 +798,10 @@ def _normal(x: Array) -> tuple[Array, Array]:
 def normal_cdf(x: Tensor) -> Tensor:
     """Phi(x), elementwise: the probability that a standard normal number is below x. d Phi(x) = phi(x) dx."""
     (data,) = _elementwise(_normal_cdf, x.data)
-    return _result(data, (x, lambda g: g * exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))))
+    return _result(data, (x, lambda g: g * exp(x * x * -0.5) * _PEAK))
 
 
-def _normal_cdf(x: Array) -> tuple[Array, ...]:
+def _normal_cdf(x: Array) -> tuple[Array, ...]:  # for its kernel: named alike but for the _, as are those below
     return _normal(x)[:1]
 
 
@@ -809,10 +817,10 @@ def gelu(x: Tensor) -> Tensor:
     Its derivatives: x Phi(x)  ->  Phi(x) + x phi(x)  ->  (2 - x^2) phi(x), using phi'(x) = -x phi(x). The first comes
     almost free with the value, so it is kept for the way back.
     """
-    if not (_mode.recording and x.requires_grad):
+    if not (_mode.enabled and x.requires_grad):
         return Tensor(_elementwise(_gelu, x.data)[0])
     value, slope = _elementwise(_gelu_with_slope, x.data, results=2)
-    return _result(value, (x, lambda g: g * (_gelu_slope(x, slope) if _mode.recording else slope)))
+    return _result(value, (x, lambda g: g * (_gelu_slope(x, slope) if _mode.enabled else slope)))
 
 
 def _gelu(x: Array) -> tuple[Array]:
@@ -834,8 +842,8 @@ def _gelu_slope(x: Tensor, slope: Array) -> Tensor:
     """The array `slope` = Phi(x) + x phi(x) as an operation on x, with its derivative (2 - x^2) phi(x)."""
 
     def vjp(g: Tensor) -> Tensor:
-        if _mode.recording:
-            return g * (2.0 - x * x) * exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))
+        if _mode.enabled:
+            return g * (2.0 - x * x) * exp(x * x * -0.5) * _PEAK
         return Tensor(_elementwise(_gelu_curvature, x.data, g.data)[0])
 
     return _result(slope, (x, vjp))
@@ -844,7 +852,7 @@ def _gelu_slope(x: Tensor, slope: Array) -> Tensor:
 def _gelu_curvature(x: Array, g: Array) -> tuple[Array]:
     square = x * x
     density = np.exp(square * -0.5)
-    density *= 1 / math.sqrt(2 * math.pi)
+    density *= _PEAK
     np.subtract(2.0, square, out=square)
     density *= square
     density *= g
@@ -902,7 +910,7 @@ def softmax(x: Tensor, mask: Array | None = None) -> Tensor:
     p = _softmax(x.data, mask) if xp is np else _softmax_gpu(x.data, mask)
 
     def vjp(g: Tensor) -> Tensor:
-        if _mode.recording:
+        if _mode.enabled:
             y = softmax(x, mask)
             return y * (g - (g * y).sum(axis=-1, keepdims=True))
         if xp is not np:
@@ -996,15 +1004,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     """
     if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
         raise ValueError("weight and bias must have the shape of x's last axis")
-    data, h, r = (_layer_norm if xp is np else _layer_norm_gpu)(x.data, weight.data, bias.data, eps)
+    forward = _layer_norm if xp is np else _layer_norm_gpu
+    data, h, r = forward(x.data, weight.data, bias.data, eps)
 
     def vjp_x(g: Tensor) -> Tensor:
-        if _mode.recording:
+        if _mode.enabled:
             return _normalize_vjp(x, eps, h, r, g * weight)
         return Tensor(_normalize_vjp_arrays(h, r, g.data, weight.data))
 
     def vjp_weight(g: Tensor) -> Tensor:
-        return g * (_normalized(x, eps, h, r) if _mode.recording else h)
+        return g * (_normalized(x, eps, h, r) if _mode.enabled else h)  # whose sum over the rows is left to unbroadcast
 
     return _result(data, (x, vjp_x), (weight, vjp_weight), (bias, lambda g: g))
 
@@ -1062,7 +1071,7 @@ def _normalized(x: Tensor, eps: float, h: Array, r: Array) -> Tensor:
     """The array h of `layer_norm` as an operation on x."""
 
     def vjp(g: Tensor) -> Tensor:
-        if _mode.recording:
+        if _mode.enabled:
             return _normalize_vjp(x, eps, h, r, g)
         return Tensor(_normalize_vjp_arrays(h, r, g.data))
 
@@ -1074,7 +1083,7 @@ def _inverse_deviation(x: Tensor, eps: float, h: Array, r: Array) -> Tensor:
     """The array r of `layer_norm` as an operation on x. dr = -r^2 sum(h dx) / C."""
 
     def vjp(g: Tensor) -> Tensor:
-        if _mode.recording:
+        if _mode.enabled:
             return g * _inverse_deviation(x, eps, h, r) ** 2 * _normalized(x, eps, h, r) * (-1 / x.shape[-1])
         return Tensor(g.data * r * r * (-1 / x.shape[-1]) * h)
 
@@ -1239,7 +1248,7 @@ def attention(qkv: Tensor, num_heads: int, mask: Array | None = None) -> Tensor:
     out, log_sum = forward(qkv.data, num_heads, mask)
 
     def vjp(g: Tensor) -> Tensor:
-        if _mode.recording:
+        if _mode.enabled:
             return grad(attention_composed(qkv, num_heads, mask), [qkv], g, create_graph=True)[0]
         return Tensor(backward(qkv.data, num_heads, mask, out, log_sum, g.data))
 
@@ -1311,6 +1320,7 @@ def _attention_vjp_gpu(qkv: Array, num_heads: int, mask: Array | None, out: Arra
 
 
 def _launch_heads(name: str, qkv: Array, num_heads: int, mask: Array | None, *arrays: Array) -> None:
+    """`_launch` in a grid of tiles of tokens by heads, those of all samples."""
     batch, tokens, width = qkv.shape
     head = width // 3 // num_heads
     tile = 128 if head <= 16 else 32  # what they share has to fit into 48 kB
@@ -1346,7 +1356,7 @@ def _join_heads(x: Array, batch: int, num_heads: int) -> Array:
     return xp.ascontiguousarray(x).reshape(batch, tokens, parts * num_heads * head)
 
 
-_SCORES = 1 << 17  # of them in a block: half a megabyte, in a core's cache together with its product
+_SCORES = 1 << 17  # scores in a block: half a megabyte, in a core's cache together with its product
 
 
 def _blocks(heads: int, tokens: int, mask: Array | None) -> Iterator[tuple[slice, slice, slice]]:

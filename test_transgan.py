@@ -451,6 +451,7 @@ def test_softmax_derivatives(shape, seed, scale, mask):
 @example(shape=(3, 1), seed=0, scale=1.0)
 def test_layer_norm_derivatives(shape, seed, scale):
     x, weight, bias = normal(seed, shape, shape[-1:], shape[-1:], scale=scale)
+    assume(x.shape[-1] == 1 or x.std(axis=-1).min() > 0.02)  # nearer to constant rows the steps of differences are too wide
     check(ag.layer_norm, [x, weight, bias], step=2e-6)
     check_same(ag.layer_norm, ag.layer_norm_composed, [x, weight, bias])
 
@@ -854,7 +855,7 @@ def test_float32_by_default_float64_on_request():
 
 def test_gradient_check_finds_a_derivative_that_is_wrong_when_recorded():
     def wrong(x):
-        return ag._result(x.data * 1.0, (x, lambda g: g * (1.001 if ag._mode.recording else 1.0)))
+        return ag._result(x.data * 1.0, (x, lambda g: g * (1.001 if ag._mode.enabled else 1.0)))
 
     assert gradient_check(wrong, normal(0, (3,)), order=1) > 1e-4
 
