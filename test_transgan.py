@@ -4159,6 +4159,17 @@ def test_the_benchmark_runs():
 
 
 @on_cpu
+def test_engines_are_compared():
+    """Those that are installed; whoever answers at all has to agree, or the script fails."""
+    script = Path(__file__).with_name("benchmarks") / "engines.py"
+    done = subprocess.run([sys.executable, str(script), "--rounds", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()[1:]
+    assert re.fullmatch(r"this project +[\d.]+ ms \(1\.00\) +[\d.]+ ms \(1\.00\)", rows[0])
+    assert len(rows) == 5
+
+
+@on_cpu
 def test_every_speed_up_can_be_taken_away():
     script = Path(__file__).with_name("benchmarks") / "speedups.py"
     arguments = ["--size", "tiny", "--batch-size", "2", "--rounds", "1"]

@@ -1,0 +1,189 @@
+"""The engine alone, beside other small ones and PyTorch: first derivatives of a network, and second ones.
+
+    python benchmarks/engines.py [--rounds 7]          (needs one or more of: pip install dezero autograd tinygrad torch)
+
+The network is tanh(tanh(x W1) W2) W3, widths 784, 512, 512, 1, on a batch of 256 in float32 on the CPU. Two tasks:
+    first   the gradients of the sum of its results towards all weights
+    second  the gradients towards all weights of the penalty that WGAN-GP makes of its slope, mean (|dD/dx| - 1)^2
+Every engine is used as its documentation says, by itself in a process, with all cores; they take turns. Those that are not
+installed, or cannot do a task, say so; all that answer must agree.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+WIDTHS, BATCH = (784, 512, 512, 1), 256
+
+
+def numbers():
+    """x (256, 784) and the three weights, float32."""
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal(shape) / shape[0] ** 0.5 for shape in zip(WIDTHS, WIDTHS[1:], strict=False)]
+    return [x.astype(np.float32) for x in (rng.standard_normal((BATCH, WIDTHS[0])), *weights)]
+
+
+def network(tanh, matmul):
+    return lambda x, w1, w2, w3: matmul(tanh(matmul(tanh(matmul(x, w1)), w2)), w3)
+
+
+def ours():
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import autograd as ag
+
+    ag.use_device("cpu")
+    ag.keep_freed_memory()
+    x, *weights = (ag.Tensor(a, requires_grad=True) for a in numbers())
+    run = network(ag.tanh, ag.matmul)
+
+    def first():
+        return [g.data for g in ag.grad(run(x, *weights).sum(), weights)]
+
+    def second():
+        (slope,) = ag.grad(run(x, *weights).sum(), [x], create_graph=True)
+        norm = ag.sqrt((slope * slope).sum(axis=1))
+        return [g.data for g in ag.grad(((norm - 1) ** 2).mean(), weights)]
+
+    return first, second
+
+
+def pytorch():
+    import torch
+
+    x, *weights = (torch.tensor(a, requires_grad=True) for a in numbers())
+    run = network(torch.tanh, torch.matmul)
+
+    def first():
+        return [g.numpy() for g in torch.autograd.grad(run(x, *weights).sum(), weights)]
+
+    def second():
+        (slope,) = torch.autograd.grad(run(x, *weights).sum(), x, create_graph=True)
+        return [g.numpy() for g in torch.autograd.grad(((slope.norm(dim=1) - 1) ** 2).mean(), weights)]
+
+    return first, second
+
+
+def dezero():
+    setattr(np, "int", int)  # noqa: B010  # DeZero 0.0.13 is from before NumPy dropped the name
+    import dezero
+    import dezero.functions as F
+
+    x, *weights = (dezero.Parameter(a) for a in numbers())
+    run = network(F.tanh, F.matmul)
+
+    def first():
+        for w in weights:
+            w.cleargrad()
+        F.sum(run(x, *weights)).backward()
+        return [w.grad.data for w in weights]
+
+    def second():
+        for w in (x, *weights):
+            w.cleargrad()
+        F.sum(run(x, *weights)).backward(create_graph=True)
+        slope = x.grad
+        for w in (x, *weights):
+            w.cleargrad()
+        norm = F.sum(slope * slope, axis=1) ** 0.5
+        (F.sum((norm - 1) ** 2) / BATCH).backward()
+        return [w.grad.data for w in weights]
+
+    return first, second
+
+
+def hips():
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent.parent]  # its name is ours
+    import autograd  # isort: skip
+    import autograd.numpy as anp  # isort: skip
+
+    x, *weights = numbers()
+    run = network(anp.tanh, anp.dot)
+
+    def penalty(weights):
+        slope = autograd.grad(lambda x: run(x, *weights).sum())(x)
+        return ((anp.sqrt((slope**2).sum(axis=1)) - 1) ** 2).mean()
+
+    first, second = autograd.grad(lambda weights: run(x, *weights).sum()), autograd.grad(penalty)
+    return lambda: first(weights), lambda: second(weights)
+
+
+def tinygrad():
+    from tinygrad import Tensor, TinyJit
+
+    x, *weights = (Tensor(a) for a in numbers())
+    run = network(Tensor.tanh, Tensor.matmul)
+
+    @TinyJit
+    def first():
+        return tuple(g.realize() for g in run(x, *weights).sum().gradient(*weights))
+
+    @TinyJit
+    def second():
+        (slope,) = run(x, *weights).sum().gradient(x)
+        norm = (slope * slope).sum(axis=1).sqrt()
+        return tuple(g.realize() for g in ((norm - 1) ** 2).mean().gradient(*weights))
+
+    return lambda: [g.numpy() for g in first()], lambda: [g.numpy() for g in second()]
+
+
+ENGINES = {"this project": ours, "PyTorch": pytorch, "HIPS autograd": hips, "DeZero": dezero, "tinygrad": tinygrad}
+
+
+def work(name, pipe):
+    """An engine's process: answers each task that is asked for with its seconds and gradients, or why there are none."""
+    tasks = None
+    while (task := pipe.recv()) is not None:
+        try:
+            tasks = tasks or ENGINES[name]()
+            start = time.perf_counter()
+            gradients = tasks[task]()
+            pipe.send((time.perf_counter() - start, [np.array(g) for g in gradients]))
+        except Exception as error:  # whatever an engine finds to say
+            pipe.send(((str(error).splitlines() or [type(error).__name__])[0][:40], None))
+
+
+def take_turns(rounds):
+    """{engine: [median seconds of either task, or why there are none]}; all that answer are held against the first."""
+    context, pipes, answers = multiprocessing.get_context("spawn"), {}, {}
+    for name in ENGINES:
+        pipes[name], other = context.Pipe()
+        context.Process(target=work, args=(name, other), daemon=True).start()
+    for round_ in range(rounds + 3):  # the first are for compilers
+        for task in (0, 1):
+            expected = None
+            for name, pipe in pipes.items():
+                pipe.send(task)
+                seconds, gradients = pipe.recv()
+                row = answers.setdefault(name, [[], []])
+                if gradients is None:
+                    row[task] = seconds
+                    continue
+                expected = expected or gradients
+                for a, b in zip(gradients, expected, strict=True):
+                    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max(), err_msg=name)
+                if round_ >= 3:
+                    row[task].append(seconds)
+    for pipe in pipes.values():
+        pipe.send(None)
+    return {name: [x if isinstance(x, str) else statistics.median(x) for x in row] for name, row in answers.items()}
+
+
+def main():
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds after three that are not (default 7)")
+    answers = take_turns(parser.parse_args().rounds)
+    print(f"{'':16}{'first':>22}{'second':>22}   (in brackets: times as long as this project)")
+    for name, row in answers.items():
+        ratios = zip(row, answers["this project"], strict=True)
+        cells = [x if isinstance(x, str) else f"{1000 * x:.1f} ms ({x / own:.2f})" for x, own in ratios]
+        print(f"{name:16}{cells[0]:>22}{cells[1]:>22}")
+
+
+if __name__ == "__main__":
+    main()
