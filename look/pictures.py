@@ -97,13 +97,13 @@ def watched(blocks, query, side):
     seen, own = [], [block.attention for block in blocks]
 
     def watching(attention):
-        def call(x, mask=None):
+        def call(x, mask=None, n=None):
             grid = math.isqrt(x.shape[1])
             token = token_at(query, side, grid)
             # [cls] is number 0, and the others follow
             rows = slice(0, token + 2, token + 1) if x.shape[1] > grid**2 else slice(token, token + 1)
             seen.append(ag.to_numpy(attention_probabilities(attention.qkv(x), attention.num_heads, mask, rows).data))
-            return attention(x, mask)
+            return attention(x, mask, n)
 
         return call
 
