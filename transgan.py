@@ -1487,7 +1487,10 @@ def pictures(text: str) -> str:
 
 
 def make_parser() -> Parser:
-    """The command line. Options that define the run have no default here: `choose_options` knows where theirs is."""
+    """The command line, a function for each group of options.
+
+    Those that define the run have no default here: `choose_options` knows where theirs is.
+    """
     from look import pictures as looks
 
     parser = Parser(
@@ -1507,95 +1510,115 @@ def make_parser() -> Parser:
         "done; 2 something to put right, said in one line; 130 and 143 stopped by Ctrl-C or SIGTERM: the running step is\n"
         "finished and saved. A second Ctrl-C stops at once.",
     )
-    what = parser.add_argument_group("what to train")
-    what.add_argument("--dataset", type=pictures, metavar="NAME", help="pictures to learn: shapes, drawn by the program; "
-                      "cifar10, stl10 (2.6 GB) or celeba (1.4 GB); or a folder of any pictures, of which the middle is cut "
-                      "out and resized (default: shapes)")  # fmt: skip
-    what.add_argument("--preset", choices=PRESETS, metavar="NAME", help="all options as the paper has them: "
-                      f"{', '.join(PRESETS)}; what else is given goes before")  # fmt: skip
-    what.add_argument("--size", choices=SIZES, help="networks: the paper's S, M, L, XL, or tiny for a laptop "
-                      "(default: S; tiny for shapes, XL for stl10 and celeba)")  # fmt: skip
-    for network in ("generator", "discriminator"):
-        what.add_argument(f"--{network}", choices=NAMES, help="the paper's, or a convolutional one it is compared with: "
-                          "AutoGAN's or WGAN-GP's residual network (default: transgan)")  # fmt: skip
-    what.add_argument("--image-size", type=number(*LIMITS["image_size"]), metavar="N",
-                      help="pixels a side, for a folder (default: 32) and for shapes (default: 16); "
-                      "cifar10 has 32, stl10 48, celeba 64")  # fmt: skip
-    what.add_argument("--patch-size", type=number(*LIMITS["patch_size"]), metavar="N",
-                      help="pixels a side of the discriminator's patches (default: an 8x8 grid, at least 4)")  # fmt: skip
-    how = parser.add_argument_group("how to train; the defaults are the authors', and smaller on a laptop")
-    how.add_argument("--loss", choices=LOSSES, help="the adversarial loss (default: wgangp-eps)")
-    how.add_argument("--steps", type=number(*LIMITS["steps"]), metavar="N",
-                     help="generator steps (default: 500000; for shapes 1000)")  # fmt: skip
-    how.add_argument("--batch-size", type=number(*LIMITS["batch_size"]), metavar="N",
-                     help="real pictures a discriminator step (default: 32; for shapes 16)")  # fmt: skip
-    how.add_argument("--accumulate", type=number(*LIMITS["accumulate"]), metavar="N",
-                     help="work through each batch in N parts, in an N-th of the memory, up to half as long again; "
-                     "the steps are the same up to rounding (default: 1)")  # fmt: skip
-    how.add_argument("--gen-batch-size", type=number(*LIMITS["gen_batch_size"]), metavar="N",
-                     help="generated pictures a generator step (default: 64; for shapes 16)")  # fmt: skip
-    how.add_argument("--disc-steps", type=number(*LIMITS["disc_steps"]), metavar="N",
-                     help="discriminator steps a generator step (default: 5; for shapes 2)")  # fmt: skip
-    how.add_argument("--learning-rate", type=number(*LIMITS["learning_rate"]), metavar="R",
-                     help="Adam's rate at the start; it falls to 0 in a line (default: 1e-4; for tiny 5e-4)")  # fmt: skip
-    how.add_argument("--beta2", type=number(*LIMITS["beta2"]), metavar="R",
-                     help="how long Adam remembers squares (default: 0.99; 0.9 for other discriminators)")  # fmt: skip
-    how.add_argument("--precision", choices=ag.PRECISIONS, help="of matrix products: a GPU is faster with tf32 or "
-                     "bfloat16, a CPU rounds as it would, slowly (default: float32)")  # fmt: skip
-    how.add_argument("--ema-decay", type=number(*LIMITS["ema_decay"]), metavar="R",
-                     help="decay of the moving average of the generator that makes the samples "
-                     "(default: 0.999; for tiny 0.99)")  # fmt: skip
-    how.add_argument("--seed", type=number(*LIMITS["seed"]), metavar="N",
-                     help="of everything random in training (default: 0)")  # fmt: skip
-    how.add_argument("--diff-aug", type=policy, metavar="LIST",
-                     help="augmentations of all pictures that the discriminator sees, separated by commas, or none "
-                     f"(default: {Options.diff_aug}; for shapes none)")  # fmt: skip
-    how.add_argument("--sr-weight", type=number(*LIMITS["sr_weight"]), metavar="W",
-                     help="weight of co-training with super-resolution in the generator's loss; 0 is without "
-                     "(default: 50; for tiny 0)")  # fmt: skip
-    how.add_argument("--locality", type=schedule, metavar="LIST",
-                     help="how far a token of the generator sees, in rows and columns, until which epoch of "
-                     f"{EPOCHS}, scaled to the run, or none (default: {Options.locality}; for tiny none)")  # fmt: skip
-    how.add_argument("--on-nan", choices=("stop", "rewind"), default="stop",
-                     help="when a number is no longer finite: stop, or go on from the last checkpoint at half the rate, up "
-                     f"to {REWINDS} times (default: stop)")  # fmt: skip
-    how.add_argument("--locality-stages", type=number(*LIMITS["locality_stages"]), metavar="N",
-                     help="the last N stages are so limited (default: 1)")  # fmt: skip
-    where = parser.add_argument_group("where")
-    where.add_argument("--data-dir", type=folder, default=Path("data"), metavar="DIR",
-                       help="where data sets are kept (default: data)")  # fmt: skip
-    where.add_argument("--out", type=folder, metavar="DIR", help="the run's folder (default: runs/DATASET-SIZE)")
-    where.add_argument("--resume", type=folder, metavar="DIR",
-                       help="go on with the run in DIR, with its own options; only --steps, --accumulate and the path "
-                       "of a folder of pictures may change")  # fmt: skip
-    where.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto",
-                       help="gpu needs CuPy (default: auto, the GPU if there is one)")  # fmt: skip
-    where.add_argument("--gpus", type=number(int, 1, 64), metavar="N", default=1,
-                       help="GPUs of this machine that share a batch (default: 1)")  # fmt: skip
-    where.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads that share a batch; another "
-                       "number gives the same run up to rounding (default: as many as pay)")  # fmt: skip
-    watch = parser.add_argument_group("how often to look")
-    watch.add_argument("--sample-every", type=number(int, 1), metavar="N", default=100,
-                       help="steps between sample grids and distances (default: 100, and every 10 minutes)")  # fmt: skip
-    watch.add_argument("--save-every", type=number(int, 1), metavar="N", default=100,
-                       help="steps between checkpoints (default: 100, and every 10 minutes)")  # fmt: skip
-    watch.add_argument("--evaluate-every", type=number(int, 1), metavar="N",
-                       help="steps between FID-own and IS-own in the log (default: never)")  # fmt: skip
-    score = parser.add_argument_group("scores, see paper/scores.py")
-    score.add_argument("--evaluate", type=folder, metavar="DIR", help="give FID and Inception Score of the run in DIR")
-    score.add_argument("--features", choices=("inception", "own"), help="the network that looks: Inception-v3, as papers "
-                       "have it (96 MB, downloaded once), or a small classifier trained here on the data set, whose scores "
-                       "are named FID-own and IS-own (default: inception; for shapes own)")  # fmt: skip
-    score.add_argument("--num-images", type=number(int, 10), metavar="N",
-                       help="generated pictures to look at (default: 50000; for --evaluate-every 2000)")  # fmt: skip
-    score.add_argument("--inception", type=folder, metavar="PATH", help="a file with Inception-v3's weights, as "
-                       "pytorch-fid publishes them")  # fmt: skip
-    score.add_argument("--fid-stats", type=folder, metavar="PATH", help="a fid_stats_*.npz with mean and covariance of the "
-                       "real pictures (default: computed of the data set once, and kept)")  # fmt: skip
-    watch.add_argument("--profile", action="store_true", help="print which operations took the time, when the run is done")
-    watch.add_argument("--summary", action="store_true", help="print the networks as a table, and stop")
+    add_networks(parser)
+    add_training(parser)
+    add_places(parser)
+    add_watching(parser)
+    add_scores(parser)
     looks.add_options(parser)
     return parser
+
+
+def add_networks(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to train")
+    group.add_argument("--dataset", type=pictures, metavar="NAME", help="pictures to learn: shapes, drawn by the program; "
+                       "cifar10, stl10 (2.6 GB) or celeba (1.4 GB); or a folder of any pictures, of which the middle is "
+                       "cut out and resized (default: shapes)")  # fmt: skip
+    group.add_argument("--preset", choices=PRESETS, metavar="NAME", help="all options as the paper has them: "
+                       f"{', '.join(PRESETS)}; what else is given goes before")  # fmt: skip
+    group.add_argument("--size", choices=SIZES, help="networks: the paper's S, M, L, XL, or tiny for a laptop "
+                       "(default: S; tiny for shapes, XL for stl10 and celeba)")  # fmt: skip
+    for network in ("generator", "discriminator"):
+        group.add_argument(f"--{network}", choices=NAMES, help="the paper's, or a convolutional one it is compared with: "
+                           "AutoGAN's or WGAN-GP's residual network (default: transgan)")  # fmt: skip
+    group.add_argument("--image-size", type=number(*LIMITS["image_size"]), metavar="N",
+                       help="pixels a side, for a folder (default: 32) and for shapes (default: 16); "
+                       "cifar10 has 32, stl10 48, celeba 64")  # fmt: skip
+    group.add_argument("--patch-size", type=number(*LIMITS["patch_size"]), metavar="N",
+                       help="pixels a side of the discriminator's patches (default: an 8x8 grid, at least 4)")  # fmt: skip
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how to train; the defaults are the authors', and smaller on a laptop")
+    group.add_argument("--loss", choices=LOSSES, help="the adversarial loss (default: wgangp-eps)")
+    group.add_argument("--steps", type=number(*LIMITS["steps"]), metavar="N",
+                       help="generator steps (default: 500000; for shapes 1000)")  # fmt: skip
+    group.add_argument("--batch-size", type=number(*LIMITS["batch_size"]), metavar="N",
+                       help="real pictures a discriminator step (default: 32; for shapes 16)")  # fmt: skip
+    group.add_argument("--accumulate", type=number(*LIMITS["accumulate"]), metavar="N",
+                       help="work through each batch in N parts, in an N-th of the memory, up to half as long again; "
+                       "the steps are the same up to rounding (default: 1)")  # fmt: skip
+    group.add_argument("--gen-batch-size", type=number(*LIMITS["gen_batch_size"]), metavar="N",
+                       help="generated pictures a generator step (default: 64; for shapes 16)")  # fmt: skip
+    group.add_argument("--disc-steps", type=number(*LIMITS["disc_steps"]), metavar="N",
+                       help="discriminator steps a generator step (default: 5; for shapes 2)")  # fmt: skip
+    group.add_argument("--learning-rate", type=number(*LIMITS["learning_rate"]), metavar="R",
+                       help="Adam's rate at the start; it falls to 0 in a line (default: 1e-4; for tiny 5e-4)")  # fmt: skip
+    group.add_argument("--beta2", type=number(*LIMITS["beta2"]), metavar="R",
+                       help="how long Adam remembers squares (default: 0.99; 0.9 for other discriminators)")  # fmt: skip
+    group.add_argument("--precision", choices=ag.PRECISIONS, help="of matrix products: a GPU is faster with tf32 or "
+                       "bfloat16, a CPU rounds as it would, slowly (default: float32)")  # fmt: skip
+    group.add_argument("--ema-decay", type=number(*LIMITS["ema_decay"]), metavar="R",
+                       help="decay of the moving average of the generator that makes the samples "
+                       "(default: 0.999; for tiny 0.99)")  # fmt: skip
+    group.add_argument("--seed", type=number(*LIMITS["seed"]), metavar="N",
+                       help="of everything random in training (default: 0)")  # fmt: skip
+    group.add_argument("--diff-aug", type=policy, metavar="LIST",
+                       help="augmentations of all pictures that the discriminator sees, separated by commas, or none "
+                       f"(default: {Options.diff_aug}; for shapes none)")  # fmt: skip
+    group.add_argument("--sr-weight", type=number(*LIMITS["sr_weight"]), metavar="W",
+                       help="weight of co-training with super-resolution in the generator's loss; 0 is without "
+                       "(default: 50; for tiny 0)")  # fmt: skip
+    group.add_argument("--locality", type=schedule, metavar="LIST",
+                       help="how far a token of the generator sees, in rows and columns, until which epoch of "
+                       f"{EPOCHS}, scaled to the run, or none (default: {Options.locality}; for tiny none)")  # fmt: skip
+    group.add_argument("--on-nan", choices=("stop", "rewind"), default="stop",
+                       help="when a number is no longer finite: stop, or go on from the last checkpoint at half the rate, "
+                       f"up to {REWINDS} times (default: stop)")  # fmt: skip
+    group.add_argument("--locality-stages", type=number(*LIMITS["locality_stages"]), metavar="N",
+                       help="the last N stages are so limited (default: 1)")  # fmt: skip
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where")
+    group.add_argument("--data-dir", type=folder, default=Path("data"), metavar="DIR",
+                       help="where data sets are kept (default: data)")  # fmt: skip
+    group.add_argument("--out", type=folder, metavar="DIR", help="the run's folder (default: runs/DATASET-SIZE)")
+    group.add_argument("--resume", type=folder, metavar="DIR",
+                       help="go on with the run in DIR, with its own options; only --steps, --accumulate and the path "
+                       "of a folder of pictures may change")  # fmt: skip
+    group.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto",
+                       help="gpu needs CuPy (default: auto, the GPU if there is one)")  # fmt: skip
+    group.add_argument("--gpus", type=number(int, 1, 64), metavar="N", default=1,
+                       help="GPUs of this machine that share a batch (default: 1)")  # fmt: skip
+    group.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads that share a batch; another "
+                       "number gives the same run up to rounding (default: as many as pay)")  # fmt: skip
+
+
+def add_watching(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how often to look")
+    group.add_argument("--sample-every", type=number(int, 1), metavar="N", default=100,
+                       help="steps between sample grids and distances (default: 100, and every 10 minutes)")  # fmt: skip
+    group.add_argument("--save-every", type=number(int, 1), metavar="N", default=100,
+                       help="steps between checkpoints (default: 100, and every 10 minutes)")  # fmt: skip
+    group.add_argument("--evaluate-every", type=number(int, 1), metavar="N",
+                       help="steps between FID-own and IS-own in the log (default: never)")  # fmt: skip
+    group.add_argument("--profile", action="store_true", help="print which operations took the time, when the run is done")
+    group.add_argument("--summary", action="store_true", help="print the networks as a table, and stop")
+
+
+def add_scores(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("scores, see paper/scores.py")
+    group.add_argument("--evaluate", type=folder, metavar="DIR", help="give FID and Inception Score of the run in DIR")
+    group.add_argument("--features", choices=("inception", "own"), help="the network that looks: Inception-v3, as papers "
+                       "have it (96 MB, downloaded once), or a small classifier trained here on the data set, whose scores "
+                       "are named FID-own and IS-own (default: inception; for shapes own)")  # fmt: skip
+    group.add_argument("--num-images", type=number(int, 10), metavar="N",
+                       help="generated pictures to look at (default: 50000; for --evaluate-every 2000)")  # fmt: skip
+    group.add_argument("--inception", type=folder, metavar="PATH", help="a file with Inception-v3's weights, as "
+                       "pytorch-fid publishes them")  # fmt: skip
+    group.add_argument("--fid-stats", type=folder, metavar="PATH", help="a fid_stats_*.npz with mean and covariance of the "
+                       "real pictures (default: computed of the data set once, and kept)")  # fmt: skip
 
 
 def choose_options(args: argparse.Namespace, checkpoint: Path | None = None) -> tuple[Options, Path]:
