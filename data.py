@@ -3,7 +3,7 @@
 Every data set becomes one array of bytes, (N, 3, H, W) in red, green, blue; only a batch is ever turned into floats.
 
 Contents
-    1. Errors, chance, files  UserError, first_line, random_stream, whole_file, sync
+    1. Words, chance, files   UserError, first_line, tell, note, is_live, random_stream, whole_file, portable, sync
     2. Archives               Archive, fetch, download: resumed where it broke off, and checked
     3. CIFAR-10               load_cifar10, its archive and its pickles, which are never executed
     4. Any pictures           load_folder, load_stl10, load_celeba: cropped, resized and decoded once, into a cache
@@ -18,10 +18,12 @@ import dataclasses
 import hashlib
 import http.client
 import io
+import json
 import math
 import os
 import pickle
 import pickletools
+import re
 import shutil
 import sys
 import tarfile
@@ -34,7 +36,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, TextIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +46,7 @@ Bytes: TypeAlias = NDArray[np.uint8]  # pictures as they are kept and written, 0
 Floats: TypeAlias = NDArray[np.floating[Any]]  # pictures as networks have them, about [-1, 1]
 Labels: TypeAlias = NDArray[np.int_]  # the pictures' classes, from 0
 
-# --- 1. Errors, chance, files -----------------------------------------------------------------------------------------
+# --- 1. Words, chance, files ------------------------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -54,6 +56,36 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """What an exception says in its first line, or else its name."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+output = "lines"  # what standard output is given: "lines" for people, "json" for programs, or nothing, "quiet"
+
+
+def tell(line: str | None, **fields: object) -> None:
+    """Say something on standard output: the line, if there is one; or with --json the fields, as one object in one line.
+
+    A number that is not finite becomes null there, because JSON has no word for it.
+    """
+    if output == "json":
+        unknown = {name: None for name, x in fields.items() if isinstance(x, float) and not math.isfinite(x)}
+        print(json.dumps(fields | unknown), flush=True)
+    elif output == "lines" and line is not None:
+        print(line, flush=True)
+
+
+def note(line: str) -> None:
+    """Say on standard error what is going on, unless --quiet wants to hear of errors alone."""
+    if output != "quiet":
+        print(line, file=sys.stderr, flush=True)
+
+
+def is_live(stream: TextIO | None) -> bool:
+    """Whether a line on this stream may change in place: on a terminal that takes escape sequences, and whose user does.
+
+    TERM=dumb says that the terminal does not, any NO_COLOR but an empty one that the user does not (no-color.org).
+    """
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return bool(stream and stream.isatty()) and not plain
 
 
 PURPOSES = ("shapes", "order", "weights", "step", "judge", "co-training order", "evaluate", "classifier", "look")
@@ -89,6 +121,13 @@ def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def portable(name: str) -> str:
+    """A name for a file as any system takes it: without what Windows forbids, and none of the names it keeps to itself."""
+    name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name).rstrip(". ")
+    reserved = re.fullmatch(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³]) *(\..*)?", name, re.I | re.S)
+    return f"_{name}" if reserved else name
 
 
 def sync(path: Path) -> None:
@@ -146,10 +185,10 @@ def fetch(archive: Archive, data_dir: str | Path) -> Path:
 
 
 class Progress:
-    """One line on standard error that changes while something goes on; nothing where that is no terminal."""
+    """One line on standard error that changes while something goes on; nothing where it cannot, see `is_live`."""
 
     def __enter__(self) -> Progress:
-        self.live, self.shown = bool(sys.stderr and sys.stderr.isatty()), 0.0
+        self.live, self.shown = output != "quiet" and is_live(sys.stderr), 0.0
         return self
 
     def __call__(self, text: str) -> None:
@@ -235,7 +274,7 @@ def _receive(archive: Archive, out: IO[bytes], path: Path, by_hand: str) -> None
                 f"{archive.name} needs {(total - done) / 1e6:.0f} MB more and {path.parent} has {free / 1e6:.0f}; "
                 "free some, or choose another --data-dir"
             )
-        print(f"downloading {archive.url}, {(total - done) / 1e6:.0f} MB, to {path}", file=sys.stderr, flush=True)
+        note(f"downloading {archive.url}, {(total - done) / 1e6:.0f} MB, to {path}")
         while block:
             out.write(block)
             done += len(block)
@@ -522,7 +561,7 @@ def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
 
 def short_name(dataset: str | Path) -> str:
     """The name of a data set, or the beginning of its folder's, to name files by."""
-    return Path(dataset).name[:40]
+    return portable(Path(dataset).name[:40])
 
 
 def _digest(text: str) -> str:

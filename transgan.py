@@ -1056,7 +1056,8 @@ def sliced_wasserstein(a: Floats, b: Floats, directions: int = 256, seed: int = 
 class Log:
     """Writes log.csv, a row a step, and shows progress: one live line on a terminal, now and then a line elsewhere.
 
-    Losses arrive as arrays on the device and are read a few at a time, so that a step need not wait for them.
+    With --json each row is shown, as an object. Losses arrive as arrays on the device and are read a few at a time, so that
+    a step need not wait for them.
     """
 
     FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "sr_loss", "distance", "fid_own", "is_own",
@@ -1087,7 +1088,7 @@ class Log:
             os.replace(start, path)
             self.file = path.open("a", newline="", encoding="utf-8")
             self.writer.writer = csv.writer(self.file)
-        self.live = bool(sys.stdout and sys.stdout.isatty())
+        self.live = data.output == "lines" and data.is_live(sys.stdout)
         self.measured: dict[str, float] = {}
         self.waiting: list[Row] = []  # for the file
         self.written: list[Row] = []  # those in it that were not shown
@@ -1109,17 +1110,17 @@ class Log:
     def check(self) -> None:
         """Read the numbers that wait. Raises NotFinite at the first that is not."""
         for row in self.waiting:
-            row |= {name: float(x) for name, x in row.items() if x is not None and name != "step"}
+            row |= numbers(row)
             for name in self.FIELDS:
                 if not math.isfinite(row.get(name) or 0):
                     raise NotFinite(f"{name} is {row[name]} at step {row['step']}")
 
     def write(self) -> None:
         """Write the rows that wait."""
-        for row in self.waiting:
-            self.writer.writerow({k: v if k == "step" else f"{float(v):.6g}" for k, v in row.items() if v is not None})
+        for row in map(numbers, self.waiting):
+            self.writer.writerow({name: x if name == "step" else f"{x:.6g}" for name, x in row.items()})
+            self.written.append(row)
         self.file.flush()
-        self.written += self.waiting
         self.waiting.clear()
 
     def tick(self) -> None:
@@ -1136,19 +1137,28 @@ class Log:
         if not self.written:
             return
         self.shown = time.monotonic()
+        if self.live:
+            print(f"\r\033[K{self.line()}", end="", flush=True)
+        elif data.output == "json":
+            for row in self.written:
+                data.tell(None, event="step", **row)
+        else:
+            data.tell(self.line())
+        self.written.clear()
+
+    def line(self) -> str:
+        """What is worth reading of the rows that were not shown."""
         row, parts = self.written[-1], []
         for name, label in (("disc_loss", "D"), ("gen_loss", "G"), ("penalty", "penalty"), ("sr_loss", "SR")):
-            if row.get(name) is not None:
-                parts.append(f"{label} {float(row[name]):.3f}")
+            if name in row:
+                parts.append(f"{label} {row[name]:.3f}")
         parts += [f"{LABELS[name]} {value:.3f}" for name, value in self.measured.items()]
         step, elapsed = row["step"], self.shown - self.start
         left = elapsed / max(step - self.first, 1) * (self.steps - step)
         speed = (sum(r["pictures_per_second"] for r in self.written) / len(self.written)) if step > self.first else 0
         parts += [f"{speed:.0f} pictures/s", f"{clock(elapsed)} elapsed"]
         parts += [f"{clock(left)} left"] if step > self.first else []
-        line = f"step {step}/{self.steps}  " + "  ".join(parts)
-        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
-        self.written.clear()
+        return f"step {step}/{self.steps}  " + "  ".join(parts)
 
     def close(self) -> None:
         """Write what waits, and leave the live line standing."""
@@ -1156,6 +1166,11 @@ class Log:
         if self.live:
             print()
         self.file.close()
+
+
+def numbers(row: Row) -> Row:
+    """A row of the log with what it has, in Python's numbers: for losses on a device, this waits for them."""
+    return {name: x if name == "step" else float(x) for name, x in row.items() if x is not None}
 
 
 def rows_until(step: int, reader: Iterable[Row]) -> list[Row]:
@@ -1314,7 +1329,7 @@ def train_on(
         except NotFinite as error:
             scale, resumed = trainer.rate_scale / 2, True
             if on_nan != "rewind" or scale < 0.5**REWINDS:
-                advice = f"go on from there at half the learning rate with --resume {out} --on-nan rewind, or "
+                advice = f"go on from there at half the learning rate with --resume {quoted(out)} --on-nan rewind, or "
                 if on_nan == "rewind":
                     advice = f"{REWINDS} times half the learning rate did not help: "
                 raise UserError(f"{error}; the last checkpoint is from before: {advice}start a new run with less than "
@@ -1355,25 +1370,32 @@ def flags(options: Options) -> str:
     return " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in pairs)
 
 
+COLUMNS = ("network", "stage", "tokens", "width", "blocks", "parameters", "multiply-adds")
+
+
 def summary(options: Options) -> str:
     """Both networks as a table, one line each stage: tokens, width, blocks, parameters, multiply-adds a picture."""
-    rows: list[tuple[Any, ...]] = [("network", "stage", "tokens", "width", "blocks", "parameters", "multiply-adds")]
+    rows = [COLUMNS, *((*row[:5], *(f"{x:,}" if x else "" for x in row[5:])) for row in summary_rows(options))]
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(COLUMNS))]
+    align = "<<>>>>>"
+    return "\n".join("  ".join(f"{x!s:{a}{w}}" for x, a, w in zip(row, align, widths, strict=True)) for row in rows)
+
+
+def summary_rows(options: Options) -> list[tuple[Any, ...]]:
+    """The rows of `summary`, in the order of COLUMNS; "" or 0 is for what a row has not."""
+    rows: list[tuple[Any, ...]] = []
     for network, own_rows, make in (
         ("generator", generator_rows, make_generator),
         ("discriminator", discriminator_rows, make_discriminator),
     ):
         peer = getattr(options, network) != "transgan"
         own = peer_rows(make(options, np.random.default_rng(0))) if peer else own_rows(options)
-        rows += [(network, *row[:4], *(f"{x:,}" if x else "" for x in row[4:])) for row in own]
         total = [sum(column) for column in zip(*(row[4:] for row in own), strict=True)]
-        rows.append((network, "total", "", "", "", *(f"{x:,}" if x else "" for x in total)))
+        rows += [*((network, *row) for row in own), (network, "total", "", "", "", *total)]
     if options.sr_weight:
         side, width = first_side(options), SIZES[options.size].embed_dim // 4
-        numbers = f"{4 * width:,}", f"{4 * side**2 * 3 * width:,}"
-        rows.append(("co-training", "from RGB", 4 * side**2, width, "", *numbers))
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    align = "<<>>>>>"
-    return "\n".join("  ".join(f"{x!s:{a}{w}}" for x, a, w in zip(row, align, widths, strict=True)) for row in rows)
+        rows.append(("co-training", "from RGB", 4 * side**2, width, "", 4 * width, 4 * side**2 * 3 * width))
+    return rows
 
 
 def first_side(options: Options) -> int:
@@ -1471,19 +1493,19 @@ def schedule(text: str) -> str:
 
 
 def folder(text: str) -> Path:
-    """An argument type: a path."""
+    """An argument type: a path. One from ~ on is in somebody's home, also where the shell has not seen to it: --out=~/x."""
     if not text:
         raise argparse.ArgumentTypeError("the name of a folder is empty")
-    return Path(text)
+    return Path(os.path.expanduser(text))
 
 
 def pictures(text: str) -> str:
     """An argument type: the name of a data set, or a folder that is there, as its full path."""
     if text in DEFAULTS:
         return text
-    if not text or not Path(text).is_dir():
+    if not text or not folder(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor one of {', '.join(DEFAULTS)}")
-    return str(Path(text).resolve())
+    return str(folder(text).resolve())
 
 
 def make_parser() -> Parser:
@@ -1605,6 +1627,10 @@ def add_watching(parser: argparse.ArgumentParser) -> None:
                        help="steps between FID-own and IS-own in the log (default: never)")  # fmt: skip
     group.add_argument("--profile", action="store_true", help="print which operations took the time, when the run is done")
     group.add_argument("--summary", action="store_true", help="print the networks as a table, and stop")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--quiet", action="store_true", help="print nothing, but errors to standard error")
+    either.add_argument("--json", action="store_true", help="print JSON, an object a line with its event: start, step (as "
+                        "in log.csv), picture, ...; the last is end, with the exit code and what went wrong")  # fmt: skip
 
 
 def add_scores(parser: argparse.ArgumentParser) -> None:
@@ -1652,7 +1678,7 @@ def choose_options(args: argparse.Namespace, checkpoint: Path | None = None) -> 
         options.patch_size = max(p for p in range(1, max(4, side // 8) + 1) if side % p == 0)
     pair = [options.generator, options.discriminator]
     name = "-".join([Path(dataset).name, options.size, *(pair if pair != ["transgan", "transgan"] else [])])
-    return check_options(options), args.out or Path("runs") / name
+    return check_options(options), args.out or Path("runs") / data.portable(name)
 
 
 def check_options(options: Options) -> Options:
@@ -1740,7 +1766,9 @@ def go_on(trainer: Trainer, args: argparse.Namespace, checkpoint: Path, out: Pat
 
 def resume_command(args: argparse.Namespace, out: Path) -> str:
     """The command that goes on with the run in `out`, which knows its own options, as `args` began it."""
-    words, parser = ["python", "transgan.py", "--resume", str(out)], make_parser()
+    installed = Path(sys.argv[0]).name.removesuffix(".exe") == "transgan"
+    words = [*(["transgan"] if installed else ["python", "transgan.py"]), "--resume", str(out)]
+    parser = make_parser()
     for name in (
         "data_dir",
         "device",
@@ -1757,8 +1785,13 @@ def resume_command(args: argparse.Namespace, out: Path) -> str:
     return shlex.join(words)
 
 
+def quoted(path: Path) -> str:
+    """A path as one writes it in a command."""
+    return shlex.quote(str(path))
+
+
 def holds_a_run(out: Path) -> UserError:
-    return UserError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
+    return UserError(f"{out} holds a run already; go on with it by --resume {quoted(out)}, or choose another --out")
 
 
 def refuse_idle_options(args: argparse.Namespace) -> None:
@@ -1804,6 +1837,7 @@ def gather_gpus(args: argparse.Namespace, options: Options, checkpoint: Path | N
 def take_part(rank: int, port: int, args: argparse.Namespace, options: Options, checkpoint: Path | None) -> None:
     """What the processes of further GPUs do: the same steps as the first, which alone writes and shows anything."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first, with whom this one ends
+    data.output = "quiet"
     ag.use_device("gpu")
     cupy: Any = ag.xp
     cupy.cuda.Device(rank).use()
@@ -1826,7 +1860,9 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = newest_checkpoint(begun) if begun else None
     options, out = choose_options(args, checkpoint)
     if args.summary:
-        print(f"transgan.py {flags(options)}\n\n{summary(options)}")
+        rows = [{name: x for name, x in zip(COLUMNS, row, strict=True) if x} for row in summary_rows(options)]
+        data.tell(f"transgan.py {flags(options)}\n\n{summary(options)}", event="summary",
+                  options=dataclasses.asdict(options), rows=rows)  # fmt: skip
         return 0
     try:
         device = ag.use_device(args.device)
@@ -1847,36 +1883,53 @@ def run(args: argparse.Namespace) -> int:
         from paper import scores
     if args.evaluate:
         features = args.features or ("own" if options.dataset == "shapes" and not args.inception else "inception")
-        print(scores.evaluate(out, trainer, pictures, features, args.num_images or 50_000, args.data_dir, args.inception,
-                              args.fid_stats))  # fmt: skip
+        line = scores.evaluate(out, trainer, pictures, features, args.num_images or 50_000, args.data_dir, args.inception,
+                               args.fid_stats)  # fmt: skip
+        data.tell(line, event="scores", **scores.read_scores(out / "scores.json")[-1])
         return 0
     if args.begun:
         looks.make(args, trainer, pictures, out)
         return 0
     threads = f", {trainer.threads} threads" if device == "cpu" else ""
-    print(f"{NAMES[options.generator]}-{options.size} on {options.dataset} {options.image_size}x{options.image_size}, "
-          f"{len(pictures):,} pictures, {device}{threads}, into {out}", flush=True)  # fmt: skip
+    data.tell(f"{NAMES[options.generator]}-{options.size} on {options.dataset} {options.image_size}x{options.image_size}, "
+              f"{len(pictures):,} pictures, {device}{threads}, into {out}",
+              event="start", options=dataclasses.asdict(options), step=trainer.step, pictures=len(pictures), device=device,
+              threads=trainer.threads, out=str(out))  # fmt: skip
     start = time.monotonic()
     measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
     with ag.profile() if args.profile else contextlib.nullcontext() as times:
         asked = train_on(trainer, out, args.sample_every, args.save_every, out == args.resume, args.evaluate_every, measure,
                          args.on_nan)  # fmt: skip
     if times is not None:
-        print(ag.profile_table(times))
-        print(f"waiting for data: {trainer.waited:.3f} s of {time.monotonic() - start:.1f} s, "
-              f"{100 * trainer.waited / (time.monotonic() - start):.2f}%")  # fmt: skip
+        tell_profile(times, trainer.waited, time.monotonic() - start)
     if asked:
-        print(f"stopped after step {trainer.step}, and saved; go on with: {resume_command(args, out)}", file=sys.stderr)
+        command = resume_command(args, out)
+        print(f"stopped after step {trainer.step}, and saved; go on with: {command}", file=sys.stderr)
+        data.tell(None, event="stopped", step=trainer.step, signal=asked, resume=command)
         return 128 + asked
-    print(f"done: {out / 'samples' / f'step-{trainer.step:06d}.png'}")
+    picture = out / "samples" / f"step-{trainer.step:06d}.png"
+    data.tell(f"done: {picture}", event="picture", path=str(picture))
     return 0
+
+
+def tell_profile(times: ag.Times, waited: float, total: float) -> None:
+    """Say which operations took how long of `total` seconds, and how many of these were waited for data."""
+    operations = [(*key, *entry) for key, entry in times.items()]
+    names = ("operation", "direction", "seconds", "calls", "bytes")
+    data.tell(f"{ag.profile_table(times)}\n"
+              f"waiting for data: {waited:.3f} s of {total:.1f} s, {100 * waited / total:.2f}%",
+              event="profile", operations=[dict(zip(names, row, strict=True)) for row in operations], waited=waited,
+              seconds=total)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what the user can put right, 130 or 143 after a signal."""
-    args = make_parser().parse_args(argv)
+    args, code = make_parser().parse_args(argv), 2
+    data.output = "json" if args.json else "quiet" if args.quiet else "lines"
     try:
-        return run(args)
+        code = run(args)
+        data.tell(None, event="end", exit_code=code, error=None)
+        return code
     except UserError as error:
         message = str(error)
     except MemoryError:
@@ -1886,10 +1939,12 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             message = "nobody reads the output any more; the run goes on from its last checkpoint with --resume"
     except KeyboardInterrupt:
-        print("\nstopped; a run that has begun goes on from its last checkpoint with --resume", file=sys.stderr)
-        return 130
+        code, message = 130, "stopped; a run that has begun goes on from its last checkpoint with --resume"
+        print(file=sys.stderr)  # so that it stands below the terminal's ^C
     print(f"transgan: {one_line(message)}", file=sys.stderr)
-    return 2
+    with contextlib.suppress(OSError):  # of an output that nobody reads
+        data.tell(None, event="end", exit_code=code, error=one_line(message))
+    return code
 
 
 def one_line(message: str) -> str:
@@ -1897,9 +1952,14 @@ def one_line(message: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
 
 
-if __name__ == "__main__":
+def console() -> int:
+    """What `python transgan.py` does, and the command `transgan` that pip installs; returns the exit code."""
     sys.modules["transgan"] = sys.modules[__name__]  # for what paper/ imports from here
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where the shell closed it
             stream.reconfigure(errors="backslashreplace")  # for names of files that cannot be printed as they are
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(console())
