@@ -126,7 +126,7 @@ def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
 def portable(name: str) -> str:
     """A name for a file as any system takes it: without what Windows forbids, and none of the names it keeps to itself."""
     name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name).rstrip(". ")
-    reserved = re.fullmatch(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³]) *(\..*)?", name, re.I | re.S)
+    reserved = re.fullmatch(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³]) *(\..*)?", name, re.I)
     return f"_{name}" if reserved else name
 
 

@@ -3479,7 +3479,7 @@ def test_json_tells_how_a_run_ended(small, tmp_path, capsys, monkeypatch):
     out, train_step = tmp_path / "run", transgan.Trainer.train_step
 
     def stopped(self):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         return train_step(self)
 
     with monkeypatch.context() as patch:
@@ -3598,6 +3598,25 @@ def test_as_a_program():
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     done = subprocess.run([*program, "--summary"], capture_output=True, text=True, check=True)
+    assert "16x16" in done.stdout
+
+
+def test_the_command_that_pip_installs(tmp_path):
+    """It is the program, from wherever it is called, and all that transgan.py imports is installed with it."""
+    root = Path(__file__).parent
+    project, source = ((root / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "transgan.py"))
+    installed = json.loads(re.search(r"^py-modules = (.*)", project, re.M)[1])
+    installed += json.loads(re.search(r"^packages = (.*)", project, re.M)[1])
+    imported = set(re.findall(r"^ *(?:from|import) (\w+)", source, re.M))
+    assert {name for name in imported if (root / name).is_dir() or (root / f"{name}.py").exists()} <= {*installed}
+    module, function = re.search(r'^transgan = "(\w+):(\w+)"', project, re.M).groups()
+    program = [sys.executable, "-c", f"import sys, {module}; sys.exit({module}.{function}())"]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([*program, "--size", "huge"], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    done = subprocess.run(
+        [*program, "--summary"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+    )
     assert "16x16" in done.stdout
 
 
