@@ -1,14 +1,16 @@
 """Pictures for the GAN: fetched or drawn, checked, shuffled into batches, and written back as grids.
 
-Every data set becomes one array of bytes, (N, 3, H, W) in red, green, blue; only a batch is ever turned into floats.
+Every data set becomes one array of bytes, (N, 3, H, W) in red, green, blue; only a batch is ever turned into floats. The
+first chapter has what the whole program shares: how it speaks to people and to other programs, draws at random, and writes
+files that are whole.
 
 Contents
     1. Words, chance, files   UserError, first_line, tell, note, is_live, random_stream, whole_file, portable, sync
-    2. Archives               Archive, fetch, download: resumed where it broke off, and checked
+    2. Archives               Archive, fetch, download: resumed where it broke off, and checked; Progress
     3. CIFAR-10               load_cifar10, its archive and its pickles, which are never executed
     4. Any pictures           load_folder, load_stl10, load_celeba: cropped, resized and decoded once, into a cache
     5. Shapes                 draw_shapes, pictures that need no download
-    6. Batches and grids      load_pictures, Batches, save_grid; save_arrays and read_array, for .npz files
+    6. Batches and grids      load_pictures, load_labels, Batches, save_grid; save_arrays and read_array, for .npz files
 """
 
 from __future__ import annotations

@@ -3612,7 +3612,7 @@ def test_the_command_that_pip_installs(tmp_path):
     module, function = re.search(r'^transgan = "(\w+):(\w+)"', project, re.M).groups()
     program = [sys.executable, "-c", f"import sys, {module}; sys.exit({module}.{function}())"]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run([*program, "--size", "huge"], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = subprocess.run([*program, "--num-images", "20"], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     done = subprocess.run(
         [*program, "--summary"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True

@@ -14,9 +14,9 @@ Contents
     2. The two networks       SIZES, upscale, window_mask, Generator, Discriminator
     3. Losses                 gradient_penalty, discriminator_loss, generator_loss, super_resolution_error
     4. Augmentation           diff_augment, draw_augmentation
-    5. Training               Options, Trainer: one step of each network, moving average, checkpoints
+    5. Training               Options, Trainer: one step of each network, moving average, checkpoints; Group for more GPUs
     6. Watching it learn      sliced_wasserstein, Log, train, and what stops it: stop_signals, train_on
-    7. Command line           summary, main
+    7. Command line           summary, the options and what they may be, run, main
 
 In comments on shapes: B batch, N tokens, C width (embed_dim), H and W height and width in tokens or pixels, Z latent_dim,
 p patch_size.
@@ -88,6 +88,7 @@ class Module:
         for name, value in vars(self).items():
             if isinstance(value, kind):
                 found[name] = value
+            # The parts of a list go by their numbers; anything else is one part, without a number.
             for part, module in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 if isinstance(module, Module):
                     prefix = name if part is None else f"{name}.{part}"
@@ -156,7 +157,7 @@ class LayerNorm(Module):
 class Attention(Module):
     """Multi-head self-attention: (B, N, C) -> (B, n, C) for the first n tokens, or for all N if n is None.
 
-    One matrix without bias makes q, k and v.
+    One matrix without bias makes q, k and v. mask: (N, N), True where the row's token sees the column's, or None for all.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, init: Init):
@@ -232,8 +233,8 @@ def stage_depths(size: str, image_size: int) -> tuple[int, ...]:
     So TransGAN-XL has (5, 4, 4, 2) on CelebA, as in the paper. Sizes whose width does not divide among the heads of a
     fourth stage, tiny and S, make these pictures in three, from 16x16 tokens.
     """
-    depths, heads = SIZES[size].depths, NUM_HEADS * 4**3
-    return depths[:2] + depths[1:] if image_size >= 64 and SIZES[size].embed_dim % heads == 0 else depths
+    depths, parts = SIZES[size].depths, NUM_HEADS * 4**3  # a fourth stage has 1/4^3 of the width, for NUM_HEADS heads
+    return depths[:2] + depths[1:] if image_size >= 64 and SIZES[size].embed_dim % parts == 0 else depths
 
 
 def upscale(x: Tensor) -> Tensor:
@@ -427,7 +428,8 @@ def discriminator_loss(scores: Tensor, loss: str) -> tuple[Tensor, Tensor | None
     wgangp-eps: mean D(fake) - mean D(real) + gradient_penalty + 0.001 (mean D(real))^2   (the authors' code)
     hinge:      mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake))
     standard:   sigmoid cross-entropy with real as 1 and fake as 0: mean softplus(-D(real)) + mean softplus(D(fake))
-    Raises ValueError for another loss.
+    The first one's last term keeps D(real) from drifting away, since only differences of scores count in the others. Raises
+    ValueError for another loss.
     """
     on_real, on_fake = scores[0], scores[1]  # (B,) each
     if loss == "wgangp-eps":
@@ -451,7 +453,7 @@ def generator_loss(scores: Tensor, loss: str) -> Tensor:
 def downsample(pictures: Array, factor: int) -> Array:
     """Average over squares of factor*factor pixels: array (B, 3, H, W) -> (B, 3, H/factor, W/factor)."""
     batch, channels, height, width = pictures.shape
-    squares = pictures.reshape(batch, channels, height // factor, factor, width // factor, factor)
+    squares = pictures.reshape(batch, channels, height // factor, factor, width // factor, factor)  # axes 3 and 5: within
     return squares.mean(axis=5).mean(axis=3)
 
 
@@ -673,7 +675,7 @@ class Trainer:
         self.preparing = futures.ThreadPoolExecutor(1, thread_name_prefix="data")
         elements = options.batch_size * (options.image_size // options.patch_size) ** 2 * SIZES[options.size].disc_embed_dim
         if options.discriminator != "transgan":
-            elements = options.batch_size * options.image_size**2 * 16  # or more
+            elements = options.batch_size * options.image_size**2 * 16  # channels, or more
         threads = threads or min(CORES, max(1, elements // THREAD_SHARE))
         self.threads = min(threads, options.batch_size, options.gen_batch_size) if ag.xp is np else 1
         self.map = futures.ThreadPoolExecutor(self.threads).map if self.threads > 1 else map
@@ -683,7 +685,7 @@ class Trainer:
             self.co_batches = data.Batches(pictures, options.gen_batch_size, seed, "co-training order")
         self.generator = make_generator(options, rng, dtype)
         self.discriminator = make_discriminator(options, rng, dtype)
-        # Batch normalization looks at a whole batch, which then cannot be shared out.
+        # Batch normalization, which has buffers, looks at a whole batch, which then cannot be shared out in the generator.
         self.whole = bool(self.generator.buffers())
         self.half_width: int | None = None
         self.set_window()
@@ -753,7 +755,7 @@ class Trainer:
             with ag.no_grad():
                 return self.generator(Tensor(noise)).data
 
-        if self.whole:
+        if self.whole:  # the pictures take the place of their noise, before the batch is shared out
             inputs = [inputs[0], ag.to_numpy(generated(self.array(inputs[1]))), *inputs[2:]]
 
         def scores(real: Array, noise: Array, mix: Array, draws: Array) -> Tensor:
@@ -834,7 +836,7 @@ class Trainer:
         for share, part in zip(shares, parts, strict=True):
             start, end = end, end + part.shape[1]
             work.append((share, part, slope[:, start:end]))
-        del parts, part
+        del parts, part  # so that `work` alone holds the shares' history, and each goes when it is done
         while work:
             for gradients in list(self.map(lambda share: backward(*share), work[:threads])):
                 adam.add(gradients, self.map)
@@ -872,7 +874,7 @@ class Trainer:
             with ag.no_grad():
                 return ag.to_numpy(function(Tensor(self.array(inputs))).data)
 
-        own = {name: p.data for name, p in self.gen_parameters.items()}
+        own = {name: p.data for name, p in self.gen_parameters.items()}  # put back when the averages have had their turn
         for name, p in self.gen_parameters.items():
             p.data = self.average[name]
         modules = list(self.generator.modules())
@@ -928,7 +930,7 @@ class Trainer:
             step, scale = saved.step(), saved.read("rate_scale") if "rate_scale" in saved.names else np.float64(1)
             if scale.dtype != np.float64 or scale.shape or not 0 < scale <= 1:
                 raise ValueError("its rate_scale is no number above 0, up to 1")
-        for name, x in state.items():
+        for name, x in state.items():  # in place, because parameters and moments are views of Adam's flat arrays
             x[...] = ag.xp.asarray(arrays[name])
         self.step, self.rate_scale = step, float(scale)
         self.gen_adam.t, self.disc_adam.t = self.step, self.step * self.options.disc_steps
@@ -1087,7 +1089,7 @@ class Log:
             self.file.close()
             os.replace(start, path)
             self.file = path.open("a", newline="", encoding="utf-8")
-            self.writer.writer = csv.writer(self.file)
+            self.writer.writer = csv.writer(self.file)  # the same columns, in the file that goes on
         self.live = data.output == "lines" and data.is_live(sys.stdout)
         self.measured: dict[str, float] = {}
         self.waiting: list[Row] = []  # for the file
@@ -1300,7 +1302,7 @@ def train(
                 trainer.save(out / CHECKPOINTS[0])
                 saved = now
             log.tick()
-            if sampled == now:
+            if sampled == now:  # in this step
                 log.write()
                 report.update()
     return asked if trainer.step < options.steps else None
@@ -1651,7 +1653,7 @@ def choose_options(args: argparse.Namespace, checkpoint: Path | None = None) -> 
     """(Options, the run's folder) of parsed arguments: the checkpoint's when resuming, else the data set's defaults."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if getattr(args, f.name) is not None}
     if checkpoint:
-        begun = args.resume or args.evaluate or args.begun
+        begun = args.resume or args.evaluate or args.begun  # the last is --from
         if args.begun:
             given.pop("seed", None)  # of the pictures, not of the run
         if args.preset:
