@@ -2998,6 +2998,14 @@ def fails(capsys, *args):
 TRAIN = ("--image-size", 8, "--steps", 4, "--batch-size", 4, "--gen-batch-size", 4, "--device", "auto")
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    """The classifier of FID-own is trained for a few steps only."""
+    from paper import classifier
+
+    monkeypatch.setattr(classifier.train_classifier, "__defaults__", (10,))
+
+
 def read_log(out):
     with (out / "log.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -3324,6 +3332,46 @@ def test_resuming_from_nonsense(small, tmp_path, capsys):
     assert "log.csv" in fails(capsys, "--resume", good, "--steps", 9)
 
 
+def test_a_checkpoint_that_is_refused_is_closed(tmp_path, monkeypatch):
+    """So that it can be moved out of the way, also on Windows."""
+    np.savez(tmp_path / "checkpoint.npz", a=np.ones(3))
+    opened = []
+
+    class Recorded(zipfile.ZipFile):
+        def __init__(self, *args):
+            opened.append(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr(zipfile, "ZipFile", Recorded)
+    with pytest.raises(UserError, match="lacks options or step"):
+        transgan.whole_checkpoint(tmp_path / "checkpoint.npz")
+    assert [file.fp for file in opened] == [None]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux which files are open")
+def test_no_file_is_replaced_while_it_is_open(small, hasty, tmp_path, monkeypatch):
+    """Windows would refuse to; here it is rehearsed."""
+    replaced, wrong, replace = set(), [], os.replace
+
+    def strict(source, target):
+        opened = {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
+        wrong.extend(opened & {os.path.realpath(source), os.path.realpath(target)})
+        replaced.add(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", strict)
+    monkeypatch.setattr(Path, "replace", strict)
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out, "--save-every", 2) == 0
+    (out / transgan.CHECKPOINTS[0]).write_bytes(b"damaged")
+    assert run_main("--resume", out) == 0
+    assert run_main("--from", out, "--sample", 2, "--interpolate", 2) == 0
+    assert run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path) == 0
+    assert wrong == []
+    assert {*transgan.CHECKPOINTS, "checkpoint-damaged.npz", "log.csv", "step-000004.png", "report.html", "progress.gif",
+            "scores.json"} <= replaced  # fmt: skip
+
+
 def test_what_lies_in_a_folder_is_not_overwritten(small, tmp_path, capsys):
     for name in ("log.csv", "samples/step-000000.png", "checkpoint.npz"):
         out = tmp_path / name.replace("/", "-")
@@ -3449,14 +3497,6 @@ def test_json_tells_a_run_to_programs(small, tmp_path, capsys):
     assert {"attention", "linear"} <= {row["operation"] for row in profile["operations"]}
     assert picture == {"event": "picture", "path": str(out / "samples" / "step-000004.png")}
     assert last == {"event": "end", "exit_code": 0, "error": None}
-
-
-@pytest.fixture
-def hasty(monkeypatch):
-    """The classifier of FID-own is trained for a few steps only."""
-    from paper import classifier
-
-    monkeypatch.setattr(classifier.train_classifier, "__defaults__", (10,))
 
 
 def test_json_tells_what_else_is_printed(small, hasty, tmp_path, capsys):

@@ -971,6 +971,8 @@ class open_checkpoint:
             if any(member.compress_type for member in members) or claimed > self.path.stat().st_size:
                 raise ValueError("it claims more than its size")
         except Exception as error:  # a damaged archive can raise anything at all
+            with contextlib.suppress(AttributeError):  # there is none if this is no zip file
+                self.file.close()
             reason = getattr(error, "strerror", None) or first_line(error)
             raise UserError(f"cannot read {self.path}: {reason}; name a run's folder") from None
         return self
