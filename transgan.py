@@ -1060,8 +1060,7 @@ def sliced_wasserstein(a: Floats, b: Floats, directions: int = 256, seed: int = 
 class Log:
     """Writes log.csv, a row a step, and shows progress: one live line on a terminal, now and then a line elsewhere.
 
-    With --json each row is shown, as an object. Losses arrive as arrays on the device and are read a few at a time, so that
-    a step need not wait for them.
+    Losses arrive as arrays on the device and are read a few at a time, so that a step need not wait for them.
     """
 
     FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "sr_loss", "distance", "fid_own", "is_own",
@@ -1136,7 +1135,7 @@ class Log:
             self.show()
 
     def show(self) -> None:
-        """Write the rows that wait and show the newest."""
+        """Write the rows that wait and show the newest, or for --json each that was not shown."""
         self.write()
         if not self.written:
             return
@@ -1864,9 +1863,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = newest_checkpoint(begun) if begun else None
     options, out = choose_options(args, checkpoint)
     if args.summary:
-        rows = [{name: x for name, x in zip(COLUMNS, row, strict=True) if x} for row in summary_rows(options)]
-        data.tell(f"transgan.py {flags(options)}\n\n{summary(options)}", event="summary",
-                  options=dataclasses.asdict(options), rows=rows)  # fmt: skip
+        tell_summary(options)
         return 0
     try:
         device = ag.use_device(args.device)
@@ -1916,8 +1913,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def tell_summary(options: Options) -> None:
+    """Print the networks of these options as a table, below the command line that gives them."""
+    rows = [{name: x for name, x in zip(COLUMNS, row, strict=True) if x} for row in summary_rows(options)]
+    data.tell(f"transgan.py {flags(options)}\n\n{summary(options)}", event="summary",
+              options=dataclasses.asdict(options), rows=rows)  # fmt: skip
+
+
 def tell_profile(times: ag.Times, waited: float, total: float) -> None:
-    """Say which operations took how long of `total` seconds, and how many of these were waited for data."""
+    """Print which operations took how long of `total` seconds, and how many of these were waited for data."""
     operations = [(*key, *entry) for key, entry in times.items()]
     names = ("operation", "direction", "seconds", "calls", "bytes")
     data.tell(f"{ag.profile_table(times)}\n"
