@@ -1,25 +1,31 @@
 """Pictures for the GAN: fetched or drawn, checked, shuffled into batches, and written back as grids.
 
-Every data set becomes one array of bytes, (N, 3, H, W) in red, green, blue; only a batch is ever turned into floats.
+Every data set becomes one array of bytes, (N, 3, H, W) in red, green, blue; only a batch is ever turned into floats. The
+first chapter has what the whole program shares: how it speaks to people and to other programs, draws at random, and writes
+files that are whole.
 
 Contents
-    1. Errors, chance, files  UserError, first_line, random_stream, whole_file, sync
-    2. Archives               Archive, fetch, download: resumed where it broke off, and checked
+    1. Words, chance, files   UserError, first_line, tell, note, is_live, random_stream, whole_file, portable, sync
+    2. Archives               Archive, fetch, download: resumed where it broke off, and checked; Progress
     3. CIFAR-10               load_cifar10, its archive and its pickles, which are never executed
     4. Any pictures           load_folder, load_stl10, load_celeba: cropped, resized and decoded once, into a cache
     5. Shapes                 draw_shapes, pictures that need no download
-    6. Batches and grids      load_pictures, Batches, save_grid; save_arrays and read_array, for .npz files
+    6. Batches and grids      load_pictures, load_labels, Batches, save_grid; save_arrays and read_array, for .npz files
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
 import hashlib
 import http.client
 import io
+import json
 import math
 import os
 import pickle
 import pickletools
+import re
 import shutil
 import sys
 import tarfile
@@ -29,33 +35,65 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
+from typing import IO, Any, TextIO, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+Bytes: TypeAlias = NDArray[np.uint8]  # pictures as they are kept and written, 0 to 255
+Floats: TypeAlias = NDArray[np.floating[Any]]  # pictures as networks have them, about [-1, 1]
+Labels: TypeAlias = NDArray[np.int_]  # the pictures' classes, from 0
 
-# --- 1. Errors, chance, files -----------------------------------------------------------------------------------------
+# --- 1. Words, chance, files ------------------------------------------------------------------------------------------
 
 
 class UserError(Exception):
     """Something a person can put right; its message is one line that says what is wrong and what to do."""
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     """What an exception says in its first line, or else its name."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+output = "lines"  # what standard output is given: "lines" for people, "json" for programs, or nothing, "quiet"
+
+
+def tell(line: str | None, **fields: object) -> None:
+    """Say something on standard output: the line, if there is one; or with --json the fields, as one object in one line.
+
+    A number that is not finite becomes null there, because JSON has no word for it.
+    """
+    if output == "json":
+        unknown = {name: None for name, x in fields.items() if isinstance(x, float) and not math.isfinite(x)}
+        print(json.dumps(fields | unknown), flush=True)
+    elif output == "lines" and line is not None:
+        print(line, flush=True)
+
+
+def note(line: str) -> None:
+    """Say on standard error what is going on, unless --quiet wants to hear of errors alone."""
+    if output != "quiet":
+        print(line, file=sys.stderr, flush=True)
+
+
+def is_live(stream: TextIO | None) -> bool:
+    """Whether a line on this stream may change in place: on a terminal that takes escape sequences, and whose user does.
+
+    TERM=dumb says that the terminal does not, any NO_COLOR but an empty one that the user does not (no-color.org).
+    """
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return bool(stream and stream.isatty()) and not plain
 
 
 PURPOSES = ("shapes", "order", "weights", "step", "judge", "co-training order", "evaluate", "classifier", "look")
 
 
-def random_stream(purpose, seed, number=0):
+def random_stream(purpose: str, seed: int, number: int = 0) -> np.random.Generator:
     """A NumPy random generator of its own for each purpose, seed (whole, at least 0) and number, such as an epoch's.
 
     So whatever is random in a run follows from its seed and from where it stands, and no two uses share their draws.
@@ -65,7 +103,7 @@ def random_stream(purpose, seed, number=0):
 
 
 @contextlib.contextmanager
-def whole_file(path, previous=None):
+def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Within this context, a path to write to; what lies there appears as `path` at the end, unless something went wrong.
 
     So nobody ever meets half a file, and one that was there before stays until the new one is whole and on the disk itself.
@@ -87,7 +125,14 @@ def whole_file(path, previous=None):
             part.unlink()
 
 
-def sync(path):
+def portable(name: str) -> str:
+    """A name for a file as any system takes it: without what Windows forbids, and none of the names it keeps to itself."""
+    name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name).rstrip(". ")
+    reserved = re.fullmatch(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³]) *(\..*)?", name, re.I)
+    return f"_{name}" if reserved else name
+
+
+def sync(path: Path) -> None:
     """Wait until the disk itself holds a file, or the names in a folder."""
     number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows asks for the latter
     try:
@@ -131,7 +176,7 @@ CELEBA = Archive(
 )
 
 
-def fetch(archive, data_dir):
+def fetch(archive: Archive, data_dir: str | Path) -> Path:
     """The path of an archive in the folder data_dir, downloaded if it is not there, and checked. Raises UserError."""
     path = Path(data_dir) / archive.name
     if path.exists():
@@ -142,23 +187,23 @@ def fetch(archive, data_dir):
 
 
 class Progress:
-    """One line on standard error that changes while something goes on; nothing where that is no terminal."""
+    """One line on standard error that changes while something goes on; nothing where it cannot, see `is_live`."""
 
-    def __enter__(self):
-        self.live, self.shown = bool(sys.stderr and sys.stderr.isatty()), 0.0
+    def __enter__(self) -> Progress:
+        self.live, self.shown = output != "quiet" and is_live(sys.stderr), 0.0
         return self
 
-    def __call__(self, text):
+    def __call__(self, text: str) -> None:
         if self.live and time.monotonic() - self.shown > 0.2:
             self.shown = time.monotonic()
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.live:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def download(archive, path):
+def download(archive: Archive, path: str | Path) -> None:
     """Fetch an Archive to `path`, showing progress on standard error, and check its sum.
 
     What arrives is kept in path.part, so that the next call goes on where a connection broke off or a disk filled up (an
@@ -169,8 +214,7 @@ def download(archive, path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("ab") as out:
-            if fcntl:
-                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(out)
             _receive(archive, out, path, by_hand)
         try:
             check_digest(part, archive, archive.url)
@@ -192,7 +236,24 @@ def download(archive, path):
                 part.unlink()
 
 
-def _receive(archive, out, path, by_hand):
+def lock(file: IO[bytes]) -> None:
+    """Lock an open file for this process, until it is closed. Raises BlockingIOError where another has locked it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(0)  # the one byte from here on is what is locked
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            raise BlockingIOError from None
+        file.seek(0, os.SEEK_END)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _receive(archive: Archive, out: IO[bytes], path: Path, by_hand: str) -> None:
     """Append to the open file `out` what it lacks of an archive."""
     done = out.tell()
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={done}-"} if done else {})
@@ -215,7 +276,7 @@ def _receive(archive, out, path, by_hand):
                 f"{archive.name} needs {(total - done) / 1e6:.0f} MB more and {path.parent} has {free / 1e6:.0f}; "
                 "free some, or choose another --data-dir"
             )
-        print(f"downloading {archive.url}, {(total - done) / 1e6:.0f} MB, to {path}", file=sys.stderr, flush=True)
+        note(f"downloading {archive.url}, {(total - done) / 1e6:.0f} MB, to {path}")
         while block:
             out.write(block)
             done += len(block)
@@ -227,7 +288,7 @@ def _receive(archive, out, path, by_hand):
         )
 
 
-def check_digest(path, archive, source):
+def check_digest(path: str | Path, archive: Archive, source: str | Path) -> None:
     """Raise UserError, naming `source`, where the file at `path` came from, unless it has the archive's digest."""
     algorithm, expected = archive.digest.split(":")
     digest = hashlib.new(algorithm, usedforsecurity=False)
@@ -253,7 +314,7 @@ CIFAR10_FILES = [*CIFAR10_TRAIN, "test_batch", "batches.meta"]
 MAX_FILE = 64 << 20  # bytes of one extracted file; the real ones hold 31 MB
 
 
-def load_cifar10(data_dir, archive=CIFAR10):
+def load_cifar10(data_dir: str | Path, archive: Archive = CIFAR10) -> Bytes:
     """CIFAR-10's 50,000 training pictures: bytes, (50000, 3, 32, 32).
 
     Uses data_dir/cifar-10-batches-py as it lies; if there is none, checks and extracts data_dir's archive, downloading
@@ -265,7 +326,7 @@ def load_cifar10(data_dir, archive=CIFAR10):
     return np.concatenate([read_cifar10(folder / name)[0] for name in CIFAR10_TRAIN])
 
 
-def extract_cifar10(archive, folder):
+def extract_cifar10(archive: str | Path, folder: str | Path) -> None:
     """Write the seven files CIFAR-10's tar.gz archive must hold into `folder`, which appears only when complete.
 
     Files are asked for by name and copied by us, so nothing that an archive says can name a path outside. Raises
@@ -280,9 +341,10 @@ def extract_cifar10(archive, folder):
         with tarfile.open(archive, "r:gz") as tar:
             for name in CIFAR10_FILES:
                 member = tar.getmember(f"{CIFAR10_FOLDER}/{name}")
-                if not member.isfile() or member.size > MAX_FILE:
+                source = tar.extractfile(member) if member.isfile() and member.size <= MAX_FILE else None
+                if source is None:
                     raise UserError(f"{archive}: {member.name} is not a plain file of CIFAR-10's size; delete {archive}")
-                with tar.extractfile(member) as source, (temporary / name).open("wb") as target:
+                with source, (temporary / name).open("wb") as target:
                     shutil.copyfileobj(source, target)
         temporary.chmod(0o755)
         temporary.replace(folder)
@@ -298,7 +360,7 @@ def extract_cifar10(archive, folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_cifar10(path):
+def read_cifar10(path: str | Path) -> tuple[Bytes, Labels]:
     """The pictures of one CIFAR-10 batch file, bytes (N, 3, 32, 32), and their classes, whole numbers (N,).
 
     Checks shape, type, and that there is a label from 0 to 9 for every picture. Raises UserError.
@@ -328,7 +390,7 @@ def read_cifar10(path):
     return rows.reshape(-1, 3, 32, 32), np.array(labels)
 
 
-def _refuse_bombs(content):
+def _refuse_bombs(content: bytes) -> None:
     """Raise ValueError for a pickle that could exhaust memory, time or the stack without calling anything.
 
     Tuples inside tuples can double without end, or be nested deeper than C can hash; and a memo number makes the reader
@@ -339,19 +401,19 @@ def _refuse_bombs(content):
     tuples = 0
     for opcode, argument, _ in pickletools.genops(content):
         tuples += "TUPLE" in opcode.name or opcode.name == "FROZENSET"
-        if tuples > 16 or ("PUT" in opcode.name and argument > len(content)):
+        if tuples > 16 or ("PUT" in opcode.name and (argument or 0) > len(content)):
             raise ValueError("it is built to exhaust this machine")
 
 
 class _Array:
     """What a pickle's `numpy.ndarray` becomes here: it only remembers what it is told."""
 
-    state = None
+    state: Any = None
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def to_numpy(self):
+    def to_numpy(self) -> Bytes:
         _, shape, dtype, fortran, content = self.state
         plain = isinstance(dtype, _Dtype) and dtype.name in (b"u1", "u1") and isinstance(content, bytes)
         if not plain or fortran:
@@ -362,10 +424,10 @@ class _Array:
 class _Dtype:
     """What a pickle's `numpy.dtype` becomes here: its name."""
 
-    def __init__(self, name, *_):
+    def __init__(self, name: object, *_: object):
         self.name = name
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: object) -> None:
         pass
 
 
@@ -376,7 +438,7 @@ class _CifarUnpickler(pickle.Unpickler):
     stand-ins of ours in their place, so that not even numpy's own code runs on the file's word.
     """
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return _Array if name == "ndarray" else _Dtype
         if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
@@ -390,7 +452,7 @@ CACHE = ".pictures"  # how the name of a cache ends
 CHUNK = 1024  # pictures that are decoded at once
 
 
-def fit(picture, side):
+def fit(picture: Image.Image, side: int) -> Bytes:
     """The largest square in the middle of a Pillow picture of any mode, resized (bicubic): bytes, (3, side, side).
 
     A photograph is turned upright first, and what is transparent becomes white.
@@ -405,13 +467,13 @@ def fit(picture, side):
     return np.asarray(picture).transpose(2, 0, 1)
 
 
-def decode(names, opened, side, source):
+def decode(names: list[str], opened: Callable[[str], Path | IO[bytes]], side: int, source: Path) -> Iterator[Bytes]:
     """Yield the pictures `opened(name)`, paths or files that Pillow can open, as bytes (n, 3, side, side), n <= CHUNK.
 
     Names on standard error what cannot be read, and skips it. Raises UserError, naming `source`, if nothing can.
     """
 
-    def one(name):
+    def one(name: str) -> Bytes | str:
         try:
             with Image.open(opened(name)) as picture:
                 picture.draft(None, (2 * side, 2 * side))  # a JPEG may come smaller, if not too small: that is faster
@@ -430,15 +492,15 @@ def decode(names, opened, side, source):
                 yield np.stack(pictures)
             progress(f"decoding {source}: {first + len(results):,} of {len(names):,} pictures")
     if len(skipped) == len(names):
-        first = f" ({skipped[0]})" if skipped else ""
-        raise UserError(f"{source} holds no picture that can be read{first}; name a folder of pictures as --dataset")
+        example = f" ({skipped[0]})" if skipped else ""
+        raise UserError(f"{source} holds no picture that can be read{example}; name a folder of pictures as --dataset")
     for line in skipped[:10]:
         print(f"skipped {line}", file=sys.stderr)
     if skipped[10:]:
         print(f"skipped {len(skipped) - 10} more of {source}'s {len(names):,} files", file=sys.stderr)
 
 
-def cached(path, side, chunks):
+def cached(path: Path, side: int, chunks: Callable[[], Iterable[Bytes]]) -> Bytes:
     """The pictures in the file `path`: bytes, (N, 3, side, side), left on disk until they are used (a memory map).
 
     The file holds nothing but these bytes. Where it is missing, it is first made of `chunks()`, which yields arrays
@@ -461,14 +523,14 @@ def cached(path, side, chunks):
         ) from None
 
 
-def load_folder(folder, data_dir, side):
+def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
     """All pictures in a folder and its subfolders, but hidden ones: bytes, (N, 3, side, side), in order of their names.
 
     They are decoded once, into a cache in data_dir that goes by the names, sizes and times of all files, so that it is made
     anew when one changes. Raises UserError.
     """
 
-    def skip(error):
+    def skip(error: OSError) -> None:
         print(f"skipped {error.filename!r}: {error.strerror}", file=sys.stderr)
 
     folder, data_dir, files = Path(folder).resolve(), Path(data_dir), {}
@@ -499,12 +561,12 @@ def load_folder(folder, data_dir, side):
     return pictures
 
 
-def short_name(dataset):
+def short_name(dataset: str | Path) -> str:
     """The name of a data set, or the beginning of its folder's, to name files by."""
-    return Path(dataset).name[:40]
+    return portable(Path(dataset).name[:40])
 
 
-def _digest(text):
+def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
@@ -512,14 +574,14 @@ STL10_FILE = "stl10_binary/unlabeled_X.bin"
 STL10_SIDE = 96  # pixels a side, as published
 
 
-def load_stl10(data_dir, side=48, archive=STL10):
+def load_stl10(data_dir: str | Path, side: int = 48, archive: Archive = STL10) -> Bytes:
     """STL-10's 100,000 unlabeled pictures (Coates et al. 2011), resized: bytes, (100000, 3, side, side).
 
     Read out of data_dir's archive, which is downloaded where it is missing, without extracting it; or out of
     data_dir/stl10_binary/unlabeled_X.bin if that lies there. Raises UserError.
     """
 
-    def chunks():
+    def chunks() -> Iterator[Bytes]:
         plain = Path(data_dir) / STL10_FILE
         source = plain if plain.exists() else fetch(archive, data_dir)
         try:
@@ -529,8 +591,8 @@ def load_stl10(data_dir, side=48, archive=STL10):
                 return
             with tarfile.open(source, "r|gz") as tar:  # a stream, read once from beginning to end
                 for member in tar:
-                    if member.name == STL10_FILE and member.isfile():
-                        yield from pictures(tar.extractfile(member), source)
+                    if member.name == STL10_FILE and member.isfile() and (inside := tar.extractfile(member)):
+                        yield from pictures(inside, source)
                         return
             raise UserError(f"{source} is not STL-10: it holds no {STL10_FILE}; delete it and start again")
         except UserError:
@@ -540,7 +602,7 @@ def load_stl10(data_dir, side=48, archive=STL10):
                 f"cannot read {source}: {first_line(error)}; if it is damaged, delete it and start again"
             ) from None
 
-    def pictures(file, source):
+    def pictures(file: IO[bytes], source: Path) -> Iterator[Bytes]:
         size, count = 3 * STL10_SIDE**2, 0
         with Progress() as progress:
             while block := file.read(CHUNK * size):
@@ -556,20 +618,20 @@ def load_stl10(data_dir, side=48, archive=STL10):
     return cached(Path(data_dir) / f"stl10-{side}{CACHE}", side, chunks)
 
 
-def load_celeba(data_dir, side=64, archive=CELEBA):
+def load_celeba(data_dir: str | Path, side: int = 64, archive: Archive = CELEBA) -> Bytes:
     """CelebA's 202,599 aligned faces (Liu et al. 2015), their middle squares resized: bytes, (202599, 3, side, side).
 
     Read out of data_dir's archive, which is downloaded where it is missing, without extracting it; or out of the folder
     data_dir/img_align_celeba if that lies there. Raises UserError.
     """
 
-    def chunks():
+    def chunks() -> Iterator[Bytes]:
         path = fetch(archive, data_dir)
         try:
             with zipfile.ZipFile(path) as file:
                 faces = {face.filename: face for face in file.infolist() if face.filename.endswith(".jpg")}
 
-                def opened(name):
+                def opened(name: str) -> IO[bytes]:
                     if max(faces[name].file_size, faces[name].compress_size) > MAX_FILE:
                         raise ValueError("it is too large for a face of CelebA")
                     return io.BytesIO(file.read(name))
@@ -594,7 +656,7 @@ PALETTE = [(225, 45, 45), (245, 200, 40), (50, 185, 75), (45, 105, 230), (240, 2
 GROUNDS = [(25, 25, 35), (20, 45, 85), (70, 35, 30), (25, 65, 45)]
 
 
-def draw_shapes(count, image_size=16, seed=0):
+def draw_shapes(count: int, image_size: int = 16, seed: int = 0) -> Bytes:
     """`count` pictures of one filled circle, square or triangle on a plain or graded ground: bytes, (count, 3, S, S).
 
     The same arguments give the same pictures. Drawn four times too large and averaged down, for smooth edges.
@@ -602,7 +664,7 @@ def draw_shapes(count, image_size=16, seed=0):
     return _drawn(count, image_size, seed)[0]
 
 
-def _drawn(count, image_size, seed):
+def _drawn(count: int, image_size: int, seed: int) -> tuple[Bytes, Labels]:
     """The pictures of `draw_shapes` and their classes (count,): kind of shape and colour, one number for both."""
     rng = random_stream("shapes", seed, image_size)
     large = 4 * image_size
@@ -635,18 +697,19 @@ SHAPES_COUNT = 8192
 SIDES = {"cifar10": 32, "stl10": 48, "celeba": 64}  # pixels a side of the published data sets, as the paper has them
 
 
-def load_pictures(dataset, data_dir, image_size):
+def load_pictures(dataset: str, data_dir: str | Path, image_size: int) -> Bytes:
     """All pictures of a data set: bytes, (N, 3, image_size, image_size).
 
     dataset: "shapes", one of SIDES, whose image_size that must be, or the path of a folder. Raises UserError.
     """
     if dataset == "shapes":
         return draw_shapes(SHAPES_COUNT, image_size)
+    published: dict[str, Callable[[str | Path], Bytes]]
     published = {"cifar10": load_cifar10, "stl10": load_stl10, "celeba": load_celeba}
     return published[dataset](data_dir) if dataset in published else load_folder(dataset, data_dir, image_size)
 
 
-def load_labels(dataset, data_dir, image_size):
+def load_labels(dataset: str, data_dir: str | Path, image_size: int) -> Labels | None:
     """The class of each picture of `load_pictures`, whole numbers (N,) from 0, or None where none is known.
 
     CIFAR-10 comes with ten classes; of the shapes, kind and colour make one. Raises UserError.
@@ -665,16 +728,16 @@ class Batches:
     remember nothing but how many it has used. The rest of an epoch that fills no batch is left out.
     """
 
-    def __init__(self, pictures, batch_size, seed=0, purpose="order"):
+    def __init__(self, pictures: Bytes, batch_size: int, seed: int = 0, purpose: str = "order"):
         if batch_size > len(pictures):
             raise UserError(
                 f"a batch of {batch_size} is more than the {len(pictures)} pictures; lower --batch-size or --gen-batch-size"
             )
         self.pictures, self.batch_size, self.seed, self.purpose = pictures, batch_size, seed, purpose
         self.per_epoch = len(pictures) // batch_size
-        self._epoch = self._order = None
+        self._epoch, self._order = -1, np.empty(0, int)  # the epoch whose order is at hand: none yet
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Floats:
         """Batch number `index`, scaled to [-1, 1]: float32, (batch_size, 3, H, W)."""
         epoch, within = divmod(index, self.per_epoch)
         if epoch != self._epoch:
@@ -684,27 +747,27 @@ class Batches:
         return scale(self.pictures[chosen])
 
 
-def scale(pictures):
+def scale(pictures: Bytes) -> Floats:
     """Bytes 0..255 to float32 in [-1, 1], any shape."""
     return pictures.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def to_bytes(pictures):
+def to_bytes(pictures: Floats) -> Bytes:
     """The opposite of `scale`: floats in [-1, 1] to bytes, what lies outside is clipped; any shape."""
     return ((np.clip(pictures, -1, 1) + 1) * 127.5).round().astype(np.uint8)
 
 
-def fingerprint(*arrays):
+def fingerprint(*arrays: NDArray[Any]) -> str:
     """Sixteen hexadecimal digits that tell these arrays from others."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.shape}{array.dtype}".encode())
         for first in range(0, len(array), CHUNK):
-            digest.update(np.ascontiguousarray(array[first : first + CHUNK]))
+            digest.update(np.ascontiguousarray(array[first : first + CHUNK]).data)
     return digest.hexdigest()[:16]
 
 
-def save_arrays(path, **arrays):
+def save_arrays(path: Path, **arrays: Any) -> None:
     """Write arrays as an .npz file, which appears when it is whole. Raises UserError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -714,14 +777,14 @@ def save_arrays(path, **arrays):
         raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another --data-dir") from None
 
 
-def array_header(member):
+def array_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """What an open .npy file begins with: (shape, whether the first index runs fastest, dtype). Raises ValueError."""
     if np.lib.format.read_magic(member) != (1, 0):
         raise ValueError("an array is of another version")
     return np.lib.format.read_array_header_1_0(member)
 
 
-def read_array(archive, name, most):
+def read_array(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
     """The array `name` of an .npz file, a ZipFile, read-only; nothing larger than `most` bytes is read or made.
 
     np.load makes room for whatever a file claims, and reads all that a compressed one unfolds to. Raises ValueError, and
@@ -739,16 +802,15 @@ def read_array(archive, name, most):
     return np.frombuffer(content, dtype).reshape(shape, order="F" if in_columns else "C")
 
 
-def save_grid(pictures, path, columns=8):
+def save_grid(pictures: Floats, path: str | Path, columns: int = 8) -> None:
     """Write float pictures in [-1, 1], (N, 3, H, W), as one PNG, `columns` wide, small ones enlarged to be seen.
 
     Values outside the range are clipped. The file appears only when it is whole.
     """
-    pictures = to_bytes(pictures)
     count, _, height, width = pictures.shape
     rows = -(-count // columns)
     grid = np.zeros((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), np.uint8)
-    for i, picture in enumerate(pictures):
+    for i, picture in enumerate(to_bytes(pictures)):
         top, left = 1 + i // columns * (height + 1), 1 + i % columns * (width + 1)
         grid[top : top + height, left : left + width] = picture.transpose(1, 2, 0)
     factor = max(1, 96 // height)

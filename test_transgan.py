@@ -19,6 +19,7 @@ Contents
     12. The README            its links, commands and programs
 """
 
+import ast
 import contextlib
 import csv
 import ctypes
@@ -2468,6 +2469,30 @@ def test_two_runs_do_not_download_into_one_file(content, tmp_path):
     assert part.read_bytes() == content
 
 
+def test_on_windows_the_same_byte_is_locked(tmp_path, monkeypatch):
+    """A stand-in for its msvcrt: what is locked starts where the file stands, and bytes are appended all the same."""
+    locked = []
+
+    def locking(number, mode, count):
+        byte = os.lseek(number, 0, os.SEEK_CUR)
+        if (byte, count) in locked:
+            raise PermissionError(13, "Permission denied")
+        locked.append((byte, count))
+
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
+    monkeypatch.setattr(sys, "platform", "win32")
+    path = tmp_path / "archive.part"
+    path.write_bytes(b"half")
+    with path.open("ab") as first:
+        data.lock(first)
+        assert first.tell() == 4
+        first.write(b" and more")
+        first.flush()
+        with path.open("ab") as second, pytest.raises(BlockingIOError):
+            data.lock(second)
+    assert path.read_bytes() == b"half and more"
+
+
 @each_data_set
 def test_no_server_no_address_no_folder(name, tmp_path):
     published, _, load = PUBLISHED[name]
@@ -2976,6 +3001,14 @@ def fails(capsys, *args):
 TRAIN = ("--image-size", 8, "--steps", 4, "--batch-size", 4, "--gen-batch-size", 4, "--device", "auto")
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    """The classifier of FID-own is trained for a few steps only."""
+    from paper import classifier
+
+    monkeypatch.setattr(classifier.train_classifier, "__defaults__", (10,))
+
+
 def read_log(out):
     with (out / "log.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -3302,6 +3335,46 @@ def test_resuming_from_nonsense(small, tmp_path, capsys):
     assert "log.csv" in fails(capsys, "--resume", good, "--steps", 9)
 
 
+def test_a_checkpoint_that_is_refused_is_closed(tmp_path, monkeypatch):
+    """So that it can be moved out of the way, also on Windows."""
+    np.savez(tmp_path / "checkpoint.npz", a=np.ones(3))
+    opened = []
+
+    class Recorded(zipfile.ZipFile):
+        def __init__(self, *args):
+            opened.append(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr(zipfile, "ZipFile", Recorded)
+    with pytest.raises(UserError, match="lacks options or step"):
+        transgan.whole_checkpoint(tmp_path / "checkpoint.npz")
+    assert [file.fp for file in opened] == [None]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux which files are open")
+def test_no_file_is_replaced_while_it_is_open(small, hasty, tmp_path, monkeypatch):
+    """Windows would refuse to; here it is rehearsed."""
+    replaced, wrong, replace = set(), [], os.replace
+
+    def strict(source, target):
+        opened = {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
+        wrong.extend(opened & {os.path.realpath(source), os.path.realpath(target)})
+        replaced.add(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", strict)
+    monkeypatch.setattr(Path, "replace", strict)
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out, "--save-every", 2) == 0
+    (out / transgan.CHECKPOINTS[0]).write_bytes(b"damaged")
+    assert run_main("--resume", out) == 0
+    assert run_main("--from", out, "--sample", 2, "--interpolate", 2) == 0
+    assert run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path) == 0
+    assert wrong == []
+    assert {*transgan.CHECKPOINTS, "checkpoint-damaged.npz", "log.csv", "step-000004.png", "report.html", "progress.gif",
+            "scores.json"} <= replaced  # fmt: skip
+
+
 def test_what_lies_in_a_folder_is_not_overwritten(small, tmp_path, capsys):
     for name in ("log.csv", "samples/step-000000.png", "checkpoint.npz"):
         out = tmp_path / name.replace("/", "-")
@@ -3409,12 +3482,184 @@ def test_help_and_summary(capsys):
     assert "12,458,497" in text
 
 
+def objects(text):
+    """The JSON objects of --json's lines."""
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
+def test_json_tells_a_run_to_programs(small, tmp_path, capsys):
+    """An object a line: what the run is, the log's rows, where the picture is, and how it ended."""
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out, "--json", "--loss", "hinge", "--profile") == 0
+    first, *steps, profile, picture, last = objects(capsys.readouterr().out)
+    assert (first["event"], first["options"]["loss"], first["options"]["dataset"]) == ("start", "hinge", "shapes")
+    assert (first["device"], first["out"], first["pictures"]) == (DEVICE, str(out), 40)
+    assert [step.pop("event") for step in steps] == 5 * ["step"]
+    for step, row in zip(steps, read_log(out), strict=True):
+        assert {name: f"{x:.6g}" for name, x in step.items()} == {name: x for name, x in row.items() if x}
+    assert {"attention", "linear"} <= {row["operation"] for row in profile["operations"]}
+    assert picture == {"event": "picture", "path": str(out / "samples" / "step-000004.png")}
+    assert last == {"event": "end", "exit_code": 0, "error": None}
+
+
+def test_json_tells_what_else_is_printed(small, hasty, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out, "--quiet") == 0
+    assert run_main("--from", out, "--sample", 2, "--json") == 0
+    picture, last = objects(capsys.readouterr().out)
+    assert Image.open(picture["path"]).format == "PNG"
+    assert run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path, "--json") == 0
+    scores, last = objects(capsys.readouterr().out)
+    assert scores == {"event": "scores"} | json.loads((out / "scores.json").read_text())[0]
+    assert run_main("--summary", "--dataset", "cifar10", "--json") == 0
+    summary, last = objects(capsys.readouterr().out)
+    total = {row["network"]: row["parameters"] for row in summary["rows"] if row["stage"] == "total"}
+    assert total == {"generator": 18_639_531, "discriminator": 12_458_497}
+    assert last == {"event": "end", "exit_code": 0, "error": None}
+
+
+def test_json_tells_how_a_run_ended(small, tmp_path, capsys, monkeypatch):
+    out, train_step = tmp_path / "run", transgan.Trainer.train_step
+
+    def stopped(self):
+        signal.raise_signal(signal.SIGINT)
+        return train_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transgan.Trainer, "train_step", stopped)
+        assert run_main(*TRAIN, "--out", out, "--json") == 130
+    *_, stop, last = objects(capsys.readouterr().out)
+    assert (stop["event"], stop["step"], stop["signal"]) == ("stopped", 1, signal.SIGINT)
+    assert shlex.split(stop["resume"])[:4] == ["python", "transgan.py", "--resume", str(out)]
+    assert last == {"event": "end", "exit_code": 130, "error": None}
+    monkeypatch.setattr(transgan.Trainer, "train_step", lambda self: train_step(self) | {"gen_loss": ag.xp.array(math.nan)})
+    assert run_main("--resume", out, "--json") == 2
+    printed = capsys.readouterr()
+    *_, step, last = objects(printed.out)
+    assert (step["step"], step["gen_loss"]) == (2, None)
+    assert (last["event"], last["exit_code"]) == ("end", 2)
+    assert printed.err == f"transgan: {last['error']}\n"
+
+
+def test_quiet_says_nothing_but_errors(small, hasty, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out, "--quiet", "--profile") == 0
+    assert run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path, "--quiet") == 0
+    assert run_main("--from", out, "--sample", 2, "--quiet") == run_main("--summary", "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+    assert "is finished" in fails(capsys, "--resume", out, "--quiet")
+    assert run_main(*TRAIN, "--out", tmp_path / "loud") == 0  # the next run speaks again
+    assert "done: " in capsys.readouterr().out
+    assert "not allowed with" in fails(capsys, "--quiet", "--json")
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_who_wants_no_escape_sequences_gets_none(name, value, small, tmp_path, capsys, monkeypatch):
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "")  # an empty one says nothing
+    monkeypatch.setenv("TERM", "xterm")
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setenv(name, value)
+        assert run_main(*TRAIN, "--out", tmp_path / str(plain)) == 0
+        with data.Progress() as progress:
+            progress("half of it")
+        printed = capsys.readouterr()
+        assert ("\033" not in printed.out, "\033" not in printed.err) == (plain, plain)
+        assert re.search(r"step 4/4 .*\n", printed.out)
+
+
+def test_a_path_from_the_tilde_on_is_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    (tmp_path / "my pictures").mkdir()
+    args = transgan.make_parser().parse_args(["--out=~/x", "--data-dir=~", "--dataset=~/my pictures"])
+    assert (args.out, args.data_dir) == (tmp_path / "x", tmp_path)
+    assert args.dataset == str((tmp_path / "my pictures").resolve())
+    assert transgan.folder("~nobody-of-that-name/x") == Path("~nobody-of-that-name/x")
+    assert transgan.folder("x/~") == Path("x/~")
+
+
+def test_a_printed_command_can_be_pasted(small, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "it's a run"
+    assert run_main(*TRAIN, "--out", out) == 0
+    pattern = r"go on with it by (--resume .*), or choose"
+    assert shlex.split(re.search(pattern, fails(capsys, *TRAIN, "--out", out))[1]) == ["--resume", str(out)]
+    monkeypatch.setattr(transgan.Trainer, "train_step", lambda self: {"gen_loss": ag.xp.array(math.nan)})
+    words = re.search(r"with (--resume .*), or start", fails(capsys, "--resume", out, "--steps", 6))[1]
+    assert shlex.split(words) == ["--resume", str(out), "--on-nan", "rewind"]
+    args = transgan.make_parser().parse_args([])
+    for program, words in (("transgan.py", ["python", "transgan.py"]), ("bin/transgan", ["transgan"]),
+                           ("bin/transgan.exe", ["transgan"])):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", [program])
+        assert shlex.split(transgan.resume_command(args, out)) == [*words, "--resume", str(out)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("flowers", "flowers"),
+        ('a<b>c:d"e|f?g*h\\i', "a_b_c_d_e_f_g_h_i"),
+        ("a\nb\x00", "a_b_"),
+        ("v1.2", "v1.2"),
+        ("ends. . ", "ends"),
+        ("con", "_con"),
+        ("Lpt1.jpg-S", "_Lpt1.jpg-S"),
+        ("COM² .x", "_COM² .x"),
+        ("console", "console"),
+        ("com10", "com10"),
+    ],
+)
+def test_names_of_files_are_such_as_any_system_takes(name, kept):
+    assert data.portable(name) == kept
+
+
+def test_a_runs_folder_and_its_cache_are_named_so(tmp_path, monkeypatch):
+    folder = tmp_path / "aux.1"
+    folder.mkdir()
+    (folder / "1.png").write_bytes(encoded(slope(20, 30, 1)))
+    parsed = transgan.make_parser().parse_args(["--dataset", str(folder)])
+    assert transgan.choose_options(parsed)[1] == Path("runs", "_aux.1-S")
+    data.load_folder(folder, tmp_path / "data", 8)
+    assert [path.name[:9] for path in (tmp_path / "data").iterdir()] == ["_aux.1-8-"]
+    assert data.short_name("a:b") == "a_b"
+
+
+def test_no_function_is_longer_than_a_screen():
+    for name in ("autograd.py", "data.py", "transgan.py"):
+        for node in ast.walk(ast.parse(Path(__file__).with_name(name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, (name, node.name)
+
+
 def test_as_a_program():
     program = [sys.executable, str(Path(__file__).with_name("transgan.py"))]
     done = subprocess.run([*program, "--size", "huge"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     done = subprocess.run([*program, "--summary"], capture_output=True, text=True, check=True)
+    assert "16x16" in done.stdout
+
+
+def test_the_command_that_pip_installs(tmp_path):
+    """It is the program, from wherever it is called, and all that transgan.py imports is installed with it."""
+    root = Path(__file__).parent
+    project, source = ((root / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "transgan.py"))
+    installed = json.loads(re.search(r"^py-modules = (.*)", project, re.M)[1])
+    installed += json.loads(re.search(r"^packages = (.*)", project, re.M)[1])
+    imported = set(re.findall(r"^ *(?:from|import) (\w+)", source, re.M))
+    assert {name for name in imported if (root / name).is_dir() or (root / f"{name}.py").exists()} <= {*installed}
+    module, function = re.search(r'^transgan = "(\w+):(\w+)"', project, re.M).groups()
+    program = [sys.executable, "-c", f"import sys, {module}; sys.exit({module}.{function}())"]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([*program, "--num-images", "20"], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    done = subprocess.run(
+        [*program, "--summary"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+    )
     assert "16x16" in done.stdout
 
 

@@ -14,13 +14,15 @@ Contents
     2. The two networks       SIZES, upscale, window_mask, Generator, Discriminator
     3. Losses                 gradient_penalty, discriminator_loss, generator_loss, super_resolution_error
     4. Augmentation           diff_augment, draw_augmentation
-    5. Training               Options, Trainer: one step of each network, moving average, checkpoints
+    5. Training               Options, Trainer: one step of each network, moving average, checkpoints; Group for more GPUs
     6. Watching it learn      sliced_wasserstein, Log, train, and what stops it: stop_signals, train_on
-    7. Command line           summary, main
+    7. Command line           summary, the options and what they may be, run, main
 
 In comments on shapes: B batch, N tokens, C width (embed_dim), H and W height and width in tokens or pixels, Z latent_dim,
 p patch_size.
 """
+
+from __future__ import annotations
 
 import os
 
@@ -31,6 +33,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -44,15 +47,25 @@ import threading
 import time
 import types
 import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 import autograd as ag
 import data
-from autograd import Tensor, grad
-from data import UserError, first_line
+from autograd import Array, Shape, Tensor, grad
+from data import Bytes, Floats, UserError, first_line
+
+Inputs: TypeAlias = list[Array]  # what an update of one network needs from outside, see Trainer.inputs
+Losses: TypeAlias = dict[str, Array | None]  # by their names in log.csv, 0-d arrays on the device; None for one not in use
+Scores: TypeAlias = Callable[[], dict[str, float]]  # measures a run as it is now, by the names in log.csv
+Row: TypeAlias = dict[str, Any]  # of log.csv
+StageRow: TypeAlias = tuple[str, Any, Any, Any, int, int]  # of the summary, see generator_rows
 
 # --- 1. Building blocks -----------------------------------------------------------------------------------------------
 
@@ -62,26 +75,27 @@ class Module:
 
     training = True  # of interest to batch normalization alone, see paper/networks.py
 
-    def parameters(self):
+    def parameters(self) -> dict[str, Tensor]:
         """All parameters by name, in the order they were set: {"blocks.0.mlp.expand.weight": Tensor, ...}."""
         return self._found(Tensor)
 
-    def buffers(self):
+    def buffers(self) -> dict[str, Array]:
         """All plain arrays by name: what training changes otherwise than by a gradient. TransGAN has none."""
         return self._found(ag.xp.ndarray)
 
-    def _found(self, kind):
+    def _found(self, kind: type) -> dict[str, Any]:
         found = {}
         for name, value in vars(self).items():
             if isinstance(value, kind):
                 found[name] = value
+            # The parts of a list go by their numbers; anything else is one part, without a number.
             for part, module in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 if isinstance(module, Module):
                     prefix = name if part is None else f"{name}.{part}"
                     found.update({f"{prefix}.{inner}": x for inner, x in module._found(kind).items()})
         return found
 
-    def modules(self):
+    def modules(self) -> Iterator[Module]:
         """This module and all that are part of it, one after another."""
         yield self
         for value in vars(self).values():
@@ -89,7 +103,7 @@ class Module:
                 if isinstance(module, Module):
                     yield from module.modules()
 
-    def prepare(self):
+    def prepare(self) -> None:
         """What a module does before each of its updates: see spectral normalization in paper/networks.py."""
 
 
@@ -100,17 +114,17 @@ class Init:
     linear="normal": normal weights of deviation 0.02 and zero biases, as in their discriminator.
     """
 
-    def __init__(self, rng, linear, dtype=np.float32):
+    def __init__(self, rng: np.random.Generator, linear: str, dtype: DTypeLike = np.float32):
         self.rng, self.linear_rule, self.dtype = rng, linear, dtype
 
-    def parameter(self, values):
+    def parameter(self, values: Array) -> Tensor:
         return Tensor(values, requires_grad=True, dtype=self.dtype)
 
-    def normal(self, *shape):
+    def normal(self, *shape: int) -> Tensor:
         """Mean 0, deviation 0.02. (The authors truncate it at -2 and 2, a hundred deviations out, where nothing falls.)"""
         return self.parameter(0.02 * self.rng.standard_normal(shape))
 
-    def linear(self, inputs, outputs):
+    def linear(self, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
         """The weight (inputs, outputs) and bias (outputs,) of a linear layer."""
         if self.linear_rule == "normal":
             return self.normal(inputs, outputs), self.parameter(np.zeros(outputs))
@@ -122,43 +136,42 @@ class Init:
 class Linear(Module):
     """x W + b: (..., inputs) -> (..., outputs)."""
 
-    def __init__(self, inputs, outputs, init, bias=True):
-        self.weight, self.bias = init.linear(inputs, outputs)
-        if not bias:
-            self.bias = None
+    def __init__(self, inputs: int, outputs: int, init: Init, bias: bool = True):
+        self.weight, drawn = init.linear(inputs, outputs)
+        self.bias = drawn if bias else None
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         return ag.linear(x, self.weight, self.bias)
 
 
 class LayerNorm(Module):
     """Layer normalization with weight and bias over the last axis, eps 1e-5: (..., C) -> (..., C)."""
 
-    def __init__(self, embed_dim, init):
+    def __init__(self, embed_dim: int, init: Init):
         self.weight, self.bias = init.parameter(np.ones(embed_dim)), init.parameter(np.zeros(embed_dim))
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         return ag.layer_norm(x, self.weight, self.bias)
 
 
 class Attention(Module):
     """Multi-head self-attention: (B, N, C) -> (B, n, C) for the first n tokens, or for all N if n is None.
 
-    One matrix without bias makes q, k and v.
+    One matrix without bias makes q, k and v. mask: (N, N), True where the row's token sees the column's, or None for all.
     """
 
-    def __init__(self, embed_dim, num_heads, init):
+    def __init__(self, embed_dim: int, num_heads: int, init: Init):
         self.num_heads = num_heads
         self.qkv = Linear(embed_dim, 3 * embed_dim, init, bias=False)
         self.projection = Linear(embed_dim, embed_dim, init)
 
-    def __call__(self, x, mask=None, n=None):
+    def __call__(self, x: Tensor, mask: Array | None = None, n: int | None = None) -> Tensor:
         qkv = self.qkv(x)  # (B, N, 3C)
         x = ag.attention(qkv, self.num_heads, mask)  # (B, N, C)
         return self.projection(first_tokens(x, n))  # (B, n, C)
 
 
-def first_tokens(x, n):
+def first_tokens(x: Tensor, n: int | None) -> Tensor:
     """(B, N, C) -> (B, n, C), or as it is if n is None."""
     return x if n is None else x[:, :n]
 
@@ -166,11 +179,11 @@ def first_tokens(x, n):
 class MLP(Module):
     """Two linear layers with an exact GELU between, four times as wide inside: (B, N, C) -> (B, N, C)."""
 
-    def __init__(self, embed_dim, init, ratio=4):
+    def __init__(self, embed_dim: int, init: Init, ratio: int = 4):
         self.expand = Linear(embed_dim, ratio * embed_dim, init)
         self.reduce = Linear(ratio * embed_dim, embed_dim, init)
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         return self.reduce(ag.gelu(self.expand(x)))  # (B, N, C) -> (B, N, 4C) -> (B, N, C)
 
 
@@ -182,11 +195,11 @@ class Block(Module):
     Tokens meet in the attention alone. So if only the first n are read in what follows, the rest need not be finished.
     """
 
-    def __init__(self, embed_dim, num_heads, init):
+    def __init__(self, embed_dim: int, num_heads: int, init: Init):
         self.norm1, self.attention = LayerNorm(embed_dim, init), Attention(embed_dim, num_heads, init)
         self.norm2, self.mlp = LayerNorm(embed_dim, init), MLP(embed_dim, init)
 
-    def __call__(self, x, mask=None, n=None):
+    def __call__(self, x: Tensor, mask: Array | None = None, n: int | None = None) -> Tensor:
         x = first_tokens(x, n) + self.attention(self.norm1(x), mask, n)
         return x + self.mlp(self.norm2(x))
 
@@ -199,7 +212,7 @@ class Size:
     """The dimensions of a pair of networks (the paper's table of model sizes; `tiny` is ours, for a laptop)."""
 
     embed_dim: int  # the generator's width at its first stage; also latent_dim
-    depths: tuple  # its blocks per stage
+    depths: tuple[int, ...]  # its blocks per stage
     disc_embed_dim: int = 384
     disc_depth: int = 7
 
@@ -214,17 +227,17 @@ SIZES = {
 NUM_HEADS = 4
 
 
-def stage_depths(size, image_size):
+def stage_depths(size: str, image_size: int) -> tuple[int, ...]:
     """The generator's blocks per stage: a size's depths, with a stage more for pictures of 64 pixels a side and above.
 
     So TransGAN-XL has (5, 4, 4, 2) on CelebA, as in the paper. Sizes whose width does not divide among the heads of a
     fourth stage, tiny and S, make these pictures in three, from 16x16 tokens.
     """
-    depths, heads = SIZES[size].depths, NUM_HEADS * 4**3
-    return depths[:2] + depths[1:] if image_size >= 64 and SIZES[size].embed_dim % heads == 0 else depths
+    depths, parts = SIZES[size].depths, NUM_HEADS * 4**3  # a fourth stage has 1/4^3 of the width, for NUM_HEADS heads
+    return depths[:2] + depths[1:] if image_size >= 64 and SIZES[size].embed_dim % parts == 0 else depths
 
 
-def upscale(x):
+def upscale(x: Tensor) -> Tensor:
     """The paper's UpScale: tokens (B, H*W, C) -> (B, 2H*2W, C/4), twice the resolution for a quarter of the width."""
     batch, tokens, width = x.shape
     side = math.isqrt(tokens)
@@ -233,7 +246,7 @@ def upscale(x):
     return x.reshape(batch, width // 4, 4 * tokens).transpose(0, 2, 1)  # (B, 4HW, C/4)
 
 
-def window_mask(side, half_width):
+def window_mask(side: int, half_width: int) -> NDArray[np.bool_]:
     """Which of side*side tokens a query may see: NumPy booleans (N, N), N = side^2, True where both row and column of the
     key are within half_width of the query's. The paper's third trick, locality-aware initialization: while it is young, the
     generator may only look around; natural pictures are smooth, so that is where to start."""
@@ -250,7 +263,16 @@ class Generator(Module):
     divide that way.
     """
 
-    def __init__(self, image_size, embed_dim, depths, rng, num_heads=NUM_HEADS, dtype=np.float32, co_training=False):
+    def __init__(
+        self,
+        image_size: int,
+        embed_dim: int,
+        depths: tuple[int, ...],
+        rng: np.random.Generator,
+        num_heads: int = NUM_HEADS,
+        dtype: DTypeLike = np.float32,
+        co_training: bool = False,
+    ):
         stages = len(depths)
         self.start, self.latent_dim = image_size // 2 ** (stages - 1), embed_dim
         if self.start * 2 ** (stages - 1) != image_size or not self.start:
@@ -265,20 +287,21 @@ class Generator(Module):
         self.to_rgb = Linear(embed_dim // 4 ** (stages - 1), 3, init)
         if co_training:
             self.from_rgb = Linear(3, embed_dim // 4, init)
-        self.masks = [None] * stages
+        self.masks: list[Array | None] = [None] * stages
 
-    def attend_within(self, half_width, stages):
+    def attend_within(self, half_width: int | None, stages: int) -> None:
         """From now on, the last `stages` stages see only so many tokens around each, all of them if half_width is None."""
         for k in range(len(self.stages)):
             side = self.start * 2**k
-            windowed = half_width is not None and half_width < side - 1 and k >= len(self.stages) - stages
-            self.masks[k] = ag.xp.asarray(window_mask(side, half_width)) if windowed else None
+            self.masks[k] = None
+            if half_width is not None and half_width < side - 1 and k >= len(self.stages) - stages:
+                self.masks[k] = ag.xp.asarray(window_mask(side, half_width))
 
-    def __call__(self, z):
+    def __call__(self, z: Tensor) -> Tensor:
         x = self.project(z)  # (B, Z) -> (B, N*C), N = 8*8 for CIFAR-10
         return self.grow(x.reshape(len(z), self.start**2, self.latent_dim), first=0)
 
-    def super_resolve(self, pictures):
+    def super_resolve(self, pictures: Tensor) -> Tensor:
         """Small pictures (B, 3, h, w) of the second stage's resolution -> the same in full size, (B, 3, H, W).
 
         Their pixels enter as that stage's tokens, through a linear layer from RGB, as we read the paper's auxiliary task.
@@ -286,7 +309,7 @@ class Generator(Module):
         x = pictures.reshape(len(pictures), 3, -1).transpose(0, 2, 1)  # (B, hw, 3)
         return self.grow(self.from_rgb(x), first=1)  # from (B, hw, C/4)
 
-    def grow(self, x, first):
+    def grow(self, x: Tensor, first: int) -> Tensor:
         """Tokens on their way into stage `first` -> pictures (B, 3, H, W)."""
         for k in range(first, len(self.stages)):
             if k > first:
@@ -300,11 +323,11 @@ class Generator(Module):
 class Stage(Module):
     """One resolution of the generator: a learnable position is added to each token, then the blocks follow."""
 
-    def __init__(self, side, embed_dim, depth, num_heads, init):
+    def __init__(self, side: int, embed_dim: int, depth: int, num_heads: int, init: Init):
         self.position = init.normal(1, side * side, embed_dim)
         self.blocks = [Block(embed_dim, num_heads, init) for _ in range(depth)]
 
-    def __call__(self, x, mask=None):
+    def __call__(self, x: Tensor, mask: Array | None = None) -> Tensor:
         x = x + self.position  # (B, N, C)
         for block in self.blocks:
             x = block(x, mask)
@@ -318,7 +341,16 @@ class Discriminator(Module):
     [cls] token in front collects the judgement. Raises ValueError if patches do not tile the picture.
     """
 
-    def __init__(self, image_size, patch_size, embed_dim, depth, rng, num_heads=NUM_HEADS, dtype=np.float32):
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        rng: np.random.Generator,
+        num_heads: int = NUM_HEADS,
+        dtype: DTypeLike = np.float32,
+    ):
         if image_size % patch_size:
             raise ValueError(f"patches of {patch_size} pixels do not tile a picture of {image_size}")
         self.patch_size = patch_size
@@ -330,7 +362,7 @@ class Discriminator(Module):
         self.norm = LayerNorm(embed_dim, init)
         self.head = Linear(embed_dim, 1, init)
 
-    def __call__(self, pictures):
+    def __call__(self, pictures: Tensor) -> Tensor:
         batch, _, height, width = pictures.shape
         p = self.patch_size
         x = pictures.reshape(batch, 3, height // p, p, width // p, p)  # rows and columns into (which patch, where in it)
@@ -350,24 +382,31 @@ class Discriminator(Module):
 LOSSES = ("wgangp-eps", "hinge", "standard")
 
 
-def slope_norm(discriminator, x):
+def slope_norm(discriminator: Callable[[Tensor], Tensor], x: Array) -> Tensor:
     """||d D(x) / dx||_2 of every picture: (B, 3, H, W) array -> Tensor (B,).
 
     A picture has no say in the others' logits, so the gradient of their sum holds each picture's own. It is taken with its
     history, because its norm is part of the loss: the optimiser's gradient is then a second derivative.
     """
-    x = Tensor(x, requires_grad=True)
-    (slope,) = grad(discriminator(x).sum(), [x], create_graph=True)  # (B, 3, H, W)
+    at = Tensor(x, requires_grad=True)
+    (slope,) = grad(discriminator(at).sum(), [at], create_graph=True)  # (B, 3, H, W)
     # sqrt has no derivative at 0; a summand far below rounding makes it 0 there instead of 0 * infinity
     return ag.sqrt((slope * slope).sum(axis=(1, 2, 3)) + 1e-24)
 
 
-def gradient_penalty(norms, target=1.0):
+def gradient_penalty(norms: Tensor, target: float = 1.0) -> Tensor:
     """(10 / target^2) mean (norm - target)^2: (B,) -> one number (Gulrajani et al. 2017, eq. 3, with their weight 10)."""
     return ((norms - target) ** 2).mean() * (10.0 / target**2)
 
 
-def discriminator_scores(discriminator, real, fake, mix, loss, augment=None):
+def discriminator_scores(
+    discriminator: Callable[[Tensor], Tensor],
+    real: Array,
+    fake: Array,
+    mix: Array,
+    loss: str,
+    augment: Callable[[Tensor, int], Tensor] | None = None,
+) -> Tensor:
     """All that the discriminator's loss asks of each sample: Tensor (2 or 3, B).
 
     Rows: D(real), D(fake) and, for wgangp-eps, the slope's norm at mix * real + (1 - mix) * fake.
@@ -383,13 +422,14 @@ def discriminator_scores(discriminator, real, fake, mix, loss, augment=None):
     return ag.concatenate(rows)
 
 
-def discriminator_loss(scores, loss):
+def discriminator_loss(scores: Tensor, loss: str) -> tuple[Tensor, Tensor | None]:
     """The discriminator's loss from `discriminator_scores` (2 or 3, B): (loss, penalty or None), each one number.
 
     wgangp-eps: mean D(fake) - mean D(real) + gradient_penalty + 0.001 (mean D(real))^2   (the authors' code)
     hinge:      mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake))
     standard:   sigmoid cross-entropy with real as 1 and fake as 0: mean softplus(-D(real)) + mean softplus(D(fake))
-    Raises ValueError for another loss.
+    The first one's last term keeps D(real) from drifting away, since only differences of scores count in the others. Raises
+    ValueError for another loss.
     """
     on_real, on_fake = scores[0], scores[1]  # (B,) each
     if loss == "wgangp-eps":
@@ -402,7 +442,7 @@ def discriminator_loss(scores, loss):
     raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
 
 
-def generator_loss(scores, loss):
+def generator_loss(scores: Tensor, loss: str) -> Tensor:
     """The generator's loss from D(G(z)), a Tensor (1, B): one number.
 
     -mean D(G(z)), and for the standard loss mean softplus(-D(G(z))): cross-entropy with the fakes called real.
@@ -410,14 +450,14 @@ def generator_loss(scores, loss):
     return ag.softplus(-scores).mean() if loss == "standard" else -scores.mean()
 
 
-def downsample(pictures, factor):
+def downsample(pictures: Array, factor: int) -> Array:
     """Average over squares of factor*factor pixels: array (B, 3, H, W) -> (B, 3, H/factor, W/factor)."""
     batch, channels, height, width = pictures.shape
-    squares = pictures.reshape(batch, channels, height // factor, factor, width // factor, factor)
+    squares = pictures.reshape(batch, channels, height // factor, factor, width // factor, factor)  # axes 3 and 5: within
     return squares.mean(axis=5).mean(axis=3)
 
 
-def super_resolution_error(generator, real):
+def super_resolution_error(generator: Generator, real: Array) -> Tensor:
     """The paper's second trick, co-training with a self-supervised auxiliary task (MT-CT): array (B, 3, H, W) -> (B,).
 
     Real pictures, reduced to the resolution of the generator's second stage, are to be restored by the stages from there
@@ -437,7 +477,7 @@ def super_resolution_error(generator, real):
 DRAWS = 7  # random numbers of a picture's augmentation
 
 
-def draw_augmentation(shape, side, rng):
+def draw_augmentation(shape: Shape, side: int, rng: np.random.Generator) -> Array:
     """What `diff_augment` needs for pictures of side*side pixels: a NumPy array (*shape, DRAWS), one row for each picture.
 
     shape: (B,), or (B, n) for n batches at once. Columns: brightness U(-0.5, 0.5), saturation U(0, 2) and contrast
@@ -455,7 +495,7 @@ def draw_augmentation(shape, side, rng):
     return draws
 
 
-def color(x, draws):
+def color(x: Tensor, draws: Array) -> Tensor:
     """Brightness, then saturation about the mean of each pixel's channels, then contrast about the mean of the picture."""
     brightness, saturation, contrast = (draws[:, i].reshape(-1, 1, 1, 1) for i in range(3))
     x = x + brightness
@@ -465,7 +505,7 @@ def color(x, draws):
     return (x - mean) * contrast + mean
 
 
-def translation(x, draws):
+def translation(x: Tensor, draws: Array) -> Tensor:
     """Shift down by draws[:, 3] and right by draws[:, 4] pixels; what comes in from outside is 0.
 
     A shift of rows is a product with a matrix of zeros and ones from the left, of columns from the right.
@@ -476,7 +516,7 @@ def translation(x, draws):
     return down @ x @ right.swapaxes(-1, -2)
 
 
-def cutout(x, draws):
+def cutout(x: Tensor, draws: Array) -> Tensor:
     """A square of half the picture's side around (draws[:, 5], draws[:, 6]) becomes 0."""
     side = x.shape[-1]
     pixel, size = ag.xp.arange(side), (side + 1) // 2
@@ -488,7 +528,7 @@ def cutout(x, draws):
 AUGMENTATIONS = {"translation": translation, "cutout": cutout, "color": color}
 
 
-def diff_augment(x, policy, draws):
+def diff_augment(x: Tensor, policy: str, draws: Array) -> Tensor:
     """Pictures (B, 3, side, side) -> the same shape, augmented by each operation of `policy` in turn.
 
     policy: names in AUGMENTATIONS, separated by commas, or "none". draws: (B, DRAWS) array of `draw_augmentation`. With its
@@ -532,7 +572,7 @@ class Options:
 EPOCHS = 1600  # of the authors' run: 500,000 steps of 5 batches of 32 of 50,000 pictures
 
 
-def locality_phases(options):
+def locality_phases(options: Options) -> list[tuple[int, float]]:
     """The schedule of locality-aware initialization: [(half_width, step from which it is over), ...], in order.
 
     `options.locality` counts epochs of a run of EPOCHS, the authors' length; a run of another length goes through the same
@@ -543,7 +583,7 @@ def locality_phases(options):
     return [(half_width, epoch / EPOCHS * options.steps) for half_width, epoch in locality_pairs(options.locality)]
 
 
-def locality_pairs(text):
+def locality_pairs(text: str) -> list[tuple[int, float]]:
     """[(half_width, epoch), ...] from "half_width:epoch,...". Raises ValueError for any other text."""
     pairs = (pair.split(":") for pair in text.split(","))
     return [(int(half_width), float(epoch)) for half_width, epoch in pairs]
@@ -552,8 +592,11 @@ def locality_pairs(text):
 NAMES = {"transgan": "TransGAN", "autogan": "AutoGAN", "resnet": "ResNet"}  # of either network; the last is WGAN-GP's
 
 
-def make_generator(options, rng, dtype=np.float32):
-    """The generator of a run, its weights drawn from `rng`. Raises ValueError for pictures that it cannot make."""
+def make_generator(options: Options, rng: np.random.Generator, dtype: DTypeLike = np.float32) -> Generator:
+    """The generator of a run, its weights drawn from `rng`, TransGAN's or a peer that is used alike.
+
+    Raises ValueError for pictures that it cannot make.
+    """
     if options.generator == "transgan":
         depths, width = stage_depths(options.size, options.image_size), SIZES[options.size].embed_dim
         return Generator(options.image_size, width, depths, rng, dtype=dtype, co_training=options.sr_weight > 0)
@@ -562,8 +605,11 @@ def make_generator(options, rng, dtype=np.float32):
     return networks.make_generator(options.generator, options.size, options.image_size, rng, dtype)
 
 
-def make_discriminator(options, rng, dtype=np.float32):
-    """The discriminator of a run, its weights drawn from `rng`. Raises ValueError for pictures that it cannot cut."""
+def make_discriminator(options: Options, rng: np.random.Generator, dtype: DTypeLike = np.float32) -> Discriminator:
+    """The discriminator of a run, its weights drawn from `rng`, TransGAN's or a peer that is used alike.
+
+    Raises ValueError for pictures that it cannot cut.
+    """
     size = SIZES[options.size]
     if options.discriminator == "transgan":
         return Discriminator(options.image_size, options.patch_size, size.disc_embed_dim, size.disc_depth, rng, dtype=dtype)
@@ -584,13 +630,13 @@ class Group:
     is, from 0 to size - 1; port: where on this machine they find each other; processes: those to watch over.
     """
 
-    def __init__(self, rank, size, port, processes=()):
+    def __init__(self, rank: int, size: int, port: int, processes: Sequence[BaseProcess] = ()):
         from cupyx import distributed
 
         self.rank, self.size, self.processes = rank, size, processes
         self.communicator = distributed.init_process_group(size, rank, host="127.0.0.1", port=port)
 
-    def gather(self, x):
+    def gather(self, x: Array) -> Array:
         """Everybody's arrays (rows, n) side by side, by rank: (rows, size n). Raises UserError if one of them is gone."""
         if not all(process.is_alive() for process in self.processes):
             raise UserError("the process of one of the GPUs has ended; go on with --resume")
@@ -598,7 +644,7 @@ class Group:
         self.communicator.all_gather(ag.xp.ascontiguousarray(x), everybody, x.size)
         return everybody.transpose(1, 0, 2).reshape(len(x), -1)
 
-    def add_up(self, x):
+    def add_up(self, x: Array) -> None:
         """Replace an array by the sum of everybody's."""
         self.communicator.all_reduce(x, x)
 
@@ -614,14 +660,22 @@ class Trainer:
 
     rate_scale = 1.0  # of the learning rate: halved by each rewind, see `train_on`
 
-    def __init__(self, options, pictures, threads=None, dtype=np.float32, group=None):
+    def __init__(
+        self,
+        options: Options,
+        pictures: Bytes,
+        threads: int | None = None,
+        dtype: DTypeLike = np.float32,
+        group: Group | None = None,
+    ):
         seed = options.seed
         self.options, self.dtype, self.step, self.group = options, dtype, 0, group
-        self.waited, self.prepared = 0.0, (None, None)
+        self.waited = 0.0
+        self.prepared: tuple[int, futures.Future[tuple[list[Inputs], Inputs]] | None] = 0, None
         self.preparing = futures.ThreadPoolExecutor(1, thread_name_prefix="data")
         elements = options.batch_size * (options.image_size // options.patch_size) ** 2 * SIZES[options.size].disc_embed_dim
         if options.discriminator != "transgan":
-            elements = options.batch_size * options.image_size**2 * 16  # or more
+            elements = options.batch_size * options.image_size**2 * 16  # channels, or more
         threads = threads or min(CORES, max(1, elements // THREAD_SHARE))
         self.threads = min(threads, options.batch_size, options.gen_batch_size) if ag.xp is np else 1
         self.map = futures.ThreadPoolExecutor(self.threads).map if self.threads > 1 else map
@@ -631,17 +685,18 @@ class Trainer:
             self.co_batches = data.Batches(pictures, options.gen_batch_size, seed, "co-training order")
         self.generator = make_generator(options, rng, dtype)
         self.discriminator = make_discriminator(options, rng, dtype)
-        # Batch normalization looks at a whole batch, which then cannot be shared out.
+        # Batch normalization, which has buffers, looks at a whole batch, which then cannot be shared out in the generator.
         self.whole = bool(self.generator.buffers())
-        self.half_width = None
+        self.half_width: int | None = None
         self.set_window()
         self.gen_parameters = self.generator.parameters()
         self.disc_parameters = self.discriminator.parameters()
         self.gen_adam = ag.Adam(self.gen_parameters.values(), (0.0, options.beta2), decay=options.ema_decay)
         self.disc_adam = ag.Adam(self.disc_parameters.values(), (0.0, options.beta2))
+        assert self.gen_adam.average is not None  # because it was given a decay
         self.average = dict(zip(self.gen_parameters, self.gen_adam.parts(self.gen_adam.average), strict=True))
 
-    def train_step(self):
+    def train_step(self) -> Losses:
         """One step: `disc_steps` updates of the discriminator, then one of the generator and its moving average.
 
         Returns the last losses and penalty as 0-d arrays on the device, so that nothing waits for them.
@@ -656,16 +711,16 @@ class Trainer:
         self.step += 1
         return losses
 
-    def next_inputs(self):
+    def next_inputs(self) -> tuple[list[Inputs], Inputs]:
         """The `inputs` of this step, which were prepared while the last one was at work; those of the next come after."""
-        step, inputs = self.prepared
+        step, waiting = self.prepared
         start = time.perf_counter()
-        inputs = inputs.result() if step == self.step else self.inputs(self.step)
+        inputs = waiting.result() if waiting and step == self.step else self.inputs(self.step)
         self.waited += time.perf_counter() - start
         self.prepared = self.step + 1, self.preparing.submit(self.inputs, self.step + 1)
         return inputs
 
-    def inputs(self, step):
+    def inputs(self, step: int) -> tuple[list[Inputs], Inputs]:
         """All that a step needs from outside, as NumPy arrays: a list for each discriminator step, one for the generator.
 
         The discriminator's: pictures (B, 3, H, W), noise (B, Z), the mixing weights of the penalty (B, 1, 1, 1) and the
@@ -683,7 +738,7 @@ class Trainer:
         *disc_inputs, gen_inputs = ([x.astype(self.dtype) for x in inputs] for inputs in (*disc_inputs, gen_inputs))
         return disc_inputs, gen_inputs
 
-    def set_window(self):
+    def set_window(self) -> None:
         """Let the generator see as far as the schedule says for this step."""
         phases = locality_phases(self.options)
         half_width = next((half_width for half_width, end in phases if self.step < end), None)
@@ -691,22 +746,22 @@ class Trainer:
             self.half_width = half_width
             self.generator.attend_within(half_width, self.options.locality_stages)
 
-    def discriminator_step(self, inputs, rate):
+    def discriminator_step(self, inputs: Inputs, rate: float) -> Losses:
         """Update the discriminator on real pictures and as many generated ones; for its `inputs` see there."""
         for module in self.discriminator.modules():
             module.prepare()
 
-        def generated(noise):
+        def generated(noise: Array) -> Array:
             with ag.no_grad():
                 return self.generator(Tensor(noise)).data
 
-        if self.whole:
+        if self.whole:  # the pictures take the place of their noise, before the batch is shared out
             inputs = [inputs[0], ag.to_numpy(generated(self.array(inputs[1]))), *inputs[2:]]
 
-        def scores(real, noise, mix, draws):
+        def scores(real: Array, noise: Array, mix: Array, draws: Array) -> Tensor:
             fake = noise if self.whole else generated(noise)
 
-            def augment(pictures, row):
+            def augment(pictures: Tensor, row: int) -> Tensor:
                 return diff_augment(pictures, self.options.diff_aug, draws[:, row])
 
             return discriminator_scores(self.discriminator, real, fake, mix, self.options.loss, augment)
@@ -716,16 +771,16 @@ class Trainer:
         )
         return {"disc_loss": loss.data, "penalty": None if penalty is None else penalty.data}
 
-    def generator_step(self, inputs, rate):
+    def generator_step(self, inputs: Inputs, rate: float) -> Losses:
         """Update the generator through the discriminator's judgement of its pictures; for its `inputs` see there."""
         sr_weight = self.options.sr_weight
 
-        def scores(noise, draws, *real):
+        def scores(noise: Array, draws: Array, *real: Array) -> Tensor:
             pictures = diff_augment(self.generator(Tensor(noise)), self.options.diff_aug, draws)
             rows = [self.discriminator(pictures), *(super_resolution_error(self.generator, x) for x in real)]
             return ag.concatenate([row.reshape(1, -1) for row in rows])  # (1 or 2, B)
 
-        def loss(scores, name):
+        def loss(scores: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
             on_fake = generator_loss(scores[:1], name)
             if not sr_weight:
                 return on_fake, None
@@ -736,7 +791,16 @@ class Trainer:
         total, error = self.update(scores, inputs, loss, self.gen_parameters, self.gen_adam, rate, threads)
         return {"gen_loss": total.data, "sr_loss": None if error is None else error.data}
 
-    def update(self, scores, inputs, loss, parameters, adam, rate, threads):
+    def update(
+        self,
+        scores: Callable[..., Tensor],
+        inputs: Inputs,
+        loss: Callable[[Tensor, str], tuple[Tensor, Tensor | None]],
+        parameters: dict[str, Tensor],
+        adam: ag.Adam,
+        rate: float,
+        threads: int,
+    ) -> tuple[Tensor, Tensor | None]:
         """Move `parameters` down the gradient of loss(scores(*inputs)); returns what `loss` returns.
 
         In principle: values = loss(scores(*inputs), ...); total = grad(values[0], parameters); clip; Adam's step. But the
@@ -749,19 +813,19 @@ class Trainer:
         the history of the scores away, and computes them a second time for the last part. Several GPUs tell each other
         their scores, and add up their gradients.
         """
-        accumulate, parameters, group = self.options.accumulate, list(parameters.values()), self.group
+        accumulate, wanted, group = self.options.accumulate, list(parameters.values()), self.group
         if group:
             inputs = [np.array_split(x, group.size)[group.rank] for x in inputs]
         count = min(threads * accumulate, len(inputs[0]))
-        shares = zip(*(np.array_split(x, count) for x in inputs), strict=True)
-        shares = [[self.array(x) for x in share] for share in shares]
+        cuts = zip(*(np.array_split(x, count) for x in inputs), strict=True)
+        shares = [[self.array(x) for x in cut] for cut in cuts]
 
-        def forward(share):
+        def forward(share: Inputs) -> Tensor:
             part = scores(*share)  # (rows, B / shares)
             return part if accumulate == 1 else part.detach()
 
-        def backward(share, part, towards):
-            return grad(part if accumulate == 1 else scores(*share), parameters, towards)
+        def backward(share: Inputs, part: Tensor, towards: Tensor) -> list[Tensor]:
+            return grad(part if accumulate == 1 else scores(*share), wanted, towards)
 
         parts = list(self.map(forward, shares))
         own = ag.xp.concatenate([part.data for part in parts], axis=1)  # (rows, B), or as much of B as is for this GPU
@@ -772,7 +836,7 @@ class Trainer:
         for share, part in zip(shares, parts, strict=True):
             start, end = end, end + part.shape[1]
             work.append((share, part, slope[:, start:end]))
-        del parts, part
+        del parts, part  # so that `work` alone holds the shares' history, and each goes when it is done
         while work:
             for gradients in list(self.map(lambda share: backward(*share), work[:threads])):
                 adam.add(gradients, self.map)
@@ -783,34 +847,34 @@ class Trainer:
         adam.step(rate, factor, self.map)
         return values
 
-    def array(self, values):
+    def array(self, values: Array) -> Array:
         """A NumPy array as an array on the device, in the networks' dtype."""
         return ag.xp.asarray(values, dtype=self.dtype)
 
-    def noise(self, count, rng):
+    def noise(self, count: int, rng: np.random.Generator) -> Array:
         """z ~ N(0, I): (count, Z)."""
         return rng.standard_normal((count, self.generator.latent_dim))
 
-    def draws(self, shape, rng):
+    def draws(self, shape: Shape, rng: np.random.Generator) -> Array:
         """Random numbers of the augmentation, (*shape, DRAWS); none are drawn where there is none."""
         if self.options.diff_aug == "none":
             return np.zeros((*shape, DRAWS))
         return draw_augmentation(shape, self.options.image_size, rng)
 
-    def sample(self, z):
+    def sample(self, z: Array) -> Floats:
         """Pictures that the averaged generator makes of noise (n, Z): NumPy (n, 3, H, W), about [-1, 1]."""
         return self._averaged(self.generator, z)
 
-    def restore(self, small):
+    def restore(self, small: Floats) -> Floats:
         """What the averaged generator makes of small pictures (n, 3, h, w), see `super_resolution_error`: NumPy arrays."""
         return self._averaged(self.generator.super_resolve, small)
 
-    def _averaged(self, function, inputs):
-        def part(inputs):
+    def _averaged(self, function: Callable[[Tensor], Tensor], inputs: Array) -> Floats:
+        def part(inputs: Array) -> Floats:
             with ag.no_grad():
                 return ag.to_numpy(function(Tensor(self.array(inputs))).data)
 
-        own = {name: p.data for name, p in self.gen_parameters.items()}
+        own = {name: p.data for name, p in self.gen_parameters.items()}  # put back when the averages have had their turn
         for name, p in self.gen_parameters.items():
             p.data = self.average[name]
         modules = list(self.generator.modules())
@@ -824,9 +888,9 @@ class Trainer:
             for module in modules:
                 module.training = True
 
-    def _state(self):
+    def _state(self) -> dict[str, Array]:
         """Every array that training changes, by the name it has in a checkpoint."""
-        state = {}
+        state: dict[str, Array] = {}
         for network, parameters, buffers, adam in (
             ("generator", self.gen_parameters, self.generator.buffers(), self.gen_adam),
             ("discriminator", self.disc_parameters, self.discriminator.buffers(), self.disc_adam),
@@ -839,12 +903,12 @@ class Trainer:
                     state |= {f"{network}/adam.{moment}/{name}": x for name, x in parts}
         return state | {f"average/{name}": x for name, x in self.average.items()}
 
-    def save(self, path):
+    def save(self, path: Path) -> None:
         """Write a checkpoint: all arrays of training, the step and the options, from which the random state follows.
 
         The one that lies there is kept as NAME-previous.npz. Raises NotFinite, and writes nothing, for a state that is not.
         """
-        arrays = {name: ag.to_numpy(x) for name, x in self._state().items()}
+        arrays: dict[str, Any] = {name: ag.to_numpy(x) for name, x in self._state().items()}
         for name, x in arrays.items():
             if not np.isfinite(x).all():
                 raise NotFinite(f"{name} is not finite after step {self.step}")
@@ -852,7 +916,7 @@ class Trainer:
         with data.whole_file(path, path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
             np.savez(file, options=options, step=self.step, rate_scale=self.rate_scale, **arrays)
 
-    def load(self, path):
+    def load(self, path: Path) -> None:
         """Take a checkpoint's arrays and step. Raises UserError, and takes nothing, if it does not fit these networks."""
         theirs = read_options(path)
         for name, own in dataclasses.asdict(self.options).items():
@@ -866,14 +930,14 @@ class Trainer:
             step, scale = saved.step(), saved.read("rate_scale") if "rate_scale" in saved.names else np.float64(1)
             if scale.dtype != np.float64 or scale.shape or not 0 < scale <= 1:
                 raise ValueError("its rate_scale is no number above 0, up to 1")
-        for name, x in state.items():
+        for name, x in state.items():  # in place, because parameters and moments are views of Adam's flat arrays
             x[...] = ag.xp.asarray(arrays[name])
         self.step, self.rate_scale = step, float(scale)
         self.gen_adam.t, self.disc_adam.t = self.step, self.step * self.options.disc_steps
         self.set_window()
 
 
-def flip(pictures, rng):
+def flip(pictures: Floats, rng: np.random.Generator) -> Floats:
     """Mirror about every second one of the pictures, a NumPy array (B, 3, H, W), in place; returns them."""
     flipped = rng.random(len(pictures)) < 0.5
     pictures[flipped] = pictures[flipped, :, :, ::-1]
@@ -893,10 +957,10 @@ class open_checkpoint:
 
     SMALL = 1 << 16  # bytes of what is no array of the networks
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         self.path = path
 
-    def __enter__(self):
+    def __enter__(self) -> open_checkpoint:
         try:
             self.file = zipfile.ZipFile(self.path)
             members = self.file.infolist()
@@ -907,16 +971,18 @@ class open_checkpoint:
             if any(member.compress_type for member in members) or claimed > self.path.stat().st_size:
                 raise ValueError("it claims more than its size")
         except Exception as error:  # a damaged archive can raise anything at all
+            with contextlib.suppress(AttributeError):  # there is none if this is no zip file
+                self.file.close()
             reason = getattr(error, "strerror", None) or first_line(error)
             raise UserError(f"cannot read {self.path}: {reason}; name a run's folder") from None
         return self
 
-    def __exit__(self, kind, error, _):
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         self.file.close()
         if isinstance(error, Exception) and not isinstance(error, UserError):
             raise UserError(f"{self.path} is damaged: {first_line(error)}; resume from another run") from None
 
-    def read(self, name, like=None):
+    def read(self, name: str, like: Array | None = None) -> Array:
         """The array of this name, read-only; of the shape and dtype of `like`, or of at most SMALL bytes."""
         if name not in self.names:
             raise UserError(f"{self.path} does not fit: it has no {name}")
@@ -929,7 +995,7 @@ class open_checkpoint:
             raise UserError(f"{self.path} does not fit: {name} is {found}, not {needed}")
         return data.read_array(self.file, name, math.prod(shape) * dtype.itemsize)
 
-    def step(self):
+    def step(self) -> int:
         """The number of the generator step after which it was written."""
         step = self.read("step")
         if step.dtype.kind != "i" or step.shape or step < 0:
@@ -940,7 +1006,7 @@ class open_checkpoint:
 CHECKPOINTS = ("checkpoint.npz", "checkpoint-previous.npz")  # of a run's folder, the newest first
 
 
-def newest_checkpoint(folder):
+def newest_checkpoint(folder: Path) -> Path:
     """The path of the newest whole checkpoint in a run's folder; says on standard error if that is the previous one.
 
     Raises UserError if none can be used.
@@ -960,7 +1026,7 @@ def newest_checkpoint(folder):
     return previous
 
 
-def whole_checkpoint(path):
+def whole_checkpoint(path: Path) -> Path:
     """`path`, if a checkpoint lies there whose options can be had and whose every byte is as written. Raises UserError."""
     read_options(path)
     with open_checkpoint(path) as saved:
@@ -978,7 +1044,7 @@ JUDGED = 512  # pictures on each side of the distance
 PATIENCE = 600  # seconds that training may go without a sample grid and a checkpoint
 
 
-def sliced_wasserstein(a, b, directions=256, seed=0):
+def sliced_wasserstein(a: Floats, b: Floats, directions: int = 256, seed: int = 0) -> float:
     """How far two sets of as many pictures lie apart, (n, ...) NumPy arrays each: 0 for the same set, without unit.
 
     The sliced 1-Wasserstein distance of the pixels (Rabin et al. 2011): along a random direction of unit length the
@@ -1000,7 +1066,7 @@ class Log:
     FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "sr_loss", "distance", "fid_own", "is_own",
               "pictures_per_second", "seconds")  # fmt: skip
 
-    def __init__(self, path, step, steps, resumed=False):
+    def __init__(self, path: Path, step: int, steps: int, resumed: bool = False):
         self.first, self.steps = step, steps
         kept, self.earlier = [], 0.0
         if resumed and path.exists() and step:
@@ -1024,41 +1090,43 @@ class Log:
             self.file.close()
             os.replace(start, path)
             self.file = path.open("a", newline="", encoding="utf-8")
-            self.writer.writer = csv.writer(self.file)
-        self.live, self.measured = bool(sys.stdout and sys.stdout.isatty()), {}
-        self.waiting, self.written = [], []  # rows for the file, and those in it that were not shown
+            self.writer.writer = csv.writer(self.file)  # the same columns, in the file that goes on
+        self.live = data.output == "lines" and data.is_live(sys.stdout)
+        self.measured: dict[str, float] = {}
+        self.waiting: list[Row] = []  # for the file
+        self.written: list[Row] = []  # those in it that were not shown
         self.start = self.shown = self.last = time.monotonic()
 
-    def add(self, step, losses, pictures):
+    def add(self, step: int, losses: Losses, pictures: int) -> None:
         """Remember a step: its losses, and how many real pictures it used."""
         now = time.monotonic()
         row = {"step": step, "pictures_per_second": pictures / max(now - self.last, 1e-9)}
         self.waiting.append(row | losses | {"seconds": self.earlier + now - self.start})
         self.last = now
 
-    def measure(self, measured):
+    def measure(self, measured: dict[str, float]) -> None:
         """Add the distance or scores that were measured after the last step; the time that took counts for no step."""
         self.waiting[-1] |= measured
         self.measured |= measured
         self.last = time.monotonic()
 
-    def check(self):
+    def check(self) -> None:
         """Read the numbers that wait. Raises NotFinite at the first that is not."""
         for row in self.waiting:
-            row |= {name: float(x) for name, x in row.items() if x is not None and name != "step"}
+            row |= numbers(row)
             for name in self.FIELDS:
                 if not math.isfinite(row.get(name) or 0):
                     raise NotFinite(f"{name} is {row[name]} at step {row['step']}")
 
-    def write(self):
+    def write(self) -> None:
         """Write the rows that wait."""
-        for row in self.waiting:
-            self.writer.writerow({k: v if k == "step" else f"{float(v):.6g}" for k, v in row.items() if v is not None})
+        for row in map(numbers, self.waiting):
+            self.writer.writerow({name: x if name == "step" else f"{x:.6g}" for name, x in row.items()})
+            self.written.append(row)
         self.file.flush()
-        self.written += self.waiting
         self.waiting.clear()
 
-    def tick(self):
+    def tick(self) -> None:
         """Check and show what there is, if it is time to."""
         row = (self.written + self.waiting)[-1]
         due = time.monotonic() - self.shown > (0.5 if self.live else 10)
@@ -1066,27 +1134,36 @@ class Log:
             self.check()
             self.show()
 
-    def show(self):
-        """Write the rows that wait and show the newest."""
+    def show(self) -> None:
+        """Write the rows that wait and show the newest, or for --json each that was not shown."""
         self.write()
         if not self.written:
             return
         self.shown = time.monotonic()
+        if self.live:
+            print(f"\r\033[K{self.line()}", end="", flush=True)
+        elif data.output == "json":
+            for row in self.written:
+                data.tell(None, event="step", **row)
+        else:
+            data.tell(self.line())
+        self.written.clear()
+
+    def line(self) -> str:
+        """What is worth reading of the rows that were not shown."""
         row, parts = self.written[-1], []
         for name, label in (("disc_loss", "D"), ("gen_loss", "G"), ("penalty", "penalty"), ("sr_loss", "SR")):
-            if row.get(name) is not None:
-                parts.append(f"{label} {float(row[name]):.3f}")
+            if name in row:
+                parts.append(f"{label} {row[name]:.3f}")
         parts += [f"{LABELS[name]} {value:.3f}" for name, value in self.measured.items()]
         step, elapsed = row["step"], self.shown - self.start
         left = elapsed / max(step - self.first, 1) * (self.steps - step)
         speed = (sum(r["pictures_per_second"] for r in self.written) / len(self.written)) if step > self.first else 0
         parts += [f"{speed:.0f} pictures/s", f"{clock(elapsed)} elapsed"]
         parts += [f"{clock(left)} left"] if step > self.first else []
-        line = f"step {step}/{self.steps}  " + "  ".join(parts)
-        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
-        self.written.clear()
+        return f"step {step}/{self.steps}  " + "  ".join(parts)
 
-    def close(self):
+    def close(self) -> None:
         """Write what waits, and leave the live line standing."""
         self.show()
         if self.live:
@@ -1094,7 +1171,12 @@ class Log:
         self.file.close()
 
 
-def rows_until(step, reader):
+def numbers(row: Row) -> Row:
+    """A row of the log with what it has, in Python's numbers: for losses on a device, this waits for them."""
+    return {name: x if name == "step" else float(x) for name, x in row.items() if x is not None}
+
+
+def rows_until(step: int, reader: Iterable[Row]) -> list[Row]:
     """A log's rows up to a step, which will go on from there. What comes after, if only half a row, is not looked at."""
     kept = []
     for row in reader:
@@ -1105,13 +1187,13 @@ def rows_until(step, reader):
     return kept
 
 
-def clock(seconds):
+def clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def explain_locality(options, path):
+def explain_locality(options: Options, path: Path) -> None:
     """Write a picture of each phase of locality-aware initialization: what the token in the middle may see, then all."""
     side, pictures = options.image_size, []
     query = (side + 1) * (side // 2)
@@ -1124,19 +1206,20 @@ def explain_locality(options, path):
 
 
 @contextlib.contextmanager
-def stop_signals():
+def stop_signals() -> Iterator[types.SimpleNamespace]:
     """Within this context, a first Ctrl-C or SIGTERM does no more than to set `asked`, of what this yields, to its number.
 
     The next one acts as usual. Signals that are ignored (nohup) stay so; and only the main thread may ask for signals, so
     in any other nothing changes. Windows has Ctrl-C and Ctrl-Break.
     """
-    stop, before = types.SimpleNamespace(asked=None), {}
+    stop = types.SimpleNamespace(asked=None)
+    before: dict[int, Any] = {}
 
-    def restore():
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def ask(number, _):
+    def ask(number: int, _: object) -> None:
         stop.asked = number
         restore()
         with contextlib.suppress(OSError):  # print may be at work in what this interrupts
@@ -1153,7 +1236,7 @@ def stop_signals():
         restore()
 
 
-def look(trainer, noise, real, samples):
+def look(trainer: Trainer, noise: Array, real: Floats, samples: Path) -> dict[str, float]:
     """Write grids of generated and of restored pictures into the folder `samples`; returns the distance, for the log."""
     pictures = trainer.sample(noise)
     data.save_grid(pictures[:GRID], samples / f"step-{trainer.step:06d}.png")
@@ -1165,7 +1248,15 @@ def look(trainer, noise, real, samples):
     return {"distance": sliced_wasserstein(pictures, real)}
 
 
-def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=None, scores=None):
+def train(
+    trainer: Trainer,
+    out: Path,
+    sample_every: int,
+    save_every: int,
+    resumed: bool = False,
+    evaluate_every: int | None = None,
+    scores: Scores | None = None,
+) -> int | None:
     """Train until `trainer.options.steps`, writing samples, log and checkpoints into the folder `out`.
 
     sample_every, save_every: generator steps between sample grids and between checkpoints. Either is also made when it is
@@ -1178,8 +1269,8 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
     options, asked = trainer.options, None
     rng = data.random_stream("judge", options.seed)
     noise = trainer.noise(JUDGED, rng)
-    real = trainer.batches.pictures
-    real = data.scale(real[rng.choice(len(real), JUDGED, replace=len(real) < JUDGED)])
+    pictures = trainer.batches.pictures
+    real = data.scale(pictures[rng.choice(len(pictures), JUDGED, replace=len(pictures) < JUDGED)])
     log, report = Log(out / "log.csv", trainer.step, options.steps, resumed), Report(trainer, out)
     if options.locality != "none":
         explain_locality(options, out / "locality.png")
@@ -1188,7 +1279,7 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
             trainer.save(out / CHECKPOINTS[0])  # first, so that whatever stops the run can be gone on from
         if trainer.step == 0:
             log.add(0, {}, 0)
-            log.measure(look(trainer, noise, real, out / "samples") | (scores() if evaluate_every else {}))
+            log.measure(look(trainer, noise, real, out / "samples") | (scores() if scores else {}))
             log.tick()
             report.update()
             asked = stop.asked
@@ -1201,7 +1292,7 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
                 log.check()
                 log.measure(look(trainer, noise, real, out / "samples"))
                 sampled = now
-            if evaluate_every and (last or step % evaluate_every == 0):
+            if scores and evaluate_every and (last or step % evaluate_every == 0):
                 log.check()
                 log.measure(scores())
             asked = stop.asked
@@ -1212,7 +1303,7 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
                 trainer.save(out / CHECKPOINTS[0])
                 saved = now
             log.tick()
-            if sampled == now:
+            if sampled == now:  # in this step
                 log.write()
                 report.update()
     return asked if trainer.step < options.steps else None
@@ -1221,7 +1312,16 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
 REWINDS = 5  # times that the learning rate may be halved
 
 
-def train_on(trainer, out, sample_every, save_every, resumed, evaluate_every=None, scores=None, on_nan="stop"):
+def train_on(
+    trainer: Trainer,
+    out: Path,
+    sample_every: int,
+    save_every: int,
+    resumed: bool,
+    evaluate_every: int | None = None,
+    scores: Scores | None = None,
+    on_nan: str = "stop",
+) -> int | None:
     """`train`, and with on_nan="rewind" once more from the last checkpoint, at half the learning rate, after NotFinite.
 
     How often it was halved is part of a checkpoint. Raises UserError, saying what to try, after REWINDS times or at once.
@@ -1232,7 +1332,7 @@ def train_on(trainer, out, sample_every, save_every, resumed, evaluate_every=Non
         except NotFinite as error:
             scale, resumed = trainer.rate_scale / 2, True
             if on_nan != "rewind" or scale < 0.5**REWINDS:
-                advice = f"go on from there at half the learning rate with --resume {out} --on-nan rewind, or "
+                advice = f"go on from there at half the learning rate with --resume {quoted(out)} --on-nan rewind, or "
                 if on_nan == "rewind":
                     advice = f"{REWINDS} times half the learning rate did not help: "
                 raise UserError(f"{error}; the last checkpoint is from before: {advice}start a new run with less than "
@@ -1244,7 +1344,8 @@ def train_on(trainer, out, sample_every, save_every, resumed, evaluate_every=Non
 
 # --- 7. Command line --------------------------------------------------------------------------------------------------
 
-DEFAULTS = {  # what --dataset decides where nothing else is said; a folder of pictures is like cifar10
+# What --dataset decides where nothing else is said; a folder of pictures is like cifar10.
+DEFAULTS: dict[str, dict[str, Any]] = {
     "cifar10": {},
     "stl10": {"size": "XL", "image_size": 48},
     "celeba": {"size": "XL", "image_size": 64},
@@ -1252,61 +1353,68 @@ DEFAULTS = {  # what --dataset decides where nothing else is said; a folder of p
                "diff_aug": "none"},
 }  # fmt: skip
 # The peers of the paper's tables, as their authors trained them; a mixed pair is trained as its discriminator asks for.
-PEER_DEFAULTS = {
+PEER_DEFAULTS: dict[str, dict[str, Any]] = {
     "autogan": {"loss": "hinge", "learning_rate": 2e-4, "beta2": 0.9, "diff_aug": "none"},
     "resnet": {"learning_rate": 2e-4, "beta2": 0.9, "diff_aug": "none"},
 }
 # A laptop's run ends long before the paper's average over thousands of steps forgets the first, and has no time to spare.
 TINY_DEFAULTS = {"learning_rate": 5e-4, "ema_decay": 0.99, "sr_weight": 0.0, "locality": "none"}
 # The paper's own runs, with the batches that its text gives (the authors' code has half of these, our default).
-PAPER = {"loss": "wgangp-eps", "steps": 500_000, "batch_size": 64, "gen_batch_size": 128, "disc_steps": 5,
+PAPER: dict[str, Any] = {"loss": "wgangp-eps", "steps": 500_000, "batch_size": 64, "gen_batch_size": 128, "disc_steps": 5,
          "learning_rate": 1e-4, "ema_decay": 0.999, "diff_aug": Options.diff_aug, "sr_weight": 50.0,
          "locality": Options.locality, "locality_stages": 1}  # fmt: skip
-PRESETS = {f"{dataset}-{size}": PAPER | {"dataset": dataset, "size": size} for dataset, size in
+PRESETS: dict[str, dict[str, Any]] = {f"{dataset}-{size}": PAPER | {"dataset": dataset, "size": size} for dataset, size in
            [*(("cifar10", size) for size in ("S", "M", "L", "XL")), ("stl10", "XL"), ("celeba", "XL")]}  # fmt: skip
 
 
-def flags(options):
+def flags(options: Options) -> str:
     """The command line that gives these options, whatever the defaults."""
     pairs = dataclasses.asdict(options).items()
     return " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in pairs)
 
 
-def summary(options):
+COLUMNS = ("network", "stage", "tokens", "width", "blocks", "parameters", "multiply-adds")
+
+
+def summary(options: Options) -> str:
     """Both networks as a table, one line each stage: tokens, width, blocks, parameters, multiply-adds a picture."""
-    rows = [("network", "stage", "tokens", "width", "blocks", "parameters", "multiply-adds")]
+    rows = [COLUMNS, *((*row[:5], *(f"{x:,}" if x else "" for x in row[5:])) for row in summary_rows(options))]
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(COLUMNS))]
+    align = "<<>>>>>"
+    return "\n".join("  ".join(f"{x!s:{a}{w}}" for x, a, w in zip(row, align, widths, strict=True)) for row in rows)
+
+
+def summary_rows(options: Options) -> list[tuple[Any, ...]]:
+    """The rows of `summary`, in the order of COLUMNS; "" or 0 is for what a row has not."""
+    rows: list[tuple[Any, ...]] = []
     for network, own_rows, make in (
         ("generator", generator_rows, make_generator),
         ("discriminator", discriminator_rows, make_discriminator),
     ):
         peer = getattr(options, network) != "transgan"
         own = peer_rows(make(options, np.random.default_rng(0))) if peer else own_rows(options)
-        rows += [(network, *row[:4], *(f"{x:,}" if x else "" for x in row[4:])) for row in own]
         total = [sum(column) for column in zip(*(row[4:] for row in own), strict=True)]
-        rows.append((network, "total", "", "", "", *(f"{x:,}" if x else "" for x in total)))
+        rows += [*((network, *row) for row in own), (network, "total", "", "", "", *total)]
     if options.sr_weight:
         side, width = first_side(options), SIZES[options.size].embed_dim // 4
-        numbers = f"{4 * width:,}", f"{4 * side**2 * 3 * width:,}"
-        rows.append(("co-training", "from RGB", 4 * side**2, width, "", *numbers))
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    align = "<<>>>>>"
-    return "\n".join("  ".join(f"{x!s:{a}{w}}" for x, a, w in zip(row, align, widths, strict=True)) for row in rows)
+        rows.append(("co-training", "from RGB", 4 * side**2, width, "", 4 * width, 4 * side**2 * 3 * width))
+    return rows
 
 
-def first_side(options):
+def first_side(options: Options) -> int:
     """Tokens a side of the generator's first stage."""
     return options.image_size // 2 ** (len(stage_depths(options.size, options.image_size)) - 1)
 
 
-def block_numbers(tokens, width, blocks):
+def block_numbers(tokens: int, width: int, blocks: int) -> tuple[int, int]:
     """Parameters and multiply-adds of encoder blocks: of qkv, projection and the MLP's two layers, and of q k^T and p v."""
     return blocks * (12 * width**2 + 10 * width), blocks * (12 * tokens * width**2 + 2 * tokens**2 * width)
 
 
-def generator_rows(options):
+def generator_rows(options: Options) -> list[StageRow]:
     """(stage, tokens, width, blocks, parameters, multiply-adds) of each stage of TransGAN's generator."""
     width, side = SIZES[options.size].embed_dim, first_side(options)
-    rows = [("noise", side**2, width, "", (width + 1) * side**2 * width, side**2 * width**2)]
+    rows: list[StageRow] = [("noise", side**2, width, "", (width + 1) * side**2 * width, side**2 * width**2)]
     for k, depth in enumerate(stage_depths(options.size, options.image_size)):
         tokens, stage_width = (side * 2**k) ** 2, width // 4**k
         parameters, operations = block_numbers(tokens, stage_width, depth)
@@ -1315,7 +1423,7 @@ def generator_rows(options):
     return [*rows, ("RGB", tokens, 3, "", 3 * stage_width + 3, tokens * stage_width * 3)]
 
 
-def discriminator_rows(options):
+def discriminator_rows(options: Options) -> list[StageRow]:
     """(stage, tokens, width, blocks, parameters, multiply-adds) of each part of TransGAN's discriminator."""
     width, depth = SIZES[options.size].disc_embed_dim, SIZES[options.size].disc_depth
     patches, inputs = (options.image_size // options.patch_size) ** 2, 3 * options.patch_size**2
@@ -1327,7 +1435,7 @@ def discriminator_rows(options):
     ]
 
 
-def peer_rows(network):
+def peer_rows(network: Module) -> list[StageRow]:
     """The same of any network, by the names of its parameters; operations are not counted."""
     return [(name, "", " x ".join(map(str, p.shape)), "", p.size, 0) for name, p in network.parameters().items()]
 
@@ -1335,12 +1443,13 @@ def peer_rows(network):
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and exits with 2."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"transgan: {one_line(message)}; see --help\n")
 
 
 MANY = 2**31 - 1
-LIMITS = {  # the kind, least and largest value of each option that is a number
+# The kind, least and largest value of each option that is a number.
+LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "image_size": (int, 8, 128), "patch_size": (int, 1, 128), "steps": (int, 1, MANY), "batch_size": (int, 1, MANY),
     "gen_batch_size": (int, 1, MANY), "disc_steps": (int, 1, MANY), "learning_rate": (float, 0, 1),
     "ema_decay": (float, 0, 1), "seed": (int, 0, MANY), "sr_weight": (float, 0, MANY), "locality_stages": (int, 1, 4),
@@ -1348,10 +1457,10 @@ LIMITS = {  # the kind, least and largest value of each option that is a number
 }  # fmt: skip
 
 
-def number(kind, least, most=MANY):
+def number(kind: type[int] | type[float], least: float, most: float = MANY) -> Callable[[str], float]:
     """An argument type: an int or a float from `least` to `most`."""
 
-    def convert(text):
+    def convert(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
@@ -1363,7 +1472,7 @@ def number(kind, least, most=MANY):
     return convert
 
 
-def policy(text):
+def policy(text: str) -> str:
     """An argument type: names of augmentations, separated by commas, or none."""
     names = [name.strip() for name in text.split(",")]
     if names != ["none"] and (not set(names) <= set(AUGMENTATIONS) or len(set(names)) < len(names)):
@@ -1371,7 +1480,7 @@ def policy(text):
     return ",".join(names)
 
 
-def schedule(text):
+def schedule(text: str) -> str:
     """An argument type: half_width:epoch pairs, separated by commas, both growing, or none."""
     if text == "none":
         return text
@@ -1386,24 +1495,27 @@ def schedule(text):
     return text
 
 
-def folder(text):
-    """An argument type: a path."""
+def folder(text: str) -> Path:
+    """An argument type: a path. One from ~ on is in somebody's home, also where the shell has not seen to it: --out=~/x."""
     if not text:
         raise argparse.ArgumentTypeError("the name of a folder is empty")
-    return Path(text)
+    return Path(os.path.expanduser(text))
 
 
-def pictures(text):
+def pictures(text: str) -> str:
     """An argument type: the name of a data set, or a folder that is there, as its full path."""
     if text in DEFAULTS:
         return text
-    if not text or not Path(text).is_dir():
+    if not text or not folder(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a folder nor one of {', '.join(DEFAULTS)}")
-    return str(Path(text).resolve())
+    return str(folder(text).resolve())
 
 
-def make_parser():
-    """The command line. Options that define the run have no default here: `choose_options` knows where theirs is."""
+def make_parser() -> Parser:
+    """The command line, a function for each group of options.
+
+    Those that define the run have no default here: `choose_options` knows where theirs is.
+    """
     from look import pictures as looks
 
     parser = Parser(
@@ -1423,101 +1535,126 @@ def make_parser():
         "done; 2 something to put right, said in one line; 130 and 143 stopped by Ctrl-C or SIGTERM: the running step is\n"
         "finished and saved. A second Ctrl-C stops at once.",
     )
-    what = parser.add_argument_group("what to train")
-    what.add_argument("--dataset", type=pictures, metavar="NAME", help="pictures to learn: shapes, drawn by the program; "
-                      "cifar10, stl10 (2.6 GB) or celeba (1.4 GB); or a folder of any pictures, of which the middle is cut "
-                      "out and resized (default: shapes)")  # fmt: skip
-    what.add_argument("--preset", choices=PRESETS, metavar="NAME", help="all options as the paper has them: "
-                      f"{', '.join(PRESETS)}; what else is given goes before")  # fmt: skip
-    what.add_argument("--size", choices=SIZES, help="networks: the paper's S, M, L, XL, or tiny for a laptop "
-                      "(default: S; tiny for shapes, XL for stl10 and celeba)")  # fmt: skip
-    for network in ("generator", "discriminator"):
-        what.add_argument(f"--{network}", choices=NAMES, help="the paper's, or a convolutional one it is compared with: "
-                          "AutoGAN's or WGAN-GP's residual network (default: transgan)")  # fmt: skip
-    what.add_argument("--image-size", type=number(*LIMITS["image_size"]), metavar="N",
-                      help="pixels a side, for a folder (default: 32) and for shapes (default: 16); "
-                      "cifar10 has 32, stl10 48, celeba 64")  # fmt: skip
-    what.add_argument("--patch-size", type=number(*LIMITS["patch_size"]), metavar="N",
-                      help="pixels a side of the discriminator's patches (default: an 8x8 grid, at least 4)")  # fmt: skip
-    how = parser.add_argument_group("how to train; the defaults are the authors', and smaller on a laptop")
-    how.add_argument("--loss", choices=LOSSES, help="the adversarial loss (default: wgangp-eps)")
-    how.add_argument("--steps", type=number(*LIMITS["steps"]), metavar="N",
-                     help="generator steps (default: 500000; for shapes 1000)")  # fmt: skip
-    how.add_argument("--batch-size", type=number(*LIMITS["batch_size"]), metavar="N",
-                     help="real pictures a discriminator step (default: 32; for shapes 16)")  # fmt: skip
-    how.add_argument("--accumulate", type=number(*LIMITS["accumulate"]), metavar="N",
-                     help="work through each batch in N parts, in an N-th of the memory, up to half as long again; "
-                     "the steps are the same up to rounding (default: 1)")  # fmt: skip
-    how.add_argument("--gen-batch-size", type=number(*LIMITS["gen_batch_size"]), metavar="N",
-                     help="generated pictures a generator step (default: 64; for shapes 16)")  # fmt: skip
-    how.add_argument("--disc-steps", type=number(*LIMITS["disc_steps"]), metavar="N",
-                     help="discriminator steps a generator step (default: 5; for shapes 2)")  # fmt: skip
-    how.add_argument("--learning-rate", type=number(*LIMITS["learning_rate"]), metavar="R",
-                     help="Adam's rate at the start; it falls to 0 in a line (default: 1e-4; for tiny 5e-4)")  # fmt: skip
-    how.add_argument("--beta2", type=number(*LIMITS["beta2"]), metavar="R",
-                     help="how long Adam remembers squares (default: 0.99; 0.9 for other discriminators)")  # fmt: skip
-    how.add_argument("--precision", choices=ag.PRECISIONS, help="of matrix products: a GPU is faster with tf32 or "
-                     "bfloat16, a CPU rounds as it would, slowly (default: float32)")  # fmt: skip
-    how.add_argument("--ema-decay", type=number(*LIMITS["ema_decay"]), metavar="R",
-                     help="decay of the moving average of the generator that makes the samples "
-                     "(default: 0.999; for tiny 0.99)")  # fmt: skip
-    how.add_argument("--seed", type=number(*LIMITS["seed"]), metavar="N",
-                     help="of everything random in training (default: 0)")  # fmt: skip
-    how.add_argument("--diff-aug", type=policy, metavar="LIST",
-                     help="augmentations of all pictures that the discriminator sees, separated by commas, or none "
-                     f"(default: {Options.diff_aug}; for shapes none)")  # fmt: skip
-    how.add_argument("--sr-weight", type=number(*LIMITS["sr_weight"]), metavar="W",
-                     help="weight of co-training with super-resolution in the generator's loss; 0 is without "
-                     "(default: 50; for tiny 0)")  # fmt: skip
-    how.add_argument("--locality", type=schedule, metavar="LIST",
-                     help="how far a token of the generator sees, in rows and columns, until which epoch of "
-                     f"{EPOCHS}, scaled to the run, or none (default: {Options.locality}; for tiny none)")  # fmt: skip
-    how.add_argument("--on-nan", choices=("stop", "rewind"), default="stop",
-                     help="when a number is no longer finite: stop, or go on from the last checkpoint at half the rate, up "
-                     f"to {REWINDS} times (default: stop)")  # fmt: skip
-    how.add_argument("--locality-stages", type=number(*LIMITS["locality_stages"]), metavar="N",
-                     help="the last N stages are so limited (default: 1)")  # fmt: skip
-    where = parser.add_argument_group("where")
-    where.add_argument("--data-dir", type=folder, default=Path("data"), metavar="DIR",
-                       help="where data sets are kept (default: data)")  # fmt: skip
-    where.add_argument("--out", type=folder, metavar="DIR", help="the run's folder (default: runs/DATASET-SIZE)")
-    where.add_argument("--resume", type=folder, metavar="DIR",
-                       help="go on with the run in DIR, with its own options; only --steps, --accumulate and the path "
-                       "of a folder of pictures may change")  # fmt: skip
-    where.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto",
-                       help="gpu needs CuPy (default: auto, the GPU if there is one)")  # fmt: skip
-    where.add_argument("--gpus", type=number(int, 1, 64), metavar="N", default=1,
-                       help="GPUs of this machine that share a batch (default: 1)")  # fmt: skip
-    where.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads that share a batch; another "
-                       "number gives the same run up to rounding (default: as many as pay)")  # fmt: skip
-    watch = parser.add_argument_group("how often to look")
-    watch.add_argument("--sample-every", type=number(int, 1), metavar="N", default=100,
-                       help="steps between sample grids and distances (default: 100, and every 10 minutes)")  # fmt: skip
-    watch.add_argument("--save-every", type=number(int, 1), metavar="N", default=100,
-                       help="steps between checkpoints (default: 100, and every 10 minutes)")  # fmt: skip
-    watch.add_argument("--evaluate-every", type=number(int, 1), metavar="N",
-                       help="steps between FID-own and IS-own in the log (default: never)")  # fmt: skip
-    score = parser.add_argument_group("scores, see paper/scores.py")
-    score.add_argument("--evaluate", type=folder, metavar="DIR", help="give FID and Inception Score of the run in DIR")
-    score.add_argument("--features", choices=("inception", "own"), help="the network that looks: Inception-v3, as papers "
-                       "have it (96 MB, downloaded once), or a small classifier trained here on the data set, whose scores "
-                       "are named FID-own and IS-own (default: inception; for shapes own)")  # fmt: skip
-    score.add_argument("--num-images", type=number(int, 10), metavar="N",
-                       help="generated pictures to look at (default: 50000; for --evaluate-every 2000)")  # fmt: skip
-    score.add_argument("--inception", type=folder, metavar="PATH", help="a file with Inception-v3's weights, as "
-                       "pytorch-fid publishes them")  # fmt: skip
-    score.add_argument("--fid-stats", type=folder, metavar="PATH", help="a fid_stats_*.npz with mean and covariance of the "
-                       "real pictures (default: computed of the data set once, and kept)")  # fmt: skip
-    watch.add_argument("--profile", action="store_true", help="print which operations took the time, when the run is done")
-    watch.add_argument("--summary", action="store_true", help="print the networks as a table, and stop")
+    add_networks(parser)
+    add_training(parser)
+    add_places(parser)
+    add_watching(parser)
+    add_scores(parser)
     looks.add_options(parser)
     return parser
 
 
-def choose_options(args, checkpoint=None):
+def add_networks(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to train")
+    group.add_argument("--dataset", type=pictures, metavar="NAME", help="pictures to learn: shapes, drawn by the program; "
+                       "cifar10, stl10 (2.6 GB) or celeba (1.4 GB); or a folder of any pictures, of which the middle is "
+                       "cut out and resized (default: shapes)")  # fmt: skip
+    group.add_argument("--preset", choices=PRESETS, metavar="NAME", help="all options as the paper has them: "
+                       f"{', '.join(PRESETS)}; what else is given goes before")  # fmt: skip
+    group.add_argument("--size", choices=SIZES, help="networks: the paper's S, M, L, XL, or tiny for a laptop "
+                       "(default: S; tiny for shapes, XL for stl10 and celeba)")  # fmt: skip
+    for network in ("generator", "discriminator"):
+        group.add_argument(f"--{network}", choices=NAMES, help="the paper's, or a convolutional one it is compared with: "
+                           "AutoGAN's or WGAN-GP's residual network (default: transgan)")  # fmt: skip
+    group.add_argument("--image-size", type=number(*LIMITS["image_size"]), metavar="N",
+                       help="pixels a side, for a folder (default: 32) and for shapes (default: 16); "
+                       "cifar10 has 32, stl10 48, celeba 64")  # fmt: skip
+    group.add_argument("--patch-size", type=number(*LIMITS["patch_size"]), metavar="N",
+                       help="pixels a side of the discriminator's patches (default: an 8x8 grid, at least 4)")  # fmt: skip
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how to train; the defaults are the authors', and smaller on a laptop")
+    group.add_argument("--loss", choices=LOSSES, help="the adversarial loss (default: wgangp-eps)")
+    group.add_argument("--steps", type=number(*LIMITS["steps"]), metavar="N",
+                       help="generator steps (default: 500000; for shapes 1000)")  # fmt: skip
+    group.add_argument("--batch-size", type=number(*LIMITS["batch_size"]), metavar="N",
+                       help="real pictures a discriminator step (default: 32; for shapes 16)")  # fmt: skip
+    group.add_argument("--accumulate", type=number(*LIMITS["accumulate"]), metavar="N",
+                       help="work through each batch in N parts, in an N-th of the memory, up to half as long again; "
+                       "the steps are the same up to rounding (default: 1)")  # fmt: skip
+    group.add_argument("--gen-batch-size", type=number(*LIMITS["gen_batch_size"]), metavar="N",
+                       help="generated pictures a generator step (default: 64; for shapes 16)")  # fmt: skip
+    group.add_argument("--disc-steps", type=number(*LIMITS["disc_steps"]), metavar="N",
+                       help="discriminator steps a generator step (default: 5; for shapes 2)")  # fmt: skip
+    group.add_argument("--learning-rate", type=number(*LIMITS["learning_rate"]), metavar="R",
+                       help="Adam's rate at the start; it falls to 0 in a line (default: 1e-4; for tiny 5e-4)")  # fmt: skip
+    group.add_argument("--beta2", type=number(*LIMITS["beta2"]), metavar="R",
+                       help="how long Adam remembers squares (default: 0.99; 0.9 for other discriminators)")  # fmt: skip
+    group.add_argument("--precision", choices=ag.PRECISIONS, help="of matrix products: a GPU is faster with tf32 or "
+                       "bfloat16, a CPU rounds as it would, slowly (default: float32)")  # fmt: skip
+    group.add_argument("--ema-decay", type=number(*LIMITS["ema_decay"]), metavar="R",
+                       help="decay of the moving average of the generator that makes the samples "
+                       "(default: 0.999; for tiny 0.99)")  # fmt: skip
+    group.add_argument("--seed", type=number(*LIMITS["seed"]), metavar="N",
+                       help="of everything random in training (default: 0)")  # fmt: skip
+    group.add_argument("--diff-aug", type=policy, metavar="LIST",
+                       help="augmentations of all pictures that the discriminator sees, separated by commas, or none "
+                       f"(default: {Options.diff_aug}; for shapes none)")  # fmt: skip
+    group.add_argument("--sr-weight", type=number(*LIMITS["sr_weight"]), metavar="W",
+                       help="weight of co-training with super-resolution in the generator's loss; 0 is without "
+                       "(default: 50; for tiny 0)")  # fmt: skip
+    group.add_argument("--locality", type=schedule, metavar="LIST",
+                       help="how far a token of the generator sees, in rows and columns, until which epoch of "
+                       f"{EPOCHS}, scaled to the run, or none (default: {Options.locality}; for tiny none)")  # fmt: skip
+    group.add_argument("--on-nan", choices=("stop", "rewind"), default="stop",
+                       help="when a number is no longer finite: stop, or go on from the last checkpoint at half the rate, "
+                       f"up to {REWINDS} times (default: stop)")  # fmt: skip
+    group.add_argument("--locality-stages", type=number(*LIMITS["locality_stages"]), metavar="N",
+                       help="the last N stages are so limited (default: 1)")  # fmt: skip
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where")
+    group.add_argument("--data-dir", type=folder, default=Path("data"), metavar="DIR",
+                       help="where data sets are kept (default: data)")  # fmt: skip
+    group.add_argument("--out", type=folder, metavar="DIR", help="the run's folder (default: runs/DATASET-SIZE)")
+    group.add_argument("--resume", type=folder, metavar="DIR",
+                       help="go on with the run in DIR, with its own options; only --steps, --accumulate and the path "
+                       "of a folder of pictures may change")  # fmt: skip
+    group.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto",
+                       help="gpu needs CuPy (default: auto, the GPU if there is one)")  # fmt: skip
+    group.add_argument("--gpus", type=number(int, 1, 64), metavar="N", default=1,
+                       help="GPUs of this machine that share a batch (default: 1)")  # fmt: skip
+    group.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads that share a batch; another "
+                       "number gives the same run up to rounding (default: as many as pay)")  # fmt: skip
+
+
+def add_watching(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how often to look")
+    group.add_argument("--sample-every", type=number(int, 1), metavar="N", default=100,
+                       help="steps between sample grids and distances (default: 100, and every 10 minutes)")  # fmt: skip
+    group.add_argument("--save-every", type=number(int, 1), metavar="N", default=100,
+                       help="steps between checkpoints (default: 100, and every 10 minutes)")  # fmt: skip
+    group.add_argument("--evaluate-every", type=number(int, 1), metavar="N",
+                       help="steps between FID-own and IS-own in the log (default: never)")  # fmt: skip
+    group.add_argument("--profile", action="store_true", help="print which operations took the time, when the run is done")
+    group.add_argument("--summary", action="store_true", help="print the networks as a table, and stop")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--quiet", action="store_true", help="print nothing, but errors to standard error")
+    either.add_argument("--json", action="store_true", help="print JSON, an object a line with its event: start, step (as "
+                        "in log.csv), picture, ...; the last is end, with the exit code and what went wrong")  # fmt: skip
+
+
+def add_scores(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("scores, see paper/scores.py")
+    group.add_argument("--evaluate", type=folder, metavar="DIR", help="give FID and Inception Score of the run in DIR")
+    group.add_argument("--features", choices=("inception", "own"), help="the network that looks: Inception-v3, as papers "
+                       "have it (96 MB, downloaded once), or a small classifier trained here on the data set, whose scores "
+                       "are named FID-own and IS-own (default: inception; for shapes own)")  # fmt: skip
+    group.add_argument("--num-images", type=number(int, 10), metavar="N",
+                       help="generated pictures to look at (default: 50000; for --evaluate-every 2000)")  # fmt: skip
+    group.add_argument("--inception", type=folder, metavar="PATH", help="a file with Inception-v3's weights, as "
+                       "pytorch-fid publishes them")  # fmt: skip
+    group.add_argument("--fid-stats", type=folder, metavar="PATH", help="a fid_stats_*.npz with mean and covariance of the "
+                       "real pictures (default: computed of the data set once, and kept)")  # fmt: skip
+
+
+def choose_options(args: argparse.Namespace, checkpoint: Path | None = None) -> tuple[Options, Path]:
     """(Options, the run's folder) of parsed arguments: the checkpoint's when resuming, else the data set's defaults."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if getattr(args, f.name) is not None}
-    if begun := args.resume or args.evaluate or args.begun:
+    if checkpoint:
+        begun = args.resume or args.evaluate or args.begun  # the last is --from
         if args.begun:
             given.pop("seed", None)  # of the pictures, not of the run
         if args.preset:
@@ -1535,7 +1672,7 @@ def choose_options(args, checkpoint=None):
     chosen = {"dataset": dataset} | DEFAULTS.get(dataset, {}) | preset | given
     if chosen.get("generator", "transgan") != "transgan":
         chosen = {"sr_weight": 0.0, "locality": "none"} | chosen
-    chosen = PEER_DEFAULTS.get(chosen.get("discriminator"), {}) | chosen
+    chosen = PEER_DEFAULTS.get(chosen.get("discriminator", "transgan"), {}) | chosen
     if chosen.get("size") == "tiny":
         chosen = TINY_DEFAULTS | chosen
     options = Options(**chosen)
@@ -1544,10 +1681,10 @@ def choose_options(args, checkpoint=None):
         options.patch_size = max(p for p in range(1, max(4, side // 8) + 1) if side % p == 0)
     pair = [options.generator, options.discriminator]
     name = "-".join([Path(dataset).name, options.size, *(pair if pair != ["transgan", "transgan"] else [])])
-    return check_options(options), args.out or Path("runs") / name
+    return check_options(options), args.out or Path("runs") / data.portable(name)
 
 
-def check_options(options):
+def check_options(options: Options) -> Options:
     """The options, if the networks can have them. Raises UserError otherwise."""
     side = data.SIDES.get(options.dataset, options.image_size)
     if options.image_size != side:
@@ -1569,7 +1706,7 @@ def check_options(options):
     return options
 
 
-def read_options(path):
+def read_options(path: Path) -> Options:
     """The Options in a checkpoint. Raises UserError if they are not such as this program writes."""
     with open_checkpoint(path) as saved:
         text = str(saved.read("options"))
@@ -1581,13 +1718,13 @@ def read_options(path):
         value = getattr(options, name)
         if type(value) is not kind or not least <= value <= most:
             raise UserError(f"{path}: its option {name} is {value!r}; start a new run")
-    for name, kind in (("diff_aug", policy), ("locality", schedule)):
+    for name, read in (("diff_aug", policy), ("locality", schedule)):
         value = getattr(options, name)
         try:
-            known = isinstance(value, str) and kind(value) == value
+            fine = isinstance(value, str) and read(value) == value
         except argparse.ArgumentTypeError:
-            known = False
-        if not known:
+            fine = False
+        if not fine:
             raise UserError(f"{path}: its option {name} is {value!r}; start a new run")
     named = {"dataset": None, "size": SIZES, "loss": LOSSES, "generator": NAMES, "discriminator": NAMES,
              "precision": ag.PRECISIONS}  # fmt: skip
@@ -1600,7 +1737,7 @@ def read_options(path):
     return options
 
 
-def prepare_folder(out, resume):
+def prepare_folder(out: Path, resume: Path | None) -> None:
     """Make the run's folder, and refuse one that holds another run, or anything else that this one would overwrite."""
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -1618,12 +1755,11 @@ def prepare_folder(out, resume):
         raise UserError(f"cannot write in {out}: {error.strerror}; choose another --out") from None
 
 
-def go_on(trainer, args, checkpoint, out):
-    """Take up the run in args.resume from one of its checkpoints. Raises UserError if it does not fit or is finished.
+def go_on(trainer: Trainer, args: argparse.Namespace, checkpoint: Path, out: Path) -> None:
+    """Make ready to go on with the run in args.resume, whose checkpoint was loaded. Raises UserError if it is finished.
 
     If that is the previous one, a damaged newest goes out of its way: it would take its place with the next that is saved.
     """
-    trainer.load(checkpoint)
     if trainer.step >= trainer.options.steps:
         raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {trainer.step}")
     if checkpoint.name != CHECKPOINTS[0]:
@@ -1631,9 +1767,11 @@ def go_on(trainer, args, checkpoint, out):
             (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
 
 
-def resume_command(args, out):
+def resume_command(args: argparse.Namespace, out: Path) -> str:
     """The command that goes on with the run in `out`, which knows its own options, as `args` began it."""
-    words, parser = ["python", "transgan.py", "--resume", str(out)], make_parser()
+    installed = Path(sys.argv[0]).name.removesuffix(".exe") == "transgan"
+    words = [*(["transgan"] if installed else ["python", "transgan.py"]), "--resume", str(out)]
+    parser = make_parser()
     for name in (
         "data_dir",
         "device",
@@ -1650,11 +1788,16 @@ def resume_command(args, out):
     return shlex.join(words)
 
 
-def holds_a_run(out):
-    return UserError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
+def quoted(path: Path) -> str:
+    """A path as one writes it in a command."""
+    return shlex.quote(str(path))
 
 
-def refuse_idle_options(args):
+def holds_a_run(out: Path) -> UserError:
+    return UserError(f"{out} holds a run already; go on with it by --resume {quoted(out)}, or choose another --out")
+
+
+def refuse_idle_options(args: argparse.Namespace) -> None:
     """Raise UserError for options that would do nothing beside the others."""
     if args.resume and args.evaluate:
         raise UserError("--resume trains and --evaluate looks; leave out one of them")
@@ -1671,9 +1814,10 @@ def refuse_idle_options(args):
         raise UserError("--features own does not look through --inception; leave out one of them")
 
 
-def gather_gpus(args, options, checkpoint):
+def gather_gpus(args: argparse.Namespace, options: Options, checkpoint: Path | None) -> Group:
     """The Group of --gpus N, whose other processes are started here. Raises UserError if this machine has fewer GPUs."""
-    found = ag.xp.cuda.runtime.getDeviceCount() if ag.xp is not np else 0
+    cupy: Any = ag.xp
+    found = cupy.cuda.runtime.getDeviceCount() if ag.xp is not np else 0
     if found < args.gpus:
         raise UserError(f"--gpus {args.gpus} asks for more GPUs than the {found} in use here; lower it, or leave it out")
     if options.batch_size % args.gpus or options.gen_batch_size % args.gpus:
@@ -1693,11 +1837,13 @@ def gather_gpus(args, options, checkpoint):
     return Group(0, args.gpus, port, processes)
 
 
-def take_part(rank, port, args, options, checkpoint):
+def take_part(rank: int, port: int, args: argparse.Namespace, options: Options, checkpoint: Path | None) -> None:
     """What the processes of further GPUs do: the same steps as the first, which alone writes and shows anything."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first, with whom this one ends
+    data.output = "quiet"
     ag.use_device("gpu")
-    ag.xp.cuda.Device(rank).use()
+    cupy: Any = ag.xp
+    cupy.cuda.Device(rank).use()
     ag.use_precision(options.precision)
     pictures = data.load_pictures(options.dataset, args.data_dir, options.image_size)
     trainer = Trainer(options, pictures, group=Group(rank, args.gpus, port))
@@ -1707,7 +1853,7 @@ def take_part(rank, port, args, options, checkpoint):
         trainer.train_step()
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
     """What the command line asks for: returns the exit code. Raises UserError."""
     from look import pictures as looks
 
@@ -1717,7 +1863,7 @@ def run(args):
     checkpoint = newest_checkpoint(begun) if begun else None
     options, out = choose_options(args, checkpoint)
     if args.summary:
-        print(f"transgan.py {flags(options)}\n\n{summary(options)}")
+        tell_summary(options)
         return 0
     try:
         device = ag.use_device(args.device)
@@ -1730,44 +1876,68 @@ def run(args):
     pictures = data.load_pictures(options.dataset, args.data_dir, options.image_size)
     group = gather_gpus(args, options, checkpoint) if args.gpus > 1 else None
     trainer = Trainer(options, pictures, args.threads, group=group)
+    if checkpoint:
+        trainer.load(checkpoint)
+        if args.resume:
+            go_on(trainer, args, checkpoint, out)
     if args.evaluate or args.evaluate_every:
         from paper import scores
     if args.evaluate:
-        trainer.load(checkpoint)
         features = args.features or ("own" if options.dataset == "shapes" and not args.inception else "inception")
-        print(scores.evaluate(out, trainer, pictures, features, args.num_images or 50_000, args.data_dir, args.inception,
-                              args.fid_stats))  # fmt: skip
+        line = scores.evaluate(out, trainer, pictures, features, args.num_images or 50_000, args.data_dir, args.inception,
+                               args.fid_stats)  # fmt: skip
+        data.tell(line, event="scores", **scores.read_scores(out / "scores.json")[-1])
         return 0
     if args.begun:
-        trainer.load(checkpoint)
         looks.make(args, trainer, pictures, out)
         return 0
-    if args.resume:
-        go_on(trainer, args, checkpoint, out)
     threads = f", {trainer.threads} threads" if device == "cpu" else ""
-    print(f"{NAMES[options.generator]}-{options.size} on {options.dataset} {options.image_size}x{options.image_size}, "
-          f"{len(pictures):,} pictures, {device}{threads}, into {out}", flush=True)  # fmt: skip
+    data.tell(f"{NAMES[options.generator]}-{options.size} on {options.dataset} {options.image_size}x{options.image_size}, "
+              f"{len(pictures):,} pictures, {device}{threads}, into {out}",
+              event="start", options=dataclasses.asdict(options), step=trainer.step, pictures=len(pictures), device=device,
+              threads=trainer.threads, out=str(out))  # fmt: skip
     start = time.monotonic()
     measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
     with ag.profile() if args.profile else contextlib.nullcontext() as times:
         asked = train_on(trainer, out, args.sample_every, args.save_every, out == args.resume, args.evaluate_every, measure,
                          args.on_nan)  # fmt: skip
-    if args.profile:
-        print(ag.profile_table(times))
-        print(f"waiting for data: {trainer.waited:.3f} s of {time.monotonic() - start:.1f} s, "
-              f"{100 * trainer.waited / (time.monotonic() - start):.2f}%")  # fmt: skip
+    if times is not None:
+        tell_profile(times, trainer.waited, time.monotonic() - start)
     if asked:
-        print(f"stopped after step {trainer.step}, and saved; go on with: {resume_command(args, out)}", file=sys.stderr)
+        command = resume_command(args, out)
+        print(f"stopped after step {trainer.step}, and saved; go on with: {command}", file=sys.stderr)
+        data.tell(None, event="stopped", step=trainer.step, signal=asked, resume=command)
         return 128 + asked
-    print(f"done: {out / 'samples' / f'step-{trainer.step:06d}.png'}")
+    picture = out / "samples" / f"step-{trainer.step:06d}.png"
+    data.tell(f"done: {picture}", event="picture", path=str(picture))
     return 0
 
 
-def main(argv=None):
+def tell_summary(options: Options) -> None:
+    """Print the networks of these options as a table, below the command line that gives them."""
+    rows = [{name: x for name, x in zip(COLUMNS, row, strict=True) if x} for row in summary_rows(options)]
+    data.tell(f"transgan.py {flags(options)}\n\n{summary(options)}", event="summary",
+              options=dataclasses.asdict(options), rows=rows)  # fmt: skip
+
+
+def tell_profile(times: ag.Times, waited: float, total: float) -> None:
+    """Print which operations took how long of `total` seconds, and how many of these were waited for data."""
+    operations = [(*key, *entry) for key, entry in times.items()]
+    names = ("operation", "direction", "seconds", "calls", "bytes")
+    data.tell(f"{ag.profile_table(times)}\n"
+              f"waiting for data: {waited:.3f} s of {total:.1f} s, {100 * waited / total:.2f}%",
+              event="profile", operations=[dict(zip(names, row, strict=True)) for row in operations], waited=waited,
+              seconds=total)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what the user can put right, 130 or 143 after a signal."""
-    args = make_parser().parse_args(argv)
+    args, code = make_parser().parse_args(argv), 2
+    data.output = "json" if args.json else "quiet" if args.quiet else "lines"
     try:
-        return run(args)
+        code = run(args)
+        data.tell(None, event="end", exit_code=code, error=None)
+        return code
     except UserError as error:
         message = str(error)
     except MemoryError:
@@ -1777,20 +1947,27 @@ def main(argv=None):
         if isinstance(error, BrokenPipeError):
             message = "nobody reads the output any more; the run goes on from its last checkpoint with --resume"
     except KeyboardInterrupt:
-        print("\nstopped; a run that has begun goes on from its last checkpoint with --resume", file=sys.stderr)
-        return 130
+        code, message = 130, "stopped; a run that has begun goes on from its last checkpoint with --resume"
+        print(file=sys.stderr)  # so that it stands below the terminal's ^C
     print(f"transgan: {one_line(message)}", file=sys.stderr)
-    return 2
+    with contextlib.suppress(OSError):  # of an output that nobody reads
+        data.tell(None, event="end", exit_code=code, error=one_line(message))
+    return code
 
 
-def one_line(message):
+def one_line(message: str) -> str:
     """A message as one line of printable characters, whatever names of files and damaged contents put into it."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
 
 
-if __name__ == "__main__":
+def console() -> int:
+    """What `python transgan.py` does, and the command `transgan` that pip installs; returns the exit code."""
     sys.modules["transgan"] = sys.modules[__name__]  # for what paper/ imports from here
     for stream in (sys.stdout, sys.stderr):
-        if stream:  # None where the shell closed it
+        if isinstance(stream, io.TextIOWrapper):  # None where the shell closed it
             stream.reconfigure(errors="backslashreplace")  # for names of files that cannot be printed as they are
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(console())

@@ -331,4 +331,4 @@ def make(args, trainer, pictures, out):
         if count:
             path = out / f"{name}-{trainer.step:06d}-seed{seed}.png"
             draw(path)
-            print(path)
+            data.tell(str(path), event="picture", path=str(path))

@@ -12,7 +12,6 @@ Contents
     3. Keeping it      load_classifier
 """
 
-import sys
 import time
 from concurrent import futures
 from pathlib import Path
@@ -146,7 +145,7 @@ def load_classifier(pictures, dataset, data_dir):
                 p.data[...] = ag.xp.asarray(saved[key])
             scale, accuracy = float(saved["scale"]), float(saved["accuracy"])
     except Exception:  # missing, cut off or damaged: it is made again
-        print(f"training a classifier on {task}, once, for FID-own and IS-own", file=sys.stderr, flush=True)
+        data.note(f"training a classifier on {task}, once, for FID-own and IS-own")
         network, accuracy = train_classifier(pictures, labels)
         features, _ = Extractor(network, "")(pictures[:4096])
         scale = 1 / max(features.std(axis=0).mean(), 1e-6)

@@ -16,7 +16,6 @@ In comments on shapes: B batch, C channels, H and W height and width.
 """
 
 import functools
-import sys
 from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
@@ -274,6 +273,6 @@ def load_inception(path=None, data_dir="data"):
     """
     if path is None:
         if not (Path(data_dir) / WEIGHTS.name).exists():
-            print(f"Inception-v3's weights, 96 MB, are fetched once from {WEIGHTS.url}", file=sys.stderr, flush=True)
+            data.note(f"Inception-v3's weights, 96 MB, are fetched once from {WEIGHTS.url}")
         path = data.fetch(WEIGHTS, data_dir)
     return Inception(read_weights(path), name=f"Inception-v3 of {Path(path).name}")
