@@ -88,6 +88,11 @@ def attention_probabilities(qkv, num_heads, mask, rows):
     return ag.softmax(q[:, :, rows] * head**-0.5 @ ag.swap_last(k), None if mask is None else mask[rows])
 
 
+def percent(share):
+    """A share in two digits: 0.59%, 12%, 100%."""
+    return f"{float(f'{100 * share:.2g}'):g}%"
+
+
 @contextlib.contextmanager
 def watched(blocks, query, side):
     """Within this context, a list of what tokens look at in each block that runs, in order: NumPy (B, H, R, N) each.
@@ -203,7 +208,7 @@ def attention_maps(sheet, left, top, pixels, maps, factor):
             if not block:
                 sheet.text(x + tile / 2, top + 14, f"head {head + 1}" if head < len(weights) else "mean", 12, MUTED, "ms")
             sheet.picture(x, y, overlay(pixels, part), factor)
-            sheet.text(x + tile / 2, y + tile + 14, f"{100 * part.max():.2g}%", 11, MUTED, "ms")
+            sheet.text(x + tile / 2, y + tile + 14, percent(part.max()), 11, MUTED, "ms")
 
 
 # --- 3. Nearest neighbours --------------------------------------------------------------------------------------------
