@@ -1428,6 +1428,7 @@ def discriminator_rows(options: Options) -> list[StageRow]:
     width, depth = SIZES[options.size].disc_embed_dim, SIZES[options.size].disc_depth
     patches, inputs = (options.image_size // options.patch_size) ** 2, 3 * options.patch_size**2
     parameters, operations = block_numbers(1 + patches, width, depth)
+    operations -= patches * 9 * width**2  # the last block's projection and MLP, which are for the [cls] token alone
     return [
         ("patches", patches, width, "", (inputs + 1) * width, patches * inputs * width),
         ("blocks", 1 + patches, width, depth, parameters + (patches + 2) * width, operations),
