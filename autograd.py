@@ -1785,8 +1785,8 @@ def _adam(
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed arrays for the next allocation instead of returning their pages to the system.
 
-    A training step frees and allocates the same hundreds of megabytes over and over; having every page zeroed and
-    mapped again costs about a quarter of the step. M_MMAP_MAX = 0 puts large arrays on the heap, and the largest
+    A training step frees and allocates the same hundreds of megabytes over and over. To have every page zeroed and mapped
+    again cost up to a quarter of the step where other programs were busy, and nothing where none was. M_MMAP_MAX = 0 puts large arrays on the heap, and the largest
     M_TRIM_THRESHOLD keeps the heap's end. Does nothing where the C library is another one.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
