@@ -1786,8 +1786,9 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep freed arrays for the next allocation instead of returning their pages to the system.
 
     A training step frees and allocates the same hundreds of megabytes over and over. To have every page zeroed and mapped
-    again cost up to a quarter of the step where other programs were busy, and nothing where none was. M_MMAP_MAX = 0 puts large arrays on the heap, and the largest
-    M_TRIM_THRESHOLD keeps the heap's end. Does nothing where the C library is another one.
+    again cost up to a quarter of the step where other programs were busy, and nothing where none was. M_MMAP_MAX = 0 puts
+    large arrays on the heap, and the largest M_TRIM_THRESHOLD keeps the heap's end. Does nothing where the C library is
+    another one.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
