@@ -17,10 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import transgan  # first: it decides how many threads NumPy's matrix products use
 
 import numpy as np  # isort: skip
-import torch
 
 import autograd as ag
-from paper import inception, test_inception
+from paper import inception
 
 
 def main():
@@ -29,6 +28,11 @@ def main():
     parser.add_argument("--pictures", type=int, default=16, help="pictures a call (default 16)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
     args = parser.parse_args()
+    try:
+        import torch
+    except ImportError:
+        parser.error("PyTorch is missing: pip install -e '.[test,parity]'")
+    from paper import test_inception  # which needs it too
 
     torch.set_num_threads(transgan.CORES)
     ag.keep_freed_memory()
