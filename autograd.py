@@ -674,7 +674,7 @@ def _kernel(source: str, name: str, dtype: np.dtype[Any], **constants: object) -
     return cupy.RawKernel("\n".join([*lines, _CUDA, source]), name)
 
 
-def _launch(source: str, name: str, grid: Shape, block: Shape, *arguments: Any, **constants: object) -> None:
+def launch(source: str, name: str, grid: Shape, block: Shape, *arguments: Any, **constants: object) -> None:
     """Run the kernel `name` of a CUDA source in a grid of blocks of threads.
 
     arguments: arrays, of which the first says what `real` is, and must lie in rows if they are written to; None for an
@@ -695,7 +695,7 @@ def _launch(source: str, name: str, grid: Shape, block: Shape, *arguments: Any, 
 def _launch_elements(source: str, name: str, size: int, *arguments: Any) -> None:
     """A thread for each of `size` elements."""
     if size:
-        _launch(source, name, (-(-size // 256),), (256,), *arguments, size)
+        launch(source, name, (-(-size // 256),), (256,), *arguments, size)
 
 
 def _launch_rows(source: str, name: str, x: Array, *arguments: Any) -> None:
@@ -703,7 +703,16 @@ def _launch_rows(source: str, name: str, x: Array, *arguments: Any) -> None:
     if x.size:
         width = x.shape[-1]
         rows = x.size // width
-        _launch(source, name, (-(-rows // 4),), (32, 4), x, *arguments, rows, width)
+        launch(source, name, (-(-rows // 4),), (32, 4), x, *arguments, rows, width)
+
+
+@_operation
+def linear_map(x: Tensor, forward: Callable[[Array], Array], transposed: Callable[[Array], Array]) -> Tensor:
+    """forward(x) of a function on arrays that is linear: sum(y forward(x)) = sum(transposed(y) x) for all x and y.
+
+    Its derivative is then `transposed`, whose derivative is `forward`, as often as one likes.
+    """
+    return _result(forward(x.data), (x, lambda g: linear_map(g, transposed, forward)))
 
 
 @_operation
@@ -732,41 +741,56 @@ _NORMAL_CUDA = """
 __device__ real cdf(real x) { return real(0.5) + real(0.5) * erf(x * real(0.7071067811865476)); }
 __device__ real density(real x) { return exp(real(-0.5) * x * x) * real(0.3989422804014327); }
 
-extern "C" __global__ void normal_cdf(const real* x, real* out, count size) {
-    count i = count(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i < size) out[i] = cdf(x[i]);
+#define EACH(i) count i = count(blockIdx.x) * blockDim.x + threadIdx.x; if (i >= size) return
+#define SUM(x, bias, i) (bias ? x[i] + bias[i % width] : x[i])
+
+extern "C" __global__ void normal_cdf(const real* x, const real* bias, real* out, count width, count size) {
+    EACH(i);
+    out[i] = cdf(SUM(x, bias, i));
 }
 
-extern "C" __global__ void gelu(const real* x, real* out, count size) {
-    count i = count(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i < size) out[i] = x[i] * cdf(x[i]);
+extern "C" __global__ void gelu(const real* x, const real* bias, real* out, count width, count size) {
+    EACH(i);
+    real sum = SUM(x, bias, i);
+    out[i] = sum * cdf(sum);
 }
 
-extern "C" __global__ void gelu_with_slope(const real* x, real* out, real* slope, count size) {
-    count i = count(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= size) return;
-    real p = cdf(x[i]);
-    out[i] = x[i] * p;
-    slope[i] = p + x[i] * density(x[i]);
+extern "C" __global__ void gelu_with_slope(const real* x, const real* bias, real* out, real* slope, count width,
+                                           count size) {
+    EACH(i);
+    real sum = SUM(x, bias, i), p = cdf(sum);
+    out[i] = sum * p;
+    slope[i] = p + sum * density(sum);
 }
 
-extern "C" __global__ void gelu_curvature(const real* x, const real* g, real* out, count size) {
-    count i = count(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i < size) out[i] = (2 - x[i] * x[i]) * density(x[i]) * g[i];
+extern "C" __global__ void gelu_curvature(const real* x, const real* g, const real* bias, real* out, count width,
+                                          count size) {
+    EACH(i);
+    real sum = SUM(x, bias, i);
+    out[i] = (2 - sum * sum) * density(sum) * g[i];
 }
 """
 
 
-def _elementwise(kernel: Callable[..., tuple[Array, ...]], *arrays: Array, results: int = 1) -> list[Array]:
-    """`results` new arrays from kernel(*arrays): in cache-sized pieces on the CPU, by the kernel of its name on a GPU."""
+def _elementwise(
+    kernel: Callable[..., tuple[Array, ...]], *arrays: Array, bias: Array | None = None, results: int = 1
+) -> list[Array]:
+    """`results` new arrays from kernel(*arrays), arrays of one shape; to the first a bias (C,) is added on the way, if any.
+
+    In cache-sized pieces on the CPU, by the kernel of its name on a GPU.
+    """
     made = [xp.empty(arrays[0].shape, arrays[0].dtype) for _ in range(results)]
+    width = 1 if bias is None else bias.size
     if xp is not np:
-        _launch_elements(_NORMAL_CUDA, kernel.__name__.strip("_"), made[0].size, *arrays, *made)
+        _launch_elements(_NORMAL_CUDA, kernel.__name__.strip("_"), made[0].size, *arrays, bias, *made, width)
         return made
-    flat, flat_made = [a.reshape(-1) for a in arrays], [a.reshape(-1) for a in made]
-    for i in range(0, made[0].size, _CACHE):
-        for piece, values in zip(flat_made, kernel(*(a[i : i + _CACHE] for a in flat)), strict=True):
-            piece[i : i + _CACHE] = values
+    (first, *others), made_rows = ([a.reshape(-1, width) for a in group] for group in (arrays, made))  # (rows, width)
+    step = max(1, _CACHE // width)
+    for i in range(0, len(first), step):
+        rows = slice(i, i + step)
+        x = first[rows] if bias is None else first[rows] + bias
+        for piece, values in zip(made_rows, kernel(x, *(a[rows] for a in others)), strict=True):
+            piece[rows] = values
     return made
 
 
@@ -811,16 +835,38 @@ def gelu_composed(x: Tensor) -> Tensor:
 
 
 @_operation
-def gelu(x: Tensor) -> Tensor:
+def gelu(x: Tensor, bias: Array | None = None) -> Tensor:
     """Gaussian error linear unit in its exact form, x Phi(x), elementwise (Hendrycks and Gimpel 2016).
 
     Its derivatives: x Phi(x)  ->  Phi(x) + x phi(x)  ->  (2 - x^2) phi(x), using phi'(x) = -x phi(x). The first comes
-    almost free with the value, so it is kept for the way back.
+    almost free with the value, so it is kept for the way back. bias: an array (C,) for x (..., C), to take x + bias for x;
+    no gradient goes to it from here, see `linear_gelu`.
     """
     if not (_mode.enabled and x.requires_grad):
-        return Tensor(_elementwise(_gelu, x.data)[0])
-    value, slope = _elementwise(_gelu_with_slope, x.data, results=2)
-    return _result(value, (x, lambda g: g * (_gelu_slope(x, slope) if _mode.enabled else slope)))
+        return Tensor(_elementwise(_gelu, x.data, bias=bias)[0])
+    value, slope = _elementwise(_gelu_with_slope, x.data, bias=bias, results=2)
+    return _result(value, (x, lambda g: g * (_gelu_slope(x, slope, bias) if _mode.enabled else slope)))
+
+
+def linear_gelu_composed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer, then GELU."""
+    return gelu(linear(x, weight, bias))
+
+
+@_operation
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """gelu(x @ weight + bias): (..., k), (k, m), (m,) -> (..., m), the bias added in the pass that computes GELU.
+
+    So x @ weight + bias is written down nowhere. On the way back `product` stands for it, and the gradient that arrives
+    there is the bias's too.
+    """
+    product = linear(x, weight)
+    if bias is None:
+        return gelu(product)
+    if bias.shape != product.shape[-1:]:
+        raise ValueError("expected (..., k), (k, m) and (m,)")
+    product = _result(product.data, (product, lambda g: g), (bias, lambda g: g))
+    return gelu(product, bias.data)
 
 
 def _gelu(x: Array) -> tuple[Array]:
@@ -838,13 +884,14 @@ def _gelu_with_slope(x: Array) -> tuple[Array, Array]:
 
 
 @_operation
-def _gelu_slope(x: Tensor, slope: Array) -> Tensor:
+def _gelu_slope(x: Tensor, slope: Array, bias: Array | None) -> Tensor:
     """The array `slope` = Phi(x) + x phi(x) as an operation on x, with its derivative (2 - x^2) phi(x)."""
 
     def vjp(g: Tensor) -> Tensor:
         if _mode.enabled:
-            return g * (2.0 - x * x) * exp(x * x * -0.5) * _PEAK
-        return Tensor(_elementwise(_gelu_curvature, x.data, g.data)[0])
+            y = x if bias is None else x + bias
+            return g * (2.0 - y * y) * exp(y * y * -0.5) * _PEAK
+        return Tensor(_elementwise(_gelu_curvature, x.data, g.data, bias=bias)[0])
 
     return _result(slope, (x, vjp))
 
@@ -1242,7 +1289,7 @@ def attention(qkv: Tensor, num_heads: int, mask: Array | None = None) -> Tensor:
         raise ValueError(f"the last axis must hold q, k and v of {num_heads} heads, so divide by {3 * num_heads}")
     if mask is not None and mask.shape != (tokens, tokens):
         raise ValueError(f"the mask, of shape {mask.shape}, must be ({tokens}, {tokens})")
-    if xp is not np and width // (3 * num_heads) > _WIDEST_HEAD:
+    if tokens <= _FEW_TOKENS if xp is np else width // (3 * num_heads) > _WIDEST_HEAD:
         return attention_composed(qkv, num_heads, mask)
     forward, backward = (_attention, _attention_vjp) if xp is np else (_attention_gpu, _attention_vjp_gpu)
     out, log_sum = forward(qkv.data, num_heads, mask)
@@ -1299,6 +1346,7 @@ def _attention_vjp(qkv: Array, num_heads: int, mask: Array | None, out: Array, l
     return _join_heads(result, len(out), num_heads)
 
 
+_FEW_TOKENS = 128  # whose scores a CPU may as well hold: to compute them again takes longer than to fetch them
 _WIDEST_HEAD = 32  # a thread keeps its rows of D numbers in registers; wider heads have few tokens, so few scores to hold
 
 
@@ -1320,14 +1368,14 @@ def _attention_vjp_gpu(qkv: Array, num_heads: int, mask: Array | None, out: Arra
 
 
 def _launch_heads(name: str, qkv: Array, num_heads: int, mask: Array | None, *arrays: Array) -> None:
-    """`_launch` in a grid of tiles of tokens by heads, those of all samples."""
+    """`launch` in a grid of tiles of tokens by heads, those of all samples."""
     batch, tokens, width = qkv.shape
     head = width // 3 // num_heads
     tile = 128 if head <= 16 else 32  # what they share has to fit into 48 kB
     constants = {"D": head, "TILE": tile, "SCALE": head**-0.5}
     if qkv.size:
         grid = -(-tokens // tile), batch * num_heads
-        _launch(_ATTENTION_CUDA, name, grid, (tile,), qkv, mask, *arrays, tokens, num_heads, **constants)
+        launch(_ATTENTION_CUDA, name, grid, (tile,), qkv, mask, *arrays, tokens, num_heads, **constants)
 
 
 def _swap_copy(x: Array) -> Array:

@@ -492,20 +492,41 @@ def test_linear_derivatives(leading, k, m, seed):
     x, weight, bias = normal(seed, (*leading, k), (k, m), (m,))
     check(ag.linear, [x, weight, bias])
     check(ag.linear, [x, weight])
+    check(ag.linear_gelu, [x, weight, bias])
+    check(ag.linear_gelu, [x, weight])
+    check_same(ag.linear_gelu, ag.linear_gelu_composed, [x, weight, bias])
     if leading:
         check_same(ag.linear, lambda x, w, b: x @ w + b, [x, weight, bias])
+
+
+@given(shape=shapes, seed=seeds, cache=st.sampled_from([1, 5, 1 << 15]))
+def test_gelu_with_a_bias_is_that_of_the_sum(shape, seed, cache):
+    """Also where a row has more elements than a piece, or several rows have."""
+    assume(shape)
+    x, bias = normal(seed, shape, shape[-1:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ag, "_CACHE", cache)
+        check_same(lambda x: ag.gelu(x, ag.xp.asarray(bias)), lambda x: ag.gelu(x + ag.xp.asarray(bias)), [x])
+
+
+@given(n=st.integers(1, 4), m=st.integers(1, 4), seed=seeds)
+def test_linear_map_derivatives(n, m, seed):
+    matrix, x = (ag.xp.asarray(a) for a in normal(seed, (n, m), (m, 3)))
+    check(lambda x: ag.linear_map(x, lambda a: ag.xp.matmul(matrix, a), lambda a: ag.xp.matmul(matrix.T, a)), [x])
 
 
 @given(
     batch=st.integers(1, 2), tokens=st.integers(1, 5), heads=st.integers(1, 3), width=st.integers(1, 3), seed=seeds,
     scale=st.sampled_from([0.3, 1.0, 3.0]), mask=masks, block=st.sampled_from([1, 3, 8, 1 << 17]),
+    few=st.sampled_from([0, 0, 0, 128]),
 )  # fmt: skip
-@example(batch=1, tokens=1, heads=1, width=2, seed=0, scale=1.0, mask="none", block=1)  # all axes but two of size 1
-def test_attention_derivatives(batch, tokens, heads, width, seed, scale, mask, block):
+@example(batch=1, tokens=1, heads=1, width=2, seed=0, scale=1.0, mask="none", block=1, few=0)  # all axes but two of size 1
+def test_attention_derivatives(batch, tokens, heads, width, seed, scale, mask, block, few):
     (qkv,) = normal(seed, (batch, tokens, 3 * heads * width), scale=scale)
     mask = draw_mask(mask, (tokens, tokens), seed)
     with pytest.MonkeyPatch.context() as patch:  # small blocks, so that scores really are taken piece by piece
         patch.setattr(ag, "_SCORES", block)
+        patch.setattr(ag, "_FEW_TOKENS", few)
         check(lambda x: ag.attention(x, heads, mask), [qkv])
         if mask is not None:
             band = mask & ag.xp.asarray(np.tri(tokens, k=1, dtype=bool) & ~np.tri(tokens, k=-2, dtype=bool))
@@ -514,8 +535,9 @@ def test_attention_derivatives(batch, tokens, heads, width, seed, scale, mask, b
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e3, 1e4])
-def test_attention_of_large_logits_stays_as_small_as_its_composition(scale):
+def test_attention_of_large_logits_stays_as_small_as_its_composition(scale, monkeypatch):
     """Logits up to 10^9, whose rounding alone is more than 1: probabilities must stay probabilities on the way back too."""
+    monkeypatch.setattr(ag, "_FEW_TOKENS", 0)
     (qkv,) = normal(0, (2, 65, 3 * 64), scale=scale)
     (x,) = tensors(qkv.astype(np.float32))
     sizes = []
@@ -1325,7 +1347,7 @@ def test_what_augmentation_draws():
 def test_every_picture_is_augmented_on_its_way_into_the_discriminator(loss, small, monkeypatch):
     """Real, generated and mixed ones in the discriminator's step, generated ones in the generator's, by their own draws."""
     seen = []
-    monkeypatch.setitem(transgan.AUGMENTATIONS, "color", lambda x, draws: seen.append(ag.to_numpy(draws)) or x)
+    monkeypatch.setattr(transgan, "diff_augment", lambda x, policy, draws: seen.append(ag.to_numpy(draws)) or x)
     trainer = small_trainer(1, loss=loss, disc_steps=1, diff_aug="color")
     trainer.train_step()
     assert [len(draws) for draws in seen] == [6] * (3 if loss == "wgangp-eps" else 2) + [5]
@@ -1858,7 +1880,7 @@ template <class T> T __shfl_xor_sync(unsigned, T x, int lane) {
 def emulated(source, name):
     """A kernel of a CUDA source, compiled by the machine's C++ compiler to run on its CPU: f(grid, block, arguments)."""
     parameters, text = re.search(rf'extern "C" __global__ void {name}\((.*?)\) \{{(.*?)\n\}}', source, re.DOTALL).groups()
-    waits = str("__syncthreads" in text or "warp_" in text).lower()
+    waits = str(any(word in text for word in ("__syncthreads", "warp_", "block_"))).lower()
     names = ", ".join(parameter.split()[-1].strip("*") for parameter in parameters.split(","))
     entry = f"""extern "C" void launch(unsigned gx, unsigned gy, unsigned bx, unsigned by, {parameters}) {{
         body = [=] {{ {name}({names}); }};
@@ -2014,6 +2036,10 @@ KERNELS = {  # an operation with kernels of its own, and the shapes of its opera
     "softmax with one mask": (lambda x: ag.softmax(x, ag.xp.asarray(np.arange(x.shape[1])[:, None] > 0)),
                               lambda n, c: [(2, n, c)]),
     "layer_norm": (ag.layer_norm, lambda n, c: [(n, c), (c,), (c,)]),
+    "linear_gelu": (ag.linear_gelu, lambda n, c: [(n, 2), (2, c), (c,)]),
+    "curvature with a bias": (lambda x, w, b: sum(map(ag.reduce_sum, grad(ag.linear_gelu(x, w, b).sum(), [x, w, b],
+                                                                          create_graph=True)), start=0.0),
+                              lambda n, c: [(n, 2), (2, c), (c,)]),
 }  # fmt: skip
 
 
@@ -2061,6 +2087,28 @@ def test_attentions_kernels_equal_its_numpy_form(batch, tokens, heads, seed, mas
 
 
 @on_cpu
+@pytest.mark.parametrize("policy", ["translation", "cutout", "color", "translation,color", POLICY, "color,cutout"])
+@settings(max_examples=10)
+@given(side=st.sampled_from([1, 5, 8, 17]), batch=st.integers(1, 3), seed=seeds, cut=st.booleans(),
+       dtype=st.sampled_from([np.float32, np.float64]))  # fmt: skip
+def test_augmentations_kernel_equals_its_composition(policy, side, batch, seed, cut, dtype):
+    """In value, gradient and that gradient's gradient, with shifts up to out of the picture."""
+    rng = np.random.default_rng(seed)
+    draws = transgan.draw_augmentation((batch,), side, rng)
+    draws[0, 3:5] = rng.integers(-side - 1, side + 2, 2)
+    if cut:
+        draws[:, 5:] = rng.integers(0, side + 1, (batch, 2))
+    (x,) = normal(seed, (batch, 3, side, side))
+
+    def function(x):
+        y = transgan.diff_augment(x, policy, ag.xp.asarray(draws.astype(dtype)))
+        (slope,) = grad((y**3).sum(), [x], create_graph=True)
+        return ag.concatenate([y, slope])
+
+    compare_with_kernels(function, [x.astype(dtype)])
+
+
+@on_cpu
 @pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 0.999)])
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_adams_kernel_equals_its_numpy_form(betas, decay):
@@ -2096,9 +2144,11 @@ def test_kernels_compile(tmp_path, monkeypatch):
     """Through NVIDIA's own compiler, down to the instructions of a GPU, within its registers and its shared memory."""
     monkeypatch.setattr(ag, "xp", types.SimpleNamespace(RawKernel=lambda source, name: source))
     kernels = "\n".join(getattr(ag, name) for name in vars(ag) if name.endswith("_CUDA") and name != "_CUDA")
+    kernels += transgan._AUGMENT_CUDA
+    constants = {"D": 32, "TILE": 32, "SCALE": 0.177, "DRAWS": 7, "TRANSLATION": 1, "CUTOUT": 1, "COLOR": 1}
     for dtype in map(np.dtype, (np.float32, np.float64)):
         path = tmp_path / f"{dtype}.cu"
-        path.write_text(ag._kernel.__wrapped__(kernels, "all of them", dtype, D=32, TILE=32, SCALE=0.177))
+        path.write_text(ag._kernel.__wrapped__(kernels, "all of them", dtype, **constants))
         done = subprocess.run(["nvcc", "-cubin", "-arch=sm_90", str(path), "-o", str(path) + ".bin"], capture_output=True)
         assert done.returncode == 0, done.stderr.decode()
 

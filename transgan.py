@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -184,7 +185,7 @@ class MLP(Module):
         self.reduce = Linear(ratio * embed_dim, embed_dim, init)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.reduce(ag.gelu(self.expand(x)))  # (B, N, C) -> (B, N, 4C) -> (B, N, C)
+        return self.reduce(ag.linear_gelu(x, self.expand.weight, self.expand.bias))  # (B, N, C) -> (B, N, 4C) -> (B, N, C)
 
 
 class Block(Module):
@@ -527,6 +528,93 @@ def cutout(x: Tensor, draws: Array) -> Tensor:
 
 AUGMENTATIONS = {"translation": translation, "cutout": cutout, "color": color}
 
+# These are some thirty passes over the pictures. On a GPU, where a pass is a launch, a kernel does all of them in one, if
+# they come in the order above, the authors'. With T the shift, K the cut, s and c saturation and contrast, and
+#     A x = c s x + c (1 - s) grey + (1 - c) mean,    grey over the channels of each pixel, mean over the picture,
+# the result is A K T x + brightness, since A leaves a picture of one value as it is: a linear map, and a number added.
+# A and K are symmetric, and T's transpose shifts back, so that the gradient of x is T^T K A g.
+
+_AUGMENT_CUDA = """
+struct Draw { real saturation, contrast; count down, right, top, left, size; };
+
+__device__ Draw draw_of(const real* draws, count side) {  // a block for each picture
+    draws += count(blockIdx.x) * DRAWS;
+    count half = (side + 1) / 2 / 2, outside = -4 * side;
+    return {COLOR ? draws[1] : real(1), COLOR ? draws[2] : real(1), TRANSLATION ? count(draws[3]) : 0,
+            TRANSLATION ? count(draws[4]) : 0,
+            CUTOUT ? count(draws[5]) - half : outside, CUTOUT ? count(draws[6]) - half : outside, (side + 1) / 2};
+}
+
+__device__ bool is_lost(Draw draw, count i, count j, count side) {  // pixel (i, j) of T x: cut, or moved out of the picture
+    bool cut = i >= draw.top && i < draw.top + draw.size && j >= draw.left && j < draw.left + draw.size;
+    return cut || min(i - draw.down, j - draw.right) < 0 || max(i - draw.down, j - draw.right) >= side;
+}
+
+__device__ real block_sum(real x) {  // over the 256 threads of a block, to each of them
+    __shared__ real parts[8];
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    real sum = 0;
+    for (int i = 0; i < 8; i++) sum += parts[i];
+    return sum;
+}
+
+extern "C" __global__ void augment(const real* x, const real* draws, real* out, count channels, count side) {
+    Draw draw = draw_of(draws, side);
+    count area = side * side, from = -draw.down * side - draw.right;
+    real s = draw.saturation, c = draw.contrast, mean = 0;
+    x += blockIdx.x * channels * area;
+    out += blockIdx.x * channels * area;
+    for (count p = threadIdx.x; p < area; p += 256)
+        if (!is_lost(draw, p / side, p % side, side))
+            for (count k = 0; k < channels; k++) mean += x[k * area + p + from];
+    mean = block_sum(mean) / (channels * area);
+    for (count p = threadIdx.x; p < area; p += 256) {
+        bool lost = is_lost(draw, p / side, p % side, side);
+        real grey = 0;
+        for (count k = 0; k < channels; k++) grey += lost ? real(0) : x[k * area + p + from] / channels;
+        for (count k = 0; k < channels; k++) {
+            real own = lost ? real(0) : x[k * area + p + from];
+            out[k * area + p] = c * s * own + c * (1 - s) * grey + (1 - c) * mean;
+        }
+    }
+}
+
+extern "C" __global__ void augment_vjp(const real* g, const real* draws, real* out, count channels, count side) {
+    Draw draw = draw_of(draws, side);
+    count area = side * side, from = draw.down * side + draw.right;
+    real s = draw.saturation, c = draw.contrast, mean = 0;
+    g += blockIdx.x * channels * area;
+    out += blockIdx.x * channels * area;
+    for (count p = threadIdx.x; p < channels * area; p += 256) mean += g[p];
+    mean = block_sum(mean) / (channels * area);
+    for (count p = threadIdx.x; p < area; p += 256) {
+        count i = p / side + draw.down, j = p % side + draw.right;
+        bool lost = min(i, j) < 0 || max(i, j) >= side || is_lost(draw, i, j, side);
+        real grey = 0;
+        for (count k = 0; k < channels; k++) grey += lost ? real(0) : g[k * area + p + from] / channels;
+        for (count k = 0; k < channels; k++)
+            out[k * area + p] = lost ? real(0) : c * s * g[k * area + p + from] + c * (1 - s) * grey + (1 - c) * mean;
+    }
+}
+"""
+
+
+def augment_on_gpu(x: Tensor, names: list[str], draws: Array) -> Tensor:
+    """The operations `names`, in the order of AUGMENTATIONS, on pictures (B, C, side, side) by one kernel."""
+    constants = {name.upper(): int(name in names) for name in AUGMENTATIONS} | {"DRAWS": DRAWS}
+    batch, channels, _, side = x.shape
+
+    def run(kernel: str, x: Array) -> Array:
+        out = ag.xp.empty(x.shape, x.dtype)
+        ag.launch(_AUGMENT_CUDA, kernel, (batch,), (256,), x, draws, out, channels, side, **constants)
+        return out
+
+    draws = ag.xp.ascontiguousarray(draws)
+    x = ag.linear_map(x, functools.partial(run, "augment"), functools.partial(run, "augment_vjp"))
+    return x + draws[:, 0].reshape(-1, 1, 1, 1) if "color" in names else x
+
 
 def diff_augment(x: Tensor, policy: str, draws: Array) -> Tensor:
     """Pictures (B, 3, side, side) -> the same shape, augmented by each operation of `policy` in turn.
@@ -534,7 +622,10 @@ def diff_augment(x: Tensor, policy: str, draws: Array) -> Tensor:
     policy: names in AUGMENTATIONS, separated by commas, or "none". draws: (B, DRAWS) array of `draw_augmentation`. With its
     draws given this is a plain function, differentiable in the picture any number of times.
     """
-    for name in policy.split(",") if policy != "none" else ():
+    names = policy.split(",") if policy != "none" else []
+    if ag.xp is not np and names and names == [name for name in AUGMENTATIONS if name in names]:
+        return augment_on_gpu(x, names, draws)
+    for name in names:
         x = AUGMENTATIONS[name](x, draws)
     return x
 
