@@ -1168,7 +1168,7 @@ def test_the_papers_sizes_of_pictures():
 
 
 def test_summary_counts_multiply_adds_as_a_forward_pass_makes_them(monkeypatch):
-    made, linear, attention = [], ag.linear, ag.attention
+    made, linear, attention, matmul = [], ag.linear, ag.attention, Tensor.__matmul__
 
     def counting_linear(x, weight, bias=None):
         made.append(x.size * weight.shape[1])
@@ -1179,6 +1179,11 @@ def test_summary_counts_multiply_adds_as_a_forward_pass_makes_them(monkeypatch):
         made.append(2 * batch * tokens**2 * width // 3)  # q k^T and p v
         return attention(qkv, num_heads, mask)
 
+    def counting_matmul(a, b):
+        made.append(matmul(a, b).size * a.shape[-1])
+        return matmul(a, b)
+
+    monkeypatch.setattr(Tensor, "__matmul__", counting_matmul)
     monkeypatch.setattr(ag, "linear", counting_linear)
     monkeypatch.setattr(ag, "attention", counting_attention)
     size, totals = transgan.SIZES["tiny"], []
@@ -1191,6 +1196,26 @@ def test_summary_counts_multiply_adds_as_a_forward_pass_makes_them(monkeypatch):
         totals.append(sum(made))
     table = transgan.summary(transgan.Options(size="tiny", image_size=16, patch_size=4))
     assert [int(x.replace(",", "")) for x in re.findall(r"total .* ([\d,]+)$", table, re.M)] == totals
+
+
+@settings(max_examples=20)
+@given(batch=st.integers(1, 2), tokens=st.integers(1, 5), heads=st.integers(1, 3), seed=seeds, masked=st.booleans(),
+       draw=st.data())  # fmt: skip
+def test_a_block_for_its_first_tokens_alone_is_the_whole_blocks_beginning(batch, tokens, heads, seed, masked, draw):
+    n = draw.draw(st.integers(1, tokens))
+    block = transgan.Block(4 * heads, heads, transgan.Init(np.random.default_rng(seed), "uniform", np.float64))
+    mask = draw_mask("some", (tokens, tokens), seed) if masked else None
+    (x,) = normal(seed, (batch, tokens, 4 * heads))
+    holder = []
+    functions = [as_function(block, call, seed) for call in (lambda block: block(holder[0], mask, n),
+                                                             lambda block: block(holder[0], mask)[:, :n])]  # fmt: skip
+
+    def of_input_and_parameters(function):
+        return lambda x, *values: holder.__setitem__(slice(None), [x]) or function(*values)
+
+    (few, values), (whole, _) = functions
+    check_same(of_input_and_parameters(few), of_input_and_parameters(whole), [x, *values], 1e-8)
+    check(of_input_and_parameters(few), [x, *values], order=1, coordinates=2)
 
 
 @given(seed=st.integers(0, 100))

@@ -156,7 +156,7 @@ class LayerNorm(Module):
 
 
 class Attention(Module):
-    """Multi-head self-attention: (B, N, C) -> (B, n, C) for the first n tokens, or for all N if n is None.
+    """Multi-head self-attention: (B, N, C) -> (B, N, C), or (B, n, C) for the first n tokens alone.
 
     One matrix without bias makes q, k and v. mask: (N, N), True where the row's token sees the column's, or None for all.
     """
@@ -167,9 +167,29 @@ class Attention(Module):
         self.projection = Linear(embed_dim, embed_dim, init)
 
     def __call__(self, x: Tensor, mask: Array | None = None, n: int | None = None) -> Tensor:
+        if n is not None:
+            return self.projection(self.of_first(x, n, mask))
         qkv = self.qkv(x)  # (B, N, 3C)
         x = ag.attention(qkv, self.num_heads, mask)  # (B, N, C)
-        return self.projection(first_tokens(x, n))  # (B, n, C)
+        return self.projection(x)
+
+    def of_first(self, x: Tensor, n: int, mask: Array | None) -> Tensor:
+        """The same for few queries: (B, N, C) -> (B, n, C), without a key or a value for every token.
+
+        A product of three matrices may begin at either end: q k^T = q (W_k^T x^T) = (q W_k^T) x^T; p (x W_v) = (p x) W_v.
+        """
+        (batch, tokens, width), heads = x.shape, self.num_heads
+        head = width // heads
+        weight = self.qkv.weight.reshape(width, 3, heads, head).transpose(1, 2, 0, 3)  # (3, H, C, D)
+        q = x[:, :n].reshape(1, batch * n, width) @ weight[0] * head**-0.5  # (H, Bn, D)
+        q = q @ ag.swap_last(weight[1])  # (H, Bn, C)
+        q = q.reshape(heads, batch, n, width).transpose(1, 0, 2, 3).reshape(batch, heads * n, width)  # (B, Hn, C)
+        scores = (q @ ag.swap_last(x)).reshape(batch, heads, n, tokens)
+        p = ag.softmax(scores, None if mask is None else mask[:n])  # (B, H, n, N)
+        x = p.reshape(batch, heads * n, tokens) @ x  # (B, Hn, C)
+        x = x.reshape(batch, heads, n, width).transpose(1, 0, 2, 3).reshape(heads, batch * n, width)
+        x = x @ weight[2]  # (H, Bn, D)
+        return x.reshape(heads, batch, n, head).transpose(1, 2, 0, 3).reshape(batch, n, width)
 
 
 def first_tokens(x: Tensor, n: int | None) -> Tensor:
@@ -1518,8 +1538,9 @@ def discriminator_rows(options: Options) -> list[StageRow]:
     """(stage, tokens, width, blocks, parameters, multiply-adds) of each part of TransGAN's discriminator."""
     width, depth = SIZES[options.size].disc_embed_dim, SIZES[options.size].disc_depth
     patches, inputs = (options.image_size // options.patch_size) ** 2, 3 * options.patch_size**2
-    parameters, operations = block_numbers(1 + patches, width, depth)
-    operations -= patches * 9 * width**2  # the last block's projection and MLP, which are for the [cls] token alone
+    parameters, _ = block_numbers(1 + patches, width, depth)
+    _, operations = block_numbers(1 + patches, width, depth - 1)
+    operations += 12 * width**2 + 2 * NUM_HEADS * (1 + patches) * width  # the last block, for the [cls] token alone
     return [
         ("patches", patches, width, "", (inputs + 1) * width, patches * inputs * width),
         ("blocks", 1 + patches, width, depth, parameters + (patches + 2) * width, operations),

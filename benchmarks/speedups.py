@@ -40,12 +40,20 @@ def without(name):
     elif name == "[cls] alone in the last block":
         call = transgan.Block.__call__
         transgan.Block.__call__ = lambda self, x, mask=None, n=None: transgan.first_tokens(call(self, x, mask), n)
+    elif name == "no keys and values for [cls]":
+        whole = transgan.Attention.__call__
+
+        def call(self, x, mask=None, n=None):
+            return transgan.first_tokens(whole(self, x, mask), n)
+
+        transgan.Attention.__call__ = call
     elif name == "sums in place":
         ag._accumulate = lambda total, piece: (total[0] + piece[0], False)
 
 
 SPEEDUPS = ("attention", "few tokens' scores held", "gelu", "linear_gelu", "layer_norm", "softmax", "linear",
-            "cache-sized pieces", "kept memory", "threads", "[cls] alone in the last block", "sums in place")  # fmt: skip
+            "cache-sized pieces", "kept memory", "threads", "[cls] alone in the last block",
+            "no keys and values for [cls]", "sums in place")  # fmt: skip
 
 
 def work(name, size, batch_size, pipe):
