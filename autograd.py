@@ -1862,8 +1862,8 @@ _depth, _lock = _Depth(), threading.Lock()
 def profile() -> Iterator[Times]:
     """Within this context every operation is timed; yields {(operation, "forward" or "backward"): [seconds, calls, bytes]}.
 
-    Seconds are summed over threads; the bytes are those of the results. An operation made of others is one. On a GPU each
-    is waited for, so that the whole takes longer than without.
+    Seconds are summed over threads; the bytes are those of the results. An operation made of others is one, but on the way
+    back those of `attention` over few tokens are each their own. On a GPU each is waited for, which makes the whole slower.
     """
     times: Times = {}
     _times.append(times)
