@@ -1281,7 +1281,8 @@ def attention(qkv: Tensor, num_heads: int, mask: Array | None = None) -> Tensor:
     On the way back each block of p is computed again from q, k and L. With g the gradient of out, the gradients are
         of v: p^T g,   of s: e = p (g v^T - sum(g out)),   of q: e k D^-1/2,   of k: e^T q D^-1/2;
     softmax's sum(p (g v^T)) over the keys is sum(g out) over the head's width, since out = p v. If this is to be
-    differentiated itself, the engine differentiates the composition instead, which does hold all scores.
+    differentiated itself, the engine differentiates the composition instead, which does hold all scores. Few tokens on a
+    CPU and wide heads on a GPU are composed from the start.
     (Vaswani et al. 2017, eq. 1; blocks after Dao et al. 2022.)
     """
     batch, tokens, width = qkv.shape
@@ -1289,7 +1290,8 @@ def attention(qkv: Tensor, num_heads: int, mask: Array | None = None) -> Tensor:
         raise ValueError(f"the last axis must hold q, k and v of {num_heads} heads, so divide by {3 * num_heads}")
     if mask is not None and mask.shape != (tokens, tokens):
         raise ValueError(f"the mask, of shape {mask.shape}, must be ({tokens}, {tokens})")
-    if tokens <= _FEW_TOKENS if xp is np else width // (3 * num_heads) > _WIDEST_HEAD:
+    is_small = tokens <= _FEW_TOKENS if xp is np else width // (3 * num_heads) > _WIDEST_HEAD
+    if is_small:
         return attention_composed(qkv, num_heads, mask)
     forward, backward = (_attention, _attention_vjp) if xp is np else (_attention_gpu, _attention_vjp_gpu)
     out, log_sum = forward(qkv.data, num_heads, mask)

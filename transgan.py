@@ -628,7 +628,8 @@ def augment_on_gpu(x: Tensor, names: list[str], draws: Array) -> Tensor:
 
     def run(kernel: str, x: Array) -> Array:
         out = ag.xp.empty(x.shape, x.dtype)
-        ag.launch(_AUGMENT_CUDA, kernel, (batch,), (256,), x, draws, out, channels, side, **constants)
+        if x.size:
+            ag.launch(_AUGMENT_CUDA, kernel, (batch,), (256,), x, draws, out, channels, side, **constants)
         return out
 
     draws = ag.xp.ascontiguousarray(draws)
