@@ -1180,8 +1180,9 @@ def test_summary_counts_multiply_adds_as_a_forward_pass_makes_them(monkeypatch):
         return attention(qkv, num_heads, mask)
 
     def counting_matmul(a, b):
-        made.append(matmul(a, b).size * a.shape[-1])
-        return matmul(a, b)
+        result = matmul(a, b)
+        made.append(result.size * a.shape[-1])
+        return result
 
     monkeypatch.setattr(Tensor, "__matmul__", counting_matmul)
     monkeypatch.setattr(ag, "linear", counting_linear)
@@ -1372,7 +1373,13 @@ def test_what_augmentation_draws():
 def test_every_picture_is_augmented_on_its_way_into_the_discriminator(loss, small, monkeypatch):
     """Real, generated and mixed ones in the discriminator's step, generated ones in the generator's, by their own draws."""
     seen = []
-    monkeypatch.setattr(transgan, "diff_augment", lambda x, policy, draws: seen.append(ag.to_numpy(draws)) or x)
+
+    def diff_augment(x, policy, draws):
+        assert policy == "color"
+        seen.append(ag.to_numpy(draws))
+        return x
+
+    monkeypatch.setattr(transgan, "diff_augment", diff_augment)
     trainer = small_trainer(1, loss=loss, disc_steps=1, diff_aug="color")
     trainer.train_step()
     assert [len(draws) for draws in seen] == [6] * (3 if loss == "wgangp-eps" else 2) + [5]
