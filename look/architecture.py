@@ -1,17 +1,18 @@
 """A figure of both networks, with the numbers of any size: python -m look.architecture docs/architecture.png
 
-What it shows is asked of transgan.py: SIZES, and the rows of its summary. The picture in it is a drawn shape.
+What it shows is asked of the networks themselves, by the rows of look/summary.py. The picture in it is a drawn shape.
 """
 
 import sys
 
-import transgan  # first: it decides how many threads NumPy's matrix products use
-
-import numpy as np  # isort: skip
+import numpy as np
 
 import data
-from data import UserError
+import transgan
+from look import summary
 from look.drawing import BLUE, FAINT, GREEN, INK, MUTED, RED, Sheet, channels_last
+from store.arguments import Parser, folder, number
+from store.output import one_line
 
 WIDTH, LEFT = 1000, 24  # pixels
 ICON, BAR = 96, 11  # side of a picture, height of a bar that stands for a block
@@ -72,8 +73,8 @@ def title(sheet, y, name, rows, colour):
 
 def generator(sheet, top, options, shape):
     """Draw the generator from `top` on; returns where it ends. shape: float picture (3, S, S)."""
-    noise, *stages, rgb = transgan.generator_rows(options)
-    title(sheet, top, "Generator", transgan.generator_rows(options), BLUE)
+    noise, *stages, rgb = rows = summary.generator_rows(transgan.make_generator(options, summary.Zeros()))
+    title(sheet, top, "Generator", rows, BLUE)
     step = (WIDTH - 2 * LEFT) / (len(stages) + 2)
     middles = [LEFT + step * (k + 0.5) for k in range(len(stages) + 2)]
     width, upper = stages[0][2], top + 36
@@ -100,7 +101,7 @@ def generator(sheet, top, options, shape):
 
 def discriminator(sheet, top, options, shape):
     """Draw the discriminator from `top` on; returns where it ends."""
-    patches, blocks, head = rows = transgan.discriminator_rows(options)
+    patches, blocks, head = rows = summary.discriminator_rows(transgan.make_discriminator(options, summary.Zeros()))
     title(sheet, top, "Discriminator", rows, RED)
     side, p, width = options.image_size, options.patch_size, patches[2]
     middles = [LEFT + (WIDTH - 2 * LEFT) / 5 * (k + 0.5) for k in range(5)]
@@ -187,21 +188,21 @@ def draw(options, path):
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
-    parser = transgan.Parser(prog="python -m look.architecture", description=__doc__.splitlines()[0])
-    parser.add_argument("path", type=transgan.folder, help="the PNG to write")
+    parser = Parser(prog="python -m look.architecture", description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=folder, help="the PNG to write")
     parser.add_argument("--size", choices=transgan.SIZES, default="S", help="of the networks (default: S)")
-    parser.add_argument("--image-size", type=transgan.number(*transgan.LIMITS["image_size"]), default=32, metavar="N",
+    parser.add_argument("--image-size", type=number(int, 8, 128), default=32, metavar="N",
                         help="pixels a side (default: 32)")  # fmt: skip
     args = parser.parse_args(argv)
     try:
-        chosen = transgan.make_parser().parse_args(["--size", args.size, "--image-size", str(args.image_size)])
-        draw(transgan.choose_options(chosen)[0], args.path)
+        side = transgan.patch_side(args.image_size)
+        draw(transgan.Options(size=args.size, image_size=args.image_size, patch_size=side, sr_weight=0.0), args.path)
         return 0
-    except UserError as error:
-        message = str(error)
+    except ValueError as error:
+        message = f"{error}; choose another --image-size"
     except OSError as error:
         message = f"cannot write {args.path}: {error.strerror}; name another file"
-    print(f"transgan: {transgan.one_line(message)}", file=sys.stderr)
+    print(f"transgan: {one_line(message)}", file=sys.stderr)
     return 2
 
 

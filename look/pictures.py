@@ -25,13 +25,14 @@ from autograd import Tensor
 from data import UserError
 from look import drawing
 from look.drawing import INK, MUTED, RED, Sheet
+from store import arguments, files, output
 
 # --- 1. Samples and walks ---------------------------------------------------------------------------------------------
 
 
 def sample(trainer, noise, path):
     """Write a grid, about square, of what the averaged generator makes of noise (n, Z)."""
-    data.save_grid(trainer.sample(noise), path, columns=math.isqrt(len(noise) - 1) + 1)
+    files.save_grid(trainer.sample(noise), path, columns=math.isqrt(len(noise) - 1) + 1)
 
 
 def slerp(a, b, t):
@@ -66,7 +67,7 @@ def interpolate(trainer, points, path):
     frames = drawing.channels_last(trainer.sample(walk(points, BETWEEN).reshape(-1, points.shape[1])))
     drawing.save_animation(frames, path.with_suffix(".gif"), max(1, 256 // frames.shape[1]), len(frames) * [80])
     rows = np.concatenate([walk(points, STRIP), np.roll(points, -1, axis=0)[:, None]], axis=1)  # each row arrives, too
-    data.save_grid(trainer.sample(rows.reshape(-1, points.shape[1])), path.with_suffix(".png"), columns=STRIP + 1)
+    files.save_grid(trainer.sample(rows.reshape(-1, points.shape[1])), path.with_suffix(".png"), columns=STRIP + 1)
 
 
 # --- 2. Attention -----------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def token_at(query, side, grid):
 
 
 def attention_probabilities(qkv, num_heads, mask, rows):
-    """The rows, a slice, of what `ag.attention_composed` multiplies v by: Tensor (B, N, 3C) -> Tensor (B, H, R, N).
+    """The rows, a slice, of what `ag.attention` multiplies v by: Tensor (B, N, 3C) -> Tensor (B, H, R, N).
 
     Each is a distribution over the keys. With few of them, many tokens do not need all (B, H, N, N).
     """
@@ -150,10 +151,8 @@ def views(trainer, noise, query):
     1 in the discriminator's is what its token looks at [cls]. A network without attention is left out.
     """
     side, pixel, found = trainer.options.image_size, f"the token of pixel {query[0]}, {query[1]}", {}
-    generator, discriminator = (
-        [module for module in network.modules() if isinstance(module, transgan.Block)]
-        for network in (trainer.generator, trainer.discriminator)
-    )
+    generator = [block for stage in getattr(trainer.generator, "stages", []) for block in stage.blocks]
+    discriminator = [block for block in trainer.discriminator.blocks if isinstance(block, transgan.Block)]
     with watched(generator, query, side) as makes:
         picture = trainer.sample(noise)
     with watched(discriminator, query, side) as judges, ag.no_grad():
@@ -287,17 +286,17 @@ def pixel(text):
 def add_options(parser):
     """What the command line of transgan.py knows of this chapter."""
     looks = parser.add_argument_group("pictures of a run, see look/pictures.py")
-    looks.add_argument("--from", type=transgan.folder, dest="begun", metavar="DIR",
+    looks.add_argument("--from", type=arguments.folder, dest="begun", metavar="DIR",
                        help="make the pictures asked for below of the run in DIR, into DIR/look or --out; --seed is theirs "
                        "(default: that of the run)")  # fmt: skip
-    looks.add_argument("--sample", type=transgan.number(int, 1, 1024), metavar="N", help="N new samples")
-    looks.add_argument("--interpolate", type=transgan.number(int, 2, 100), metavar="N",
+    looks.add_argument("--sample", type=arguments.number(int, 1, 1024), metavar="N", help="N new samples")
+    looks.add_argument("--interpolate", type=arguments.number(int, 2, 100), metavar="N",
                        help="a walk through noise over N points and back, as a GIF and a strip of pictures")  # fmt: skip
     looks.add_argument("--attention", action="store_true",
                        help="where both networks look, in each block and head, as maps over a sample")  # fmt: skip
     looks.add_argument("--query", type=pixel, metavar="ROW,COLUMN",
                        help="the pixel whose token looks, beside [cls] (default: in the middle)")  # fmt: skip
-    looks.add_argument("--nearest", type=transgan.number(int, 1, 100), metavar="N",
+    looks.add_argument("--nearest", type=arguments.number(int, 1, 100), metavar="N",
                        help="N samples beside the training pictures that are most like them")  # fmt: skip
 
 
@@ -336,4 +335,4 @@ def make(args, trainer, pictures, out):
         if count:
             path = out / f"{name}-{trainer.step:06d}-seed{seed}.png"
             draw(path)
-            data.tell(str(path), event="picture", path=str(path))
+            output.tell(str(path), event="picture", path=str(path))

@@ -6,7 +6,7 @@ folder: log.csv and samples/. It writes curves.png, progress.gif and report.html
 Contents
     1. Curves      read_log, curves
     2. Progress    progress
-    3. The page    command, page, Report
+    3. The page    page, Report
 """
 
 import base64
@@ -18,17 +18,18 @@ import math
 import shlex
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 import autograd as ag
-import data
-import transgan
+from data import first_line
 from look import drawing
 from look.drawing import BLUE, FAINT, GREEN, INK, MUTED, ORANGE, RED, Sheet
+from paper.networks import NAMES
+from store import files
+from store.output import clock, one_line
 
 # --- 1. Curves --------------------------------------------------------------------------------------------------------
 
@@ -41,7 +42,7 @@ PANELS = (
     ("FID-own, low is good", {"fid_own": ("FID-own", GREEN)}),
     ("IS-own, high is good", {"is_own": ("IS-own", GREEN)}),
 )
-MEASURED = ("distance", "fid_own", "is_own")  # in few rows, all of which are shown
+LABELS = {"distance": "distance", "fid_own": "FID-own", "is_own": "IS-own"}  # what is measured, in few rows: all are shown
 LOG_BYTES = 2_000_000  # of a longer log only every second row is read, every third, and so on
 POINTS = 125  # a curve through more numbers is averaged down to so many
 
@@ -52,7 +53,7 @@ def read_log(path):
     with path.open(newline="") as file:
         reader = csv.reader(file)
         names = next(reader)
-        measured = [names.index(name) for name in MEASURED]
+        measured = [names.index(name) for name in LABELS]
         rows = [row for i, row in enumerate(reader) if i % stride == 0 or any(row[column] for column in measured)]
     columns = {}
     for name, values in zip(names, zip(*rows, strict=True), strict=False):
@@ -178,20 +179,6 @@ def progress(samples, image_size, path):
 # --- 3. The page ------------------------------------------------------------------------------------------------------
 
 
-def command(options):
-    """The shortest command that gives these options: with those that are not what the others decide."""
-    names = [field.name for field in dataclasses.fields(options)]
-    given, deciding = {}, ["dataset", "size", "generator", "discriminator", "image_size"]
-    for name in [*deciding, *(name for name in names if name not in deciding)]:
-        unsaid = dict.fromkeys([*names, "resume", "evaluate", "begun", "preset", "out"])
-        default, _ = transgan.choose_options(Namespace(**unsaid | given))
-        if getattr(options, name) != getattr(default, name):
-            given[name] = getattr(options, name)
-    return "python transgan.py" + "".join(
-        f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items()
-    )
-
-
 STYLE = """
 :root { color-scheme: light dark; --paper: #f4f5f7; --card: #fff; --ink: #212529; --muted: #6c757d; --line: #e0e3e7; --bar: #0068ad }
 @media (prefers-color-scheme: dark) {
@@ -236,25 +223,25 @@ def listed(pairs, kind):
 def key_numbers(log, step, steps):
     """What a person asks first, (name, value) as text each: how fast, how long, how good."""
     elapsed, recent = log["seconds"][1][-1], log["seconds"][:, -100:]
-    numbers = [("elapsed", transgan.clock(elapsed))]
+    numbers = [("elapsed", clock(elapsed))]
     if len(recent[0]) > 1:
         pace = (recent[1, -1] - recent[1, 0]) / (recent[0, -1] - recent[0, 0])  # seconds a step
-        numbers += [("left", transgan.clock(pace * (steps - step)))] if step < steps else []
+        numbers += [("left", clock(pace * (steps - step)))] if step < steps else []
         numbers += [("a step takes", f"{pace:.3g} s"),
                     ("real pictures a second", f"{log['pictures_per_second'][1, -100:].mean():,.0f}")]  # fmt: skip
-    for name, label in transgan.LABELS.items():
+    for name, label in LABELS.items():
         if log[name].size:
             numbers.append((f"{label}, from {log[name][1, 0]:.3f}" if log[name].shape[1] > 1 else label,
                             f"{log[name][1, -1]:.3f}"))  # fmt: skip
     return numbers
 
 
-def page(trainer, out, log):
-    """The report of a run in the folder `out` as HTML that needs no other file."""
+def page(trainer, out, log, command, threads):
+    """The report of a run in the folder `out`, begun by `command`, as HTML that needs no other file."""
     options, step = trainer.options, trainer.step
-    name = f"{transgan.NAMES[options.generator]}-{options.size}"
-    name += f" against {transgan.NAMES[options.discriminator]}" if options.discriminator != options.generator else ""
-    where = "GPU" if ag.xp is not np else f"CPU, {trainer.threads} thread{'s' * (trainer.threads > 1)}"
+    name = f"{NAMES[options.generator]}-{options.size}"
+    name += f" against {NAMES[options.discriminator]}" if options.discriminator != options.generator else ""
+    where = "GPU" if ag.xp is not np else f"CPU, {threads} thread{'s' * (threads > 1)}"
     weights = [sum(p.size for p in network.parameters().values()) for network in (trainer.generator, trainer.discriminator)]
     share, state = 100 * step / options.steps, "finished" if step == options.steps else "training"
     folder = html.escape(shlex.quote(str(out)))
@@ -280,7 +267,7 @@ def page(trainer, out, log):
 <section><h2>Pictures</h2><div class="pair">{"".join(pictures)}</div></section>
 <section><h2>Curves</h2>{drawn}</section>
 {f"<section><h2>Restored</h2>{restored}</section>" if restored else ""}
-<section><h2>Commands</h2><p>Made by</p><pre>{html.escape(command(options))} --out {folder}</pre>
+<section><h2>Commands</h2><p>Made by</p><pre>{html.escape(command)} --out {folder}</pre>
 <p>Goes on by</p><pre>python transgan.py --resume {folder}{more}</pre>
 <p>New pictures of it, a walk between them, and what it looks at</p>
 <pre>python transgan.py --from {folder} --sample 64 --interpolate 8 --attention --nearest 8</pre></section>
@@ -290,12 +277,15 @@ def page(trainer, out, log):
 
 
 class Report:
-    """Keeps curves.png, progress.gif and report.html of a run up to date."""
+    """Keeps curves.png, progress.gif and report.html of a run up to date.
+
+    command: what began it, without its --out; threads: that share a batch.
+    """
 
     SHARE = 0.05  # of a run's time may go into drawing: where grids come faster, some of them wait for the next
 
-    def __init__(self, trainer, out):
-        self.trainer, self.out, self.due = trainer, out, 0.0
+    def __init__(self, trainer, out, command, threads):
+        self.trainer, self.out, self.command, self.threads, self.due = trainer, out, command, threads, 0.0
 
     def update(self):
         """Draw all, unless it was done a moment ago. What goes wrong is said and no more: the run is worth more."""
@@ -306,10 +296,10 @@ class Report:
             log = read_log(self.out / "log.csv")
             curves(log, options.steps, self.out / "curves.png")
             progress(self.out / "samples", options.image_size, self.out / "progress.gif")
-            with data.whole_file(self.out / "report.html") as part:
-                part.write_text(page(self.trainer, self.out, log), "utf-8", "backslashreplace")
+            with files.whole_file(self.out / "report.html") as part:
+                part.write_text(page(self.trainer, self.out, log, self.command, self.threads), "utf-8", "backslashreplace")
         except Exception as error:
-            reason = transgan.one_line(transgan.first_line(error))
+            reason = one_line(first_line(error))
             print(f"transgan: {self.out / 'report.html'} could not be drawn: {reason}; the run goes on", file=sys.stderr)
         now = time.monotonic()
         self.due = now + (now - begun) / self.SHARE

@@ -16,30 +16,31 @@ import time
 from concurrent import futures
 from pathlib import Path
 
-import transgan  # first: it decides how many threads NumPy's matrix products use
-
-import numpy as np  # isort: skip
+import numpy as np
 
 import autograd as ag
 import data
-from autograd import Tensor, grad
+import transgan
+from autograd import Init, Linear, Module, Tensor, grad
+from fast import CORES
 from paper.networks import Conv2d
+from store import datasets, files, output
 
 # --- 1. The network ---------------------------------------------------------------------------------------------------
 
 FEATURES = 128
 
 
-class Classifier(transgan.Module):
+class Classifier(Module):
     """Three convolutions and a linear layer: pictures (B, 3, S, S) -> features (B, 128) and logits (B, classes).
 
     The features are the means over all places, after the last relu. S >= 4.
     """
 
     def __init__(self, classes, rng, dtype=np.float32):
-        init = transgan.Init(rng, "uniform", dtype)
+        init = Init(rng, "uniform", dtype)
         self.convs = [Conv2d(inputs, outputs, 3, init) for inputs, outputs in ((3, 32), (32, 64), (64, FEATURES))]
-        self.head = transgan.Linear(FEATURES, classes, init)
+        self.head = Linear(FEATURES, classes, init)
 
     def __call__(self, x):
         for i, conv in enumerate(self.convs):
@@ -75,7 +76,7 @@ def train_classifier(pictures, labels, steps=STEPS):
     network = Classifier(4 if labels is None else int(labels.max()) + 1, data.random_stream("classifier", 0))
     parameters, right = list(network.parameters().values()), []
     adam = ag.Adam(parameters, (0.9, 0.999))
-    workers = transgan.CORES if ag.xp is np else 1
+    workers = CORES if ag.xp is np else 1
 
     def part(share):
         x, y = share
@@ -83,7 +84,7 @@ def train_classifier(pictures, labels, steps=STEPS):
         loss = cross_entropy(logits, y).sum() * (1 / BATCH)
         return (ag.to_numpy(logits).argmax(axis=1) == y).sum(), grad(loss, parameters)
 
-    with futures.ThreadPoolExecutor(workers) as pool, data.Progress() as progress:
+    with futures.ThreadPoolExecutor(workers) as pool, output.Progress() as progress:
         start = time.monotonic()
         for step in range(steps):
             rng = data.random_stream("classifier", 1, step)
@@ -97,7 +98,7 @@ def train_classifier(pictures, labels, steps=STEPS):
             adam.step(RATE * (1 - step / steps))
             right.append(sum(hits))
             left = (time.monotonic() - start) / (step + 1) * (steps - step - 1)
-            progress(f"training the classifier: step {step + 1}/{steps}, {transgan.clock(left)} left")
+            progress(f"training the classifier: step {step + 1}/{steps}, {output.clock(left)} left")
     last = right[-max(1, steps // 10) :]
     return network, sum(last) / (len(last) * BATCH)
 
@@ -116,7 +117,7 @@ class Extractor:
 
     def __init__(self, network, weights, scale=1.0):
         self.network, self.weights, self.scale = network, weights, scale
-        self.digest = data.fingerprint(*map(ag.to_numpy, network.parameters().values()))
+        self.digest = files.fingerprint(*map(ag.to_numpy, network.parameters().values()))
 
     def __call__(self, pictures):
         def part(x):
@@ -124,7 +125,7 @@ class Extractor:
                 features, logits = self.network(Tensor(ag.xp.asarray(data.scale(x))))
                 return ag.to_numpy(features) * np.float32(self.scale), ag.to_numpy(logits)
 
-        with futures.ThreadPoolExecutor(transgan.CORES if ag.xp is np else 1) as pool:
+        with futures.ThreadPoolExecutor(CORES if ag.xp is np else 1) as pool:
             parts = pool.map(part, [pictures[i : i + 64] for i in range(0, len(pictures), 64)])
             return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
@@ -134,8 +135,8 @@ def load_classifier(pictures, dataset, data_dir):
 
     Raises UserError if the file cannot be written.
     """
-    name, labels = data.short_name(dataset), data.load_labels(dataset, data_dir, pictures.shape[-1])
-    path = Path(data_dir) / f"classifier-{name}-{pictures.shape[-1]}-{data.fingerprint(pictures)}.npz"
+    name, labels = files.short_name(dataset), datasets.load_labels(dataset, data_dir, pictures.shape[-1])
+    path = Path(data_dir) / f"classifier-{name}-{pictures.shape[-1]}-{files.fingerprint(pictures)}.npz"
     classes = 4 if labels is None else int(labels.max()) + 1
     task = f"quarter turns of {name}" if labels is None else f"{classes} classes of {name}"
     network = Classifier(classes, data.random_stream("classifier", 0))
@@ -145,10 +146,10 @@ def load_classifier(pictures, dataset, data_dir):
                 p.data[...] = ag.xp.asarray(saved[key])
             scale, accuracy = float(saved["scale"]), float(saved["accuracy"])
     except Exception:  # missing, cut off or damaged: it is made again
-        data.note(f"training a classifier on {task}, once, for FID-own and IS-own")
+        output.note(f"training a classifier on {task}, once, for FID-own and IS-own")
         network, accuracy = train_classifier(pictures, labels)
         features, _ = Extractor(network, "")(pictures[:4096])
         scale = 1 / max(features.std(axis=0).mean(), 1e-6)
         arrays = {key: ag.to_numpy(p) for key, p in network.parameters().items()}
-        data.save_arrays(path, scale=scale, accuracy=accuracy, **arrays)
+        files.save_arrays(path, scale=scale, accuracy=accuracy, **arrays)
     return Extractor(network, f"own classifier of {task}, {100 * accuracy:.0f}% right", scale)

@@ -18,9 +18,9 @@ import math
 import numpy as np
 
 import autograd as ag
-from autograd import Tensor
-from transgan import Init, Linear, Module
+from autograd import Init, Linear, Module, Tensor
 
+NAMES = {"transgan": "TransGAN", "autogan": "AutoGAN", "resnet": "ResNet"}  # of either network; the last is WGAN-GP's
 LATENT_DIM = 128
 
 # --- 1. Layers --------------------------------------------------------------------------------------------------------

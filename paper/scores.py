@@ -19,13 +19,13 @@ import time
 import zipfile
 from pathlib import Path
 
-import transgan  # first: it decides how many threads NumPy's matrix products use
-
-import numpy as np  # isort: skip
+import numpy as np
 
 import autograd as ag
 import data
-from data import UserError
+from data import UserError, first_line
+from paper.networks import NAMES
+from store import files, output
 
 # --- 1. One pass ------------------------------------------------------------------------------------------------------
 
@@ -126,13 +126,13 @@ def look(batches, total, extractor, what, splits=10):
     """
     statistics, score = Statistics(extractor.dims), InceptionScore(total, splits)
     start = time.monotonic()
-    with data.Progress() as progress:
+    with output.Progress() as progress:
         for pictures in batches:
             features, logits = extractor(pictures)
             statistics.add(features)
             score.add(logits)
             left = (time.monotonic() - start) / statistics.count * (total - statistics.count)
-            progress(f"{what}: {statistics.count:,} of {total:,} pictures, {transgan.clock(left)} left")
+            progress(f"{what}: {statistics.count:,} of {total:,} pictures, {output.clock(left)} left")
     return statistics, score
 
 
@@ -152,14 +152,14 @@ def reference_statistics(pictures, dataset, extractor, data_dir):
 
     The file goes by the pictures' fingerprint and the network's, and is in the layout of fid_stats_*.npz. Raises UserError.
     """
-    name = f"{data.short_name(dataset)}-{pictures.shape[-1]}-{data.fingerprint(pictures)}"
+    name = f"{files.short_name(dataset)}-{pictures.shape[-1]}-{files.fingerprint(pictures)}"
     path = Path(data_dir) / f"fid-stats{extractor.suffix}-{extractor.digest}-{name}.npz"
     if path.exists():
         return read_statistics(path, extractor.dims)
     step = at_once(extractor)
     batches = (pictures[i : i + step] for i in range(0, len(pictures), step))
     statistics, _ = look(batches, len(pictures), extractor, "real pictures", splits=1)
-    data.save_arrays(path, mu=statistics.mean, sigma=statistics.covariance)
+    files.save_arrays(path, mu=statistics.mean, sigma=statistics.covariance)
     return statistics.mean, statistics.covariance
 
 
@@ -167,10 +167,10 @@ def read_statistics(path, dims):
     """Mean (D,) and covariance (D, D) from a file in the layout of fid_stats_*.npz: mu and sigma. Raises UserError."""
     try:
         with zipfile.ZipFile(path) as saved:
-            read = (data.read_array(saved, name, LARGE) for name in ("mu", "sigma"))
+            read = (files.read_array(saved, name, LARGE) for name in ("mu", "sigma"))
             mean, covariance = (np.asarray(x, np.float64) for x in read)
     except Exception as error:  # a damaged archive can raise anything at all
-        raise UserError(f"cannot read {path}: {transgan.first_line(error)}; delete it, or name another file") from None
+        raise UserError(f"cannot read {path}: {first_line(error)}; delete it, or name another file") from None
     if mean.shape != (dims,) or covariance.shape != (dims, dims):
         raise UserError(f"{path}: expected mu of shape ({dims},) and sigma of ({dims}, {dims}), found "
                         f"{mean.shape} and {covariance.shape}; name another file")  # fmt: skip
@@ -269,9 +269,9 @@ def evaluate(run, trainer, pictures, features, count, data_dir, inception=None, 
     entry = {"step": trainer.step, "images": count, "against": against, "weights": extractor.weights,
              "resizing": extractor.resizing, "date": datetime.date.today().isoformat()} | named  # fmt: skip
     known = [old for old in read_scores(path) if (old["step"], old["weights"]) != (trainer.step, extractor.weights)]
-    with data.whole_file(path) as part:
+    with files.whole_file(path) as part:
         part.write_text(json.dumps([*known, entry], indent=2) + "\n")
-    network = f"{transgan.NAMES[options.generator]}-{options.size}"
+    network = f"{NAMES[options.generator]}-{options.size}"
     return (
         f"FID{suffix} {scores['fid']:.2f}, IS{suffix} {scores['is']:.2f} ± {scores['is_deviation']:.2f} ({network}, step "
         f"{trainer.step}; {count:,} pictures against {against}; {extractor.weights}; resizing: {extractor.resizing})"

@@ -1,0 +1,174 @@
+"""A run's folder and the checkpoints in it, from which training goes on to the bit as if it had not stopped."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import shlex
+import sys
+import tempfile
+import zipfile
+
+import numpy as np
+
+import autograd as ag
+from data import UserError, first_line
+from program.options import read_options
+from store import files
+from store.files import CHECKPOINTS
+from store.output import one_line
+
+
+class NotFinite(UserError):
+    """A number of training, named by the message, has become infinite or NaN."""
+
+
+def save(trainer, path):
+    """Write a checkpoint: all arrays of training, the step and the options, from which the random state follows.
+
+    The one that lies there is kept as NAME-previous.npz. Raises NotFinite, and writes nothing, for a state that is not.
+    """
+    arrays = {name: ag.to_numpy(x) for name, x in trainer.state().items()}
+    for name, x in arrays.items():
+        if not np.isfinite(x).all():
+            raise NotFinite(f"{name} is not finite after step {trainer.step}")
+    options = json.dumps(dataclasses.asdict(trainer.options))
+    with files.whole_file(path, path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
+        np.savez(file, options=options, step=trainer.step, rate_scale=trainer.update.rate_scale, **arrays)
+
+
+def load(trainer, path):
+    """Take a checkpoint's arrays and step. Raises UserError, and takes nothing, if it does not fit these networks."""
+    state = trainer.state()
+    with open_checkpoint(path) as saved:
+        theirs = saved.options()
+        for name, own in dataclasses.asdict(trainer.options).items():
+            if name not in ("steps", "accumulate", "dataset") and getattr(theirs, name) != own:
+                raise UserError(f"{path} is of another run: its {name} is {getattr(theirs, name)!r}, not {own!r}")
+        arrays = {name: saved.read(name, x) for name, x in state.items()}
+        if more := saved.names - state.keys() - {"options", "step", "rate_scale"}:
+            raise UserError(f"{path} does not fit: these networks have no {min(more)!r}")
+        step, scale = saved.step(), saved.read("rate_scale")
+        if scale.dtype != np.float64 or scale.shape or not 0 < scale <= 1:
+            raise ValueError("its rate_scale is no number above 0, up to 1")
+    for name, x in state.items():  # in place, because parameters and moments are views of Adam's flat arrays
+        x[...] = ag.xp.asarray(arrays[name])
+    trainer.step, trainer.update.rate_scale = step, float(scale)
+    trainer.gen_adam.t, trainer.disc_adam.t = step, step * trainer.options.disc_steps
+    trainer.set_window()
+
+
+class open_checkpoint:
+    """Within this context, the arrays of a checkpoint's zip file; whatever is wrong with it becomes a UserError.
+
+    names: what it holds. What it says of itself is not trusted: nothing may be compressed, all together may claim no more
+    than the file's size, and an array is read only if its header says what it should.
+    """
+
+    SMALL = 1 << 16  # bytes of what is no array of the networks
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        try:
+            self.file = zipfile.ZipFile(self.path)
+            members = self.file.infolist()
+            self.names = {member.filename.removesuffix(".npy") for member in members}
+            if not {"options", "step"} <= self.names:
+                raise ValueError("it lacks options or step")
+            claimed = sum(max(member.file_size, member.compress_size) for member in members)
+            if any(member.compress_type for member in members) or claimed > self.path.stat().st_size:
+                raise ValueError("it claims more than its size")
+        except Exception as error:  # a damaged archive can raise anything at all
+            with contextlib.suppress(AttributeError):  # there is none if this is no zip file
+                self.file.close()
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"cannot read {self.path}: {reason}; name a run's folder") from None
+        return self
+
+    def __exit__(self, kind, error, _):
+        self.file.close()
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            raise UserError(f"{self.path} is damaged: {first_line(error)}; resume from another run") from None
+
+    def read(self, name, like=None):
+        """The array of this name, read-only; of the shape and dtype of `like`, or of at most SMALL bytes."""
+        if name not in self.names:
+            raise UserError(f"{self.path} does not fit: it has no {name}")
+        if like is None:
+            return files.read_array(self.file, name, self.SMALL)
+        with self.file.open(f"{name}.npy") as member:
+            shape, _, dtype = files.array_header(member)
+        if (shape, dtype) != (like.shape, like.dtype):
+            found, needed = f"{dtype} of shape {shape}", f"{like.dtype} of shape {like.shape}"
+            raise UserError(f"{self.path} does not fit: {name} is {found}, not {needed}")
+        return files.read_array(self.file, name, math.prod(shape) * dtype.itemsize)
+
+    def step(self):
+        """The number of the generator step after which it was written."""
+        step = self.read("step")
+        if step.dtype.kind != "i" or step.shape or step < 0:
+            raise ValueError("its step is no whole number")
+        return int(step)
+
+    def options(self):
+        """The Options of its run."""
+        return read_options(str(self.read("options")), self.path)
+
+
+def newest_checkpoint(folder):
+    """The newest whole checkpoint in a run's folder, (path, Options); says on standard error if that is the previous one.
+
+    Raises UserError if none can be used.
+    """
+    newest, previous = (folder / name for name in CHECKPOINTS)
+    try:
+        return newest, whole_checkpoint(newest)
+    except UserError as error:
+        if not previous.exists():
+            raise
+        reason = str(error).rpartition(";")[0]
+    try:
+        options = whole_checkpoint(previous)
+    except UserError as error:
+        raise UserError(f"{reason}, and {str(error).rpartition(';')[0]}; start a new run") from None
+    print(f"transgan: {one_line(reason)}; going on from {previous.name}", file=sys.stderr)
+    return previous, options
+
+
+def whole_checkpoint(path):
+    """The Options of a checkpoint, if these can be had and its every byte is as written. Raises UserError."""
+    with open_checkpoint(path) as saved:
+        options = saved.options()
+        saved.step()
+        if broken := saved.file.testzip():
+            raise ValueError(f"{broken} is not as it was written")
+    return options
+
+
+def prepare_folder(out, resume):
+    """Make the run's folder, and refuse one that holds another run, or anything else that this one would overwrite."""
+    try:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        log = out / "log.csv"
+        if out != resume:
+            if any((out / name).exists() for name in CHECKPOINTS) or (log.exists() and log.stat().st_size):
+                raise holds_a_run(out)
+            log.unlink(missing_ok=True)  # empty: a run was killed before its first checkpoint
+        if out != resume and any((out / "samples").iterdir()):
+            raise UserError(f"{out / 'samples'} is not empty; move what it holds away, or choose another --out")
+        tempfile.TemporaryFile(dir=out).close()
+        for part in (*out.glob(f"{CHECKPOINTS[0]}.*.part"), *out.glob("samples/*.part")) if out == resume else ():
+            part.unlink(missing_ok=True)  # what a killed process was writing
+    except OSError as error:
+        raise UserError(f"cannot write in {out}: {error.strerror}; choose another --out") from None
+
+
+def holds_a_run(out):
+    return UserError(f"{out} holds a run already; go on with it by --resume {quoted(out)}, or choose another --out")
+
+
+def quoted(path):
+    """A path as one writes it in a command."""
+    return shlex.quote(str(path))

@@ -1,0 +1,231 @@
+"""What a run's options may be: on the command line, in a preset, in a checkpoint.
+
+OPTIONS says it of each once. `add_options` makes the command line of it, `read_options` checks what a checkpoint claims,
+and `choose_options` fills in what the data set, a preset and the other options decide.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fast
+import transgan
+from data import UserError
+from paper.networks import NAMES
+from store import arguments, datasets, files
+from store.arguments import number
+
+
+@dataclasses.dataclass
+class Options(transgan.Options):
+    """The book's options, and those of what the program adds to it."""
+
+    generator: str = "transgan"  # or the name of a peer, see paper/networks.py
+    discriminator: str = "transgan"
+    accumulate: int = 1  # parts in which each batch is worked through
+    precision: str = "float32"  # of matrix products, see fast.install
+
+
+def policy(text):
+    """An argument type: names of augmentations, separated by commas, or none."""
+    names = [name.strip() for name in text.split(",")]
+    if names != ["none"] and (not set(names) <= set(transgan.AUGMENTATIONS) or len(set(names)) < len(names)):
+        known = ",".join(transgan.AUGMENTATIONS)
+        raise argparse.ArgumentTypeError(f"{text!r} must be none, or some of {known}, each once")
+    return ",".join(names)
+
+
+def schedule(text):
+    """An argument type: half_width:epoch pairs, separated by commas, both growing, or none."""
+    if text == "none":
+        return text
+    try:
+        pairs = transgan.locality_pairs(text)
+    except ValueError:
+        pairs = [(0, 0.0)]
+    growing = all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise([(0, 0.0), *pairs]))
+    if not growing or not pairs[-1][1] <= transgan.EPOCHS:
+        raise argparse.ArgumentTypeError(f"{text!r} must be none, or pairs half_width:epoch like {Options.locality}, "
+                                         f"both growing, epochs up to {transgan.EPOCHS}")  # fmt: skip
+    return text
+
+
+class Option(NamedTuple):
+    """What a field of Options may be: `values` are choices, or an argument type that raises for others."""
+
+    values: Any
+    metavar: str | None
+    help: str
+
+
+WHOLE = number(int, 1)
+NETWORKS = {
+    "dataset": Option(arguments.pictures, "NAME", "pictures to learn: shapes, drawn by the program; cifar10, stl10 (2.6 "
+                      "GB) or celeba (1.4 GB); or a folder of any pictures, of which the middle is cut out and resized "
+                      "(default: shapes)"),
+    "size": Option(transgan.SIZES, None, "networks: the paper's S, M, L, XL, or tiny for a laptop "
+                   "(default: S; tiny for shapes, XL for stl10 and celeba)"),
+    "generator": Option(NAMES, None, "the paper's, or a convolutional one it is compared with: AutoGAN's or WGAN-GP's "
+                        "residual network (default: transgan)"),
+    "discriminator": Option(NAMES, None, "likewise (default: transgan)"),
+    "image_size": Option(number(int, 8, 128), "N", "pixels a side, for a folder (default: 32) and for shapes (default: "
+                         "16); cifar10 has 32, stl10 48, celeba 64"),
+    "patch_size": Option(number(int, 1, 128), "N", "pixels a side of the discriminator's patches (default: an 8x8 grid, at "
+                         "least 4)"),
+}  # fmt: skip
+TRAINING = {
+    "loss": Option(transgan.LOSSES, None, "the adversarial loss (default: wgangp-eps)"),
+    "steps": Option(WHOLE, "N", "generator steps (default: 500000; for shapes 1000)"),
+    "batch_size": Option(WHOLE, "N", "real pictures a discriminator step (default: 32; for shapes 16)"),
+    "accumulate": Option(WHOLE, "N", "work through each batch in N parts, in an N-th of the memory, up to half as long "
+                         "again; the steps are the same up to rounding (default: 1)"),
+    "gen_batch_size": Option(WHOLE, "N", "generated pictures a generator step (default: 64; for shapes 16)"),
+    "disc_steps": Option(WHOLE, "N", "discriminator steps a generator step (default: 5; for shapes 2)"),
+    "learning_rate": Option(number(float, 0, 1), "R", "Adam's rate at the start; it falls to 0 in a line (default: 1e-4; "
+                            "for tiny 5e-4)"),
+    "beta2": Option(number(float, 0, 1 - 1e-6), "R", "how long Adam remembers squares (default: 0.99; 0.9 for other "
+                    "discriminators)"),
+    "precision": Option(fast.PRECISIONS, None, "of matrix products: a GPU is faster with tf32 or bfloat16, a CPU rounds as "
+                        "it would, slowly (default: float32)"),
+    "ema_decay": Option(number(float, 0, 1), "R", "decay of the moving average of the generator that makes the samples "
+                        "(default: 0.999; for tiny 0.99)"),
+    "seed": Option(number(int, 0), "N", "of everything random in training (default: 0)"),
+    "diff_aug": Option(policy, "LIST", "augmentations of all pictures that the discriminator sees, separated by commas, or "
+                       f"none (default: {Options.diff_aug}; for shapes none)"),
+    "sr_weight": Option(number(float, 0), "W", "weight of co-training with super-resolution in the generator's loss; 0 is "
+                        "without (default: 50; for tiny 0)"),
+    "locality": Option(schedule, "LIST", "how far a token of the generator sees, in rows and columns, until which epoch of "
+                       f"{transgan.EPOCHS}, scaled to the run, or none (default: {Options.locality}; for tiny none)"),
+    "locality_stages": Option(number(int, 1, 4), "N", "the last N stages are so limited (default: 1)"),
+}  # fmt: skip
+OPTIONS = NETWORKS | TRAINING
+
+# What --dataset decides where nothing else is said; a folder of pictures is like cifar10.
+DEFAULTS = {
+    "stl10": {"size": "XL", "image_size": 48},
+    "celeba": {"size": "XL", "image_size": 64},
+    "shapes": {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "batch_size": 16, "gen_batch_size": 16,
+               "diff_aug": "none"},
+}  # fmt: skip
+# The peers of the paper's tables, as their authors trained them; a mixed pair is trained as its discriminator asks for.
+PEER_DEFAULTS = {
+    "autogan": {"loss": "hinge", "learning_rate": 2e-4, "beta2": 0.9, "diff_aug": "none"},
+    "resnet": {"learning_rate": 2e-4, "beta2": 0.9, "diff_aug": "none"},
+}
+# A laptop's run ends long before the paper's average over thousands of steps forgets the first, and has no time to spare.
+TINY_DEFAULTS = {"learning_rate": 5e-4, "ema_decay": 0.99, "sr_weight": 0.0, "locality": "none"}
+# The paper's own runs, with the batches that its text gives (the authors' code has half of these, our default).
+PAPER = {"loss": "wgangp-eps", "steps": 500_000, "batch_size": 64, "gen_batch_size": 128, "disc_steps": 5,
+         "learning_rate": 1e-4, "ema_decay": 0.999, "diff_aug": Options.diff_aug, "sr_weight": 50.0,
+         "locality": Options.locality, "locality_stages": 1}  # fmt: skip
+PRESETS = {f"{dataset}-{size}": PAPER | {"dataset": dataset, "size": size} for dataset, size in
+           [*(("cifar10", size) for size in ("S", "M", "L", "XL")), ("stl10", "XL"), ("celeba", "XL")]}  # fmt: skip
+
+
+def flag(name):
+    """An option's name on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def flags(values):
+    """Options by name, as one writes them on the command line."""
+    return " ".join(f"{flag(name)} {shlex.quote(str(value))}" for name, value in values.items())
+
+
+def add_options(group, options):
+    """Add those of OPTIONS to a group of the command line, without defaults: `choose_options` knows where theirs is."""
+    for name, (values, metavar, text) in options.items():
+        kind = {"type": values} if callable(values) else {"choices": values}
+        group.add_argument(flag(name), **kind, metavar=metavar, help=text)
+
+
+def is_valid(name, value):
+    """Whether an option may have this value, of any type."""
+    if type(value) is not type(getattr(Options, name)):
+        return False
+    if name == "dataset":  # a folder may have been moved
+        return value in arguments.NAMES or Path(value).is_absolute()
+    values = OPTIONS[name].values
+    try:
+        return values(str(value)) == value if callable(values) else value in values
+    except argparse.ArgumentTypeError:
+        return False
+
+
+def read_options(text, path):
+    """The Options that a checkpoint, `path`, says in JSON. Raises UserError if they are not such as this program writes."""
+    try:
+        options = Options(**json.loads(text))
+    except (TypeError, ValueError):
+        raise UserError(f"{path} holds options of another version; start a new run") from None
+    for name in OPTIONS:
+        if not is_valid(name, getattr(options, name)):
+            raise UserError(f"{path}: its option {name} is {getattr(options, name)!r}; start a new run")
+    return options
+
+
+def given_options(args):
+    """The options, by name, that the command line names itself."""
+    return {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+
+
+def fill_in(given, preset=None):
+    """The Options of a new run: those given, by name, and else those of the preset, the peer, the size and the data set."""
+    preset = PRESETS.get(preset, {})
+    dataset = given.get("dataset") or preset.get("dataset", "shapes")
+    chosen = {"dataset": dataset} | DEFAULTS.get(dataset, {}) | preset | given
+    if chosen.get("generator", "transgan") != "transgan":
+        chosen = {"sr_weight": 0.0, "locality": "none"} | chosen
+    chosen = PEER_DEFAULTS.get(chosen.get("discriminator", "transgan"), {}) | chosen
+    if chosen.get("size") == "tiny":
+        chosen = TINY_DEFAULTS | chosen
+    return Options(**({"patch_size": transgan.patch_side(chosen.get("image_size", Options.image_size))} | chosen))
+
+
+def choose_options(args, saved=None):
+    """(Options, the run's folder) of parsed arguments: filled in, or those `saved` in a checkpoint. Raises UserError."""
+    given = given_options(args)
+    if not saved:
+        options = fill_in(given, args.preset)
+        pair = [options.generator, options.discriminator]
+        parts = [Path(options.dataset).name, options.size, *(pair if pair != ["transgan", "transgan"] else [])]
+        return check_options(options), args.out or Path("runs") / files.portable("-".join(parts))
+    begun = args.resume or args.evaluate or args.begun  # the last is --from
+    if args.begun:
+        given.pop("seed", None)  # of the pictures, not of the run
+    if args.preset:
+        raise UserError(f"a run has its own options; leave out --preset {args.preset}")
+    moved = saved.dataset not in arguments.NAMES and given.get("dataset") not in arguments.NAMES
+    changeable = ({"steps", "accumulate"} if args.resume else set()) | ({"dataset"} if moved else set())
+    for name, value in given.items():
+        if name not in changeable and value != getattr(saved, name):
+            raise UserError(f"the run in {begun} has {flag(name)} {getattr(saved, name)}; leave out {flag(name)} {value}")
+    return check_options(dataclasses.replace(saved, **given)), args.out or (begun / "look" if args.begun else begun)
+
+
+def check_options(options):
+    """The options, if they go together; what the networks refuse is theirs to say. Raises UserError otherwise."""
+    side = datasets.SIDES.get(options.dataset, options.image_size)
+    if options.image_size != side:
+        raise UserError(f"{options.dataset} has pictures of {side} pixels a side, not {options.image_size}; "
+                        "leave out --image-size")  # fmt: skip
+    peer = options.generator != "transgan"
+    if peer and (options.sr_weight or options.locality != "none"):
+        raise UserError(f"co-training and locality are TransGAN's: --generator {options.generator} wants --sr-weight 0 "
+                        "and --locality none, its defaults")  # fmt: skip
+    if peer and options.accumulate > 1:
+        raise UserError(f"--accumulate cannot be: the batch norm of --generator {options.generator} wants whole batches")
+    return options
+
+
+def command(options):
+    """The shortest command that gives these options: with those that are not what the others decide."""
+    given, deciding = {}, ["dataset", "size", "generator", "discriminator", "image_size"]
+    for name in dict.fromkeys([*deciding, *OPTIONS]):
+        if getattr(options, name) != getattr(fill_in(given), name):
+            given[name] = getattr(options, name)
+    return " ".join(["python transgan.py", flags(given)] if given else ["python transgan.py"])

@@ -1,0 +1,302 @@
+"""A run, from its options to its last picture: what surrounds the book's training loop.
+
+Contents
+    1. Training       train, with samples, log, checkpoints and signals; train_on, which goes back after NaN
+    2. Several GPUs   gather_gpus, take_part
+    3. Running        run: what the command line asks for
+"""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import signal
+import socket
+import sys
+import time
+
+import numpy as np
+
+import autograd as ag
+import data
+import fast
+import transgan
+from data import UserError
+from look import pictures as looks
+from look import summary
+from look.report import Report
+from paper import scores
+from paper.networks import NAMES
+from program import checkpoints, options, profile
+from program.checkpoints import NotFinite, quoted
+from program.log import Log
+from program.signals import stop_signals
+from program.trainer import make_networks, make_trainer
+from program.update import Group
+from store import datasets, files, output
+from store.files import CHECKPOINTS
+
+# --- 1. Training ------------------------------------------------------------------------------------------------------
+
+GRID = 64  # pictures in a sample grid
+JUDGED = 512  # pictures on each side of the distance
+PATIENCE = 600  # seconds that training may go without a sample grid and a checkpoint
+
+
+def explain_locality(options, path):
+    """Write a picture of each phase of locality-aware initialization: what the token in the middle may see, then all."""
+    side, pictures = options.image_size, []
+    query = (side + 1) * (side // 2)
+    for half_width, _ in [*transgan.locality_phases(options), (side, None)]:
+        seen = transgan.window_mask(side, half_width)[query].reshape(side, side)
+        picture = np.where(seen, 0.5, -0.8) * np.ones((3, 1, 1))  # (3, side, side)
+        picture[:, side // 2, side // 2] = (1.0, -0.6, -0.6)
+        pictures.append(picture)
+    files.save_grid(np.stack(pictures), path, columns=len(pictures))
+
+
+def look(trainer, noise, real, samples):
+    """Write grids of generated and of restored pictures into the folder `samples`; returns the distance, for the log."""
+    pictures = trainer.sample(noise)
+    files.save_grid(pictures[:GRID], samples / f"step-{trainer.step:06d}.png")
+    if trainer.options.sr_weight:
+        factor = 2 ** (len(trainer.generator.stages) - 2)
+        small = transgan.downsample(real[: GRID // 8], factor)
+        rows = [small.repeat(factor, 2).repeat(factor, 3), trainer.restore(small), real[: GRID // 8]]
+        files.save_grid(np.concatenate(rows), samples / f"restored-{trainer.step:06d}.png")
+    return {"distance": transgan.sliced_wasserstein(pictures, real)}
+
+
+def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=None, measure=None):
+    """Train until `trainer.options.steps`, writing samples, log and checkpoints into the folder `out`.
+
+    sample_every, save_every: generator steps between sample grids and between checkpoints. Either is also made when it is
+    PATIENCE seconds old, because a step of the large sizes takes a CPU half a minute. evaluate_every: generator steps
+    between calls of measure(), which returns more numbers for the log. Returns the number of the signal that stopped it
+    before (the step was finished, and saved), or None. Raises NotFinite; the last checkpoint is then from before.
+    """
+    settings = trainer.options
+    rng = data.random_stream("judge", settings.seed)
+    noise = trainer.noise(JUDGED, rng)
+    pictures = trainer.batches.pictures
+    real = data.scale(pictures[rng.choice(len(pictures), JUDGED, replace=len(pictures) < JUDGED)])
+    log = Log(out / "log.csv", trainer.step, settings.steps, resumed)
+    report = Report(trainer, out, options.command(settings), trainer.update.threads)
+    if settings.locality != "none":
+        explain_locality(settings, out / "locality.png")
+    with contextlib.closing(log), stop_signals() as stop:
+        if not resumed:
+            checkpoints.save(trainer, out / CHECKPOINTS[0])  # first, so that whatever stops the run can be gone on from
+        if trainer.step == 0:
+            log.add(0, {}, 0)
+            log.measure(look(trainer, noise, real, out / "samples") | (measure() if measure else {}))
+            log.tick()
+            report.update()
+        sampled = saved = time.monotonic()
+        asked = stop.asked
+        for step, losses in transgan.train(trainer) if not asked else ():
+            last, now = step == settings.steps, time.monotonic()
+            log.add(step, losses, settings.batch_size * settings.disc_steps)
+            if last or step % sample_every == 0 or now - sampled > PATIENCE:
+                log.check()
+                log.measure(look(trainer, noise, real, out / "samples"))
+                sampled = now
+            if measure and evaluate_every and (last or step % evaluate_every == 0):
+                log.check()
+                log.measure(measure())
+            asked = stop.asked
+            if last or asked or step % save_every == 0 or now - saved > PATIENCE:
+                log.check()
+                log.write()
+                files.sync(out / "log.csv")  # whose rows are not to be older than the checkpoint
+                checkpoints.save(trainer, out / CHECKPOINTS[0])
+                saved = now
+            log.tick()
+            if sampled == now:  # in this step
+                log.write()
+                report.update()
+            if asked:
+                break
+    return asked if trainer.step < settings.steps else None
+
+
+REWINDS = 5  # times that the learning rate may be halved
+
+
+def train_on(trainer, out, sample_every, save_every, resumed, evaluate_every=None, measure=None, on_nan="stop"):
+    """`train`, and with on_nan="rewind" once more from the last checkpoint, at half the learning rate, after NotFinite.
+
+    How often it was halved is part of a checkpoint. Raises UserError, saying what to try, after REWINDS times or at once.
+    """
+    while True:
+        try:
+            return train(trainer, out, sample_every, save_every, resumed, evaluate_every, measure)
+        except NotFinite as error:
+            scale, resumed = trainer.update.rate_scale / 2, True
+            if on_nan != "rewind" or scale < 0.5**REWINDS:
+                advice = f"go on from there at half the learning rate with --resume {quoted(out)} --on-nan rewind, or "
+                if on_nan == "rewind":
+                    advice = f"{REWINDS} times half the learning rate did not help: "
+                raise UserError(f"{error}; the last checkpoint is from before: {advice}start a new run with less than "
+                                f"--learning-rate {trainer.options.learning_rate}") from None  # fmt: skip
+            checkpoints.load(trainer, checkpoints.newest_checkpoint(out)[0])
+            trainer.update.rate_scale = scale
+            print(f"transgan: {error}; back to step {trainer.step}, at {scale:g} of the learning rate", file=sys.stderr)
+
+
+# --- 2. Several GPUs --------------------------------------------------------------------------------------------------
+
+
+def gather_gpus(args, options, checkpoint):
+    """The Group of --gpus N, whose other processes are started here. Raises UserError if this machine has fewer GPUs."""
+    found = ag.xp.cuda.runtime.getDeviceCount() if ag.xp is not np else 0
+    if found < args.gpus:
+        raise UserError(f"--gpus {args.gpus} asks for more GPUs than the {found} in use here; lower it, or leave it out")
+    if options.batch_size % args.gpus or options.gen_batch_size % args.gpus:
+        raise UserError(f"--batch-size and --gen-batch-size must divide by --gpus {args.gpus}")
+    if options.generator != "transgan":
+        raise UserError(f"--gpus cannot be: the batch norm of --generator {options.generator} wants whole batches")
+    if args.on_nan != "stop":
+        raise UserError("--gpus and --on-nan rewind do not go together: only one of the GPUs would go back; leave out one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = []
+    for rank in range(1, args.gpus):
+        processes.append(context.Process(target=take_part, args=(rank, port, args, options, checkpoint), daemon=True))
+        processes[-1].start()
+    return Group(0, args.gpus, port, processes)
+
+
+def take_part(rank, port, args, options, checkpoint):
+    """What the processes of further GPUs do: the same steps as the first, which alone writes and shows anything."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first, with whom this one ends
+    output.mode = "quiet"
+    ag.use_device("gpu")
+    ag.xp.cuda.Device(rank).use()
+    choose_forms(args, options)
+    pictures = datasets.load_pictures(options.dataset, args.data_dir, options.image_size)
+    trainer = make_trainer(options, pictures, group=Group(rank, args.gpus, port))
+    if checkpoint:
+        checkpoints.load(trainer, checkpoint)
+    for _ in transgan.train(trainer):
+        pass
+
+
+# --- 3. Running -------------------------------------------------------------------------------------------------------
+
+
+def refuse_idle_options(args):
+    """Raise UserError for options that would do nothing beside the others."""
+    if args.resume and args.evaluate:
+        raise UserError("--resume trains and --evaluate looks; leave out one of them")
+    for name in ("features", "inception", "fid_stats"):
+        if getattr(args, name) and not args.evaluate:
+            raise UserError(f"--{name.replace('_', '-')} goes with --evaluate; leave it out")
+    if args.num_images and not (args.evaluate or args.evaluate_every):
+        raise UserError("--num-images goes with --evaluate or --evaluate-every; leave it out")
+    if (args.evaluate or args.begun) and (args.evaluate_every or args.profile):
+        raise UserError("--evaluate-every and --profile watch a training; leave them out")
+    if args.evaluate and args.gpus > 1:
+        raise UserError("--gpus shares training; leave it out")
+    if args.features == "own" and args.inception:
+        raise UserError("--features own does not look through --inception; leave out one of them")
+
+
+def choose_forms(args, options):
+    """Enter the fast forms of the engine's operations, or none with --plain; returns which are in use, in a word or two."""
+    if not args.plain:
+        return f"fast on the {fast.install(options.precision)}"
+    fast.uninstall()
+    if options.precision != "float32":
+        raise UserError(f"--plain has no --precision {options.precision}: its products are NumPy's; leave out one of them")
+    return "plain"
+
+
+def go_on(trainer, args, checkpoint, out):
+    """Make ready to go on with the run in args.resume, whose checkpoint was loaded. Raises UserError if it is finished.
+
+    If that is the previous one, a damaged newest goes out of its way: it would take its place with the next that is saved.
+    """
+    if trainer.step >= trainer.options.steps:
+        raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {trainer.step}")
+    if checkpoint.name != CHECKPOINTS[0]:
+        with contextlib.suppress(FileNotFoundError):
+            (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
+
+
+KEPT = ("data_dir", "device", "gpus", "threads", "plain", "on_nan", "sample_every", "save_every", "evaluate_every",
+        "num_images")  # fmt: skip
+
+
+def resume_command(args, parser, out):
+    """The command that goes on with the run in `out`, which knows its own options, as `args` of `parser` began it."""
+    changed = {name: getattr(args, name) for name in KEPT if getattr(args, name) != parser.get_default(name)}
+    more = options.flags({name: value for name, value in changed.items() if value is not True})
+    return " ".join(["python transgan.py --resume", quoted(out), *([more] if more else []), *(["--plain"] * args.plain)])
+
+
+def run(args, parser):
+    """What the command line asks for, as `parser` understood it: returns the exit code. Raises UserError."""
+    refuse_idle_options(args)
+    looks.refuse_idle_options(args)
+    begun = args.resume or args.evaluate or args.begun
+    checkpoint, saved = checkpoints.newest_checkpoint(begun) if begun else (None, None)
+    chosen, out = options.choose_options(args, saved)
+    if args.summary:
+        tell_summary(chosen)
+        return 0
+    try:
+        device = ag.use_device(args.device)
+    except RuntimeError as error:
+        raise UserError(str(error)) from None
+    forms, pair = choose_forms(args, chosen), make_networks(chosen)
+    if not (args.evaluate or args.begun):
+        checkpoints.prepare_folder(out, args.resume)
+    pictures = datasets.load_pictures(chosen.dataset, args.data_dir, chosen.image_size)
+    group = gather_gpus(args, chosen, checkpoint) if args.gpus > 1 else None
+    trainer = make_trainer(chosen, pictures, args.threads, group=group, pair=pair)
+    if checkpoint:
+        checkpoints.load(trainer, checkpoint)
+        if args.resume:
+            go_on(trainer, args, checkpoint, out)
+    if args.evaluate:
+        features = args.features or ("own" if chosen.dataset == "shapes" and not args.inception else "inception")
+        line = scores.evaluate(out, trainer, pictures, features, args.num_images or 50_000, args.data_dir, args.inception,
+                               args.fid_stats)  # fmt: skip
+        output.tell(line, event="scores", **scores.read_scores(out / "scores.json")[-1])
+        return 0
+    if args.begun:
+        looks.make(args, trainer, pictures, out)
+        return 0
+    threads = f", {trainer.update.threads} threads" if device == "cpu" else ""
+    output.tell(f"{NAMES[chosen.generator]}-{chosen.size} on {chosen.dataset} {chosen.image_size}x{chosen.image_size}, "
+                f"{len(pictures):,} pictures, {device}{threads}, {forms}, into {out}",
+                event="start", options=dataclasses.asdict(chosen), step=trainer.step, pictures=len(pictures), device=device,
+                threads=trainer.update.threads, forms=forms, out=str(out))  # fmt: skip
+    start = time.monotonic()
+    measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
+    with profile.measured() if args.profile else contextlib.nullcontext() as times:
+        asked = train_on(trainer, out, args.sample_every, args.save_every, out == args.resume, args.evaluate_every, measure,
+                         args.on_nan)  # fmt: skip
+    if times is not None:
+        profile.tell(times, trainer.inputs.waited, time.monotonic() - start)
+    if asked:
+        command = resume_command(args, parser, out)
+        print(f"stopped after step {trainer.step}, and saved; go on with: {command}", file=sys.stderr)
+        output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=command)
+        return 128 + asked
+    picture = out / "samples" / f"step-{trainer.step:06d}.png"
+    output.tell(f"done: {picture}", event="picture", path=str(picture))
+    return 0
+
+
+def tell_summary(chosen):
+    """Print the networks of these options as a table, below the command line that gives them."""
+    generator, discriminator = make_networks(chosen, rng=summary.Zeros())
+    rows = summary.summary_rows(generator, discriminator)
+    named = [{name: x for name, x in zip(summary.COLUMNS, row, strict=True) if x} for row in rows]
+    values = dataclasses.asdict(chosen)
+    output.tell(
+        f"transgan.py {options.flags(values)}\n\n{summary.table(rows)}", event="summary", options=values, rows=named
+    )

@@ -1,0 +1,85 @@
+"""The book's Trainer as the program uses it, with the networks that its options name, TransGAN's or its peers'."""
+
+import numpy as np
+
+import autograd as ag
+import data
+import transgan
+from data import UserError
+from paper import networks
+from program.update import Ahead, Update, threads_that_pay
+
+
+def make_networks(options, dtype=np.float32, rng=None):
+    """The generator and the discriminator of a run, their weights drawn from `rng`, or else from the run's seed.
+
+    Raises UserError for pictures that they cannot make or cut.
+    """
+    rng, made = rng or data.random_stream("weights", options.seed), []
+    try:
+        for name, own, peer in (
+            (options.generator, transgan.make_generator, networks.make_generator),
+            (options.discriminator, transgan.make_discriminator, networks.make_discriminator),
+        ):
+            ours = name == "transgan"
+            made.append(own(options, rng, dtype) if ours else peer(name, options.size, options.image_size, rng, dtype))
+    except ValueError as error:
+        raise UserError(f"{error}; choose another --image-size or --patch-size") from None
+    return made
+
+
+def make_trainer(options, pictures, threads=None, dtype=np.float32, group=None, pair=None):
+    """The Trainer of a run, whose batches are shared among threads, or GPUs if there is a `group` of them.
+
+    pair: its networks, if they are made already. Raises UserError.
+    """
+    generator, discriminator = pair or make_networks(options, dtype)
+    threads = min(threads or threads_that_pay(options), options.batch_size, options.gen_batch_size)
+    update = Update(threads if ag.xp is np else 1, options.accumulate, group)
+    kind = transgan.Trainer if options.generator == options.discriminator == "transgan" else PeerTrainer
+    trainer = kind(options, pictures, generator, discriminator, update, update.map)
+    trainer.inputs = Ahead(trainer.inputs)
+    return trainer
+
+
+class PeerTrainer(transgan.Trainer):
+    """Sees to what convolutional networks have beside parameters: batch and spectral normalization, paper/convolutions.py.
+
+    Batch normalization, which has buffers, looks at a whole batch, which then cannot be shared out in the generator.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.whole = bool(self.generator.buffers())
+
+    def discriminator_step(self, inputs, rate):
+        for module in self.discriminator.modules():
+            module.prepare()
+        if self.whole:  # the pictures take the place of their noise, before the batch is shared out
+            real, noise, *rest = inputs
+            inputs = [real, super().generated(self.array(noise)), *rest]
+        return super().discriminator_step(inputs, rate)
+
+    def generated(self, noise):
+        return noise if self.whole else super().generated(noise)
+
+    def generator_step(self, inputs, rate):
+        threads, self.update.threads = self.update.threads, 1 if self.whole else self.update.threads
+        try:
+            return super().generator_step(inputs, rate)
+        finally:
+            self.update.threads = threads
+
+    def averaged(self, function, inputs):
+        modules = list(self.generator.modules())
+        for module in modules:
+            module.training = False
+        try:
+            return super().averaged(function, inputs)
+        finally:
+            for module in modules:
+                module.training = True
+
+    def state(self):
+        pairs = ("generator", self.generator), ("discriminator", self.discriminator)
+        return super().state() | {f"{name}/{key}": x for name, network in pairs for key, x in network.buffers().items()}
