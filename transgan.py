@@ -61,6 +61,7 @@ import autograd as ag
 import data
 from autograd import Array, Shape, Tensor, grad
 from data import Bytes, Floats, UserError, first_line
+from store import datasets, files, output
 
 Inputs: TypeAlias = list[Array]  # what an update of one network needs from outside, see Trainer.inputs
 Losses: TypeAlias = dict[str, Array | None]  # by their names in log.csv, 0-d arrays on the device; None for one not in use
@@ -1025,7 +1026,7 @@ class Trainer:
             if not np.isfinite(x).all():
                 raise NotFinite(f"{name} is not finite after step {self.step}")
         options = json.dumps(dataclasses.asdict(self.options))
-        with data.whole_file(path, path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
+        with files.whole_file(path, path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
             np.savez(file, options=options, step=self.step, rate_scale=self.rate_scale, **arrays)
 
     def load(self, path: Path) -> None:
@@ -1099,13 +1100,13 @@ class open_checkpoint:
         if name not in self.names:
             raise UserError(f"{self.path} does not fit: it has no {name}")
         if like is None:
-            return data.read_array(self.file, name, self.SMALL)
+            return files.read_array(self.file, name, self.SMALL)
         with self.file.open(f"{name}.npy") as member:
-            shape, _, dtype = data.array_header(member)
+            shape, _, dtype = files.array_header(member)
         if (shape, dtype) != (like.shape, like.dtype):
             found, needed = f"{dtype} of shape {shape}", f"{like.dtype} of shape {like.shape}"
             raise UserError(f"{self.path} does not fit: {name} is {found}, not {needed}")
-        return data.read_array(self.file, name, math.prod(shape) * dtype.itemsize)
+        return files.read_array(self.file, name, math.prod(shape) * dtype.itemsize)
 
     def step(self) -> int:
         """The number of the generator step after which it was written."""
@@ -1203,7 +1204,7 @@ class Log:
             os.replace(start, path)
             self.file = path.open("a", newline="", encoding="utf-8")
             self.writer.writer = csv.writer(self.file)  # the same columns, in the file that goes on
-        self.live = data.output == "lines" and data.is_live(sys.stdout)
+        self.live = output.mode == "lines" and output.is_live(sys.stdout)
         self.measured: dict[str, float] = {}
         self.waiting: list[Row] = []  # for the file
         self.written: list[Row] = []  # those in it that were not shown
@@ -1254,11 +1255,11 @@ class Log:
         self.shown = time.monotonic()
         if self.live:
             print(f"\r\033[K{self.line()}", end="", flush=True)
-        elif data.output == "json":
+        elif output.mode == "json":
             for row in self.written:
-                data.tell(None, event="step", **row)
+                output.tell(None, event="step", **row)
         else:
-            data.tell(self.line())
+            output.tell(self.line())
         self.written.clear()
 
     def line(self) -> str:
@@ -1314,7 +1315,7 @@ def explain_locality(options: Options, path: Path) -> None:
         picture = np.where(seen, 0.5, -0.8) * np.ones((3, 1, 1))  # (3, side, side)
         picture[:, side // 2, side // 2] = (1.0, -0.6, -0.6)
         pictures.append(picture)
-    data.save_grid(np.stack(pictures), path, columns=len(pictures))
+    files.save_grid(np.stack(pictures), path, columns=len(pictures))
 
 
 @contextlib.contextmanager
@@ -1351,12 +1352,12 @@ def stop_signals() -> Iterator[types.SimpleNamespace]:
 def look(trainer: Trainer, noise: Array, real: Floats, samples: Path) -> dict[str, float]:
     """Write grids of generated and of restored pictures into the folder `samples`; returns the distance, for the log."""
     pictures = trainer.sample(noise)
-    data.save_grid(pictures[:GRID], samples / f"step-{trainer.step:06d}.png")
+    files.save_grid(pictures[:GRID], samples / f"step-{trainer.step:06d}.png")
     if trainer.options.sr_weight:
         factor = 2 ** (len(trainer.generator.stages) - 2)
         small = downsample(real[: GRID // 8], factor)
         rows = [small.repeat(factor, 2).repeat(factor, 3), trainer.restore(small), real[: GRID // 8]]
-        data.save_grid(np.concatenate(rows), samples / f"restored-{trainer.step:06d}.png")
+        files.save_grid(np.concatenate(rows), samples / f"restored-{trainer.step:06d}.png")
     return {"distance": sliced_wasserstein(pictures, real)}
 
 
@@ -1411,7 +1412,7 @@ def train(
             if last or asked or step % save_every == 0 or now - saved > PATIENCE:
                 log.check()
                 log.write()
-                data.sync(out / "log.csv")  # whose rows are not to be older than the checkpoint
+                files.sync(out / "log.csv")  # whose rows are not to be older than the checkpoint
                 trainer.save(out / CHECKPOINTS[0])
                 saved = now
             log.tick()
@@ -1795,12 +1796,12 @@ def choose_options(args: argparse.Namespace, checkpoint: Path | None = None) -> 
         options.patch_size = max(p for p in range(1, max(4, side // 8) + 1) if side % p == 0)
     pair = [options.generator, options.discriminator]
     name = "-".join([Path(dataset).name, options.size, *(pair if pair != ["transgan", "transgan"] else [])])
-    return check_options(options), args.out or Path("runs") / data.portable(name)
+    return check_options(options), args.out or Path("runs") / files.portable(name)
 
 
 def check_options(options: Options) -> Options:
     """The options, if the networks can have them. Raises UserError otherwise."""
-    side = data.SIDES.get(options.dataset, options.image_size)
+    side = datasets.SIDES.get(options.dataset, options.image_size)
     if options.image_size != side:
         raise UserError(f"{options.dataset} has pictures of {side} pixels a side, not {options.image_size}; "
                         "leave out --image-size")  # fmt: skip
@@ -1954,12 +1955,12 @@ def gather_gpus(args: argparse.Namespace, options: Options, checkpoint: Path | N
 def take_part(rank: int, port: int, args: argparse.Namespace, options: Options, checkpoint: Path | None) -> None:
     """What the processes of further GPUs do: the same steps as the first, which alone writes and shows anything."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first, with whom this one ends
-    data.output = "quiet"
+    output.mode = "quiet"
     ag.use_device("gpu")
     cupy: Any = ag.xp
     cupy.cuda.Device(rank).use()
     ag.use_precision(options.precision)
-    pictures = data.load_pictures(options.dataset, args.data_dir, options.image_size)
+    pictures = datasets.load_pictures(options.dataset, args.data_dir, options.image_size)
     trainer = Trainer(options, pictures, group=Group(rank, args.gpus, port))
     if checkpoint:
         trainer.load(checkpoint)
@@ -1987,7 +1988,7 @@ def run(args: argparse.Namespace) -> int:
     ag.keep_freed_memory()
     if not (args.evaluate or args.begun):
         prepare_folder(out, args.resume)
-    pictures = data.load_pictures(options.dataset, args.data_dir, options.image_size)
+    pictures = datasets.load_pictures(options.dataset, args.data_dir, options.image_size)
     group = gather_gpus(args, options, checkpoint) if args.gpus > 1 else None
     trainer = Trainer(options, pictures, args.threads, group=group)
     if checkpoint:
@@ -2000,16 +2001,16 @@ def run(args: argparse.Namespace) -> int:
         features = args.features or ("own" if options.dataset == "shapes" and not args.inception else "inception")
         line = scores.evaluate(out, trainer, pictures, features, args.num_images or 50_000, args.data_dir, args.inception,
                                args.fid_stats)  # fmt: skip
-        data.tell(line, event="scores", **scores.read_scores(out / "scores.json")[-1])
+        output.tell(line, event="scores", **scores.read_scores(out / "scores.json")[-1])
         return 0
     if args.begun:
         looks.make(args, trainer, pictures, out)
         return 0
     threads = f", {trainer.threads} threads" if device == "cpu" else ""
-    data.tell(f"{NAMES[options.generator]}-{options.size} on {options.dataset} {options.image_size}x{options.image_size}, "
-              f"{len(pictures):,} pictures, {device}{threads}, into {out}",
-              event="start", options=dataclasses.asdict(options), step=trainer.step, pictures=len(pictures), device=device,
-              threads=trainer.threads, out=str(out))  # fmt: skip
+    output.tell(f"{NAMES[options.generator]}-{options.size} on {options.dataset} "
+                f"{options.image_size}x{options.image_size}, {len(pictures):,} pictures, {device}{threads}, into {out}",
+                event="start", options=dataclasses.asdict(options), step=trainer.step, pictures=len(pictures),
+                device=device, threads=trainer.threads, out=str(out))  # fmt: skip
     start = time.monotonic()
     measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
     with ag.profile() if args.profile else contextlib.nullcontext() as times:
@@ -2020,37 +2021,37 @@ def run(args: argparse.Namespace) -> int:
     if asked:
         command = resume_command(args, out)
         print(f"stopped after step {trainer.step}, and saved; go on with: {command}", file=sys.stderr)
-        data.tell(None, event="stopped", step=trainer.step, signal=asked, resume=command)
+        output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=command)
         return 128 + asked
     picture = out / "samples" / f"step-{trainer.step:06d}.png"
-    data.tell(f"done: {picture}", event="picture", path=str(picture))
+    output.tell(f"done: {picture}", event="picture", path=str(picture))
     return 0
 
 
 def tell_summary(options: Options) -> None:
     """Print the networks of these options as a table, below the command line that gives them."""
     rows = [{name: x for name, x in zip(COLUMNS, row, strict=True) if x} for row in summary_rows(options)]
-    data.tell(f"transgan.py {flags(options)}\n\n{summary(options)}", event="summary",
-              options=dataclasses.asdict(options), rows=rows)  # fmt: skip
+    output.tell(f"transgan.py {flags(options)}\n\n{summary(options)}", event="summary",
+                options=dataclasses.asdict(options), rows=rows)  # fmt: skip
 
 
 def tell_profile(times: ag.Times, waited: float, total: float) -> None:
     """Print which operations took how long of `total` seconds, and how many of these were waited for data."""
     operations = [(*key, *entry) for key, entry in times.items()]
     names = ("operation", "direction", "seconds", "calls", "bytes")
-    data.tell(f"{ag.profile_table(times)}\n"
-              f"waiting for data: {waited:.3f} s of {total:.1f} s, {100 * waited / total:.2f}%",
-              event="profile", operations=[dict(zip(names, row, strict=True)) for row in operations], waited=waited,
-              seconds=total)  # fmt: skip
+    output.tell(f"{ag.profile_table(times)}\n"
+                f"waiting for data: {waited:.3f} s of {total:.1f} s, {100 * waited / total:.2f}%",
+                event="profile", operations=[dict(zip(names, row, strict=True)) for row in operations], waited=waited,
+                seconds=total)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what the user can put right, 130 or 143 after a signal."""
     args, code = make_parser().parse_args(argv), 2
-    data.output = "json" if args.json else "quiet" if args.quiet else "lines"
+    output.mode = "json" if args.json else "quiet" if args.quiet else "lines"
     try:
         code = run(args)
-        data.tell(None, event="end", exit_code=code, error=None)
+        output.tell(None, event="end", exit_code=code, error=None)
         return code
     except UserError as error:
         message = str(error)
@@ -2065,7 +2066,7 @@ def main(argv: list[str] | None = None) -> int:
         print(file=sys.stderr)  # so that it stands below the terminal's ^C
     print(f"transgan: {one_line(message)}", file=sys.stderr)
     with contextlib.suppress(OSError):  # of an output that nobody reads
-        data.tell(None, event="end", exit_code=code, error=one_line(message))
+        output.tell(None, event="end", exit_code=code, error=one_line(message))
     return code
 
 

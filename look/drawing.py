@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import data
+from store import files
 
 INK, MUTED, FAINT, PAPER = (33, 37, 41), (108, 117, 125), (228, 231, 235), (255, 255, 255)
 BLUE, RED, GREEN, ORANGE = (0, 104, 173), (209, 73, 30), (0, 138, 102), (214, 137, 16)  # apart for colour-blind eyes, too
@@ -51,7 +52,7 @@ class Sheet:
 
     def save(self, path):
         """Write a PNG, which appears when it is whole."""
-        with data.whole_file(path) as part:
+        with files.whole_file(path) as part:
             self.image.reduce(2).save(part, "PNG")
 
 
@@ -89,5 +90,5 @@ def save_animation(frames, path, factor, durations, captions=None):
             indices = np.concatenate([indices, 240 + np.asarray(strip) // 17])
         made.append(Image.fromarray(indices.astype(np.uint8)))
         made[-1].putpalette(palette)
-    with data.whole_file(path) as part:
+    with files.whole_file(path) as part:
         made[0].save(part, "GIF", save_all=True, append_images=made[1:], duration=durations, loop=0)

@@ -25,13 +25,14 @@ from autograd import Tensor
 from data import UserError
 from look import drawing
 from look.drawing import INK, MUTED, RED, Sheet
+from store import files, output
 
 # --- 1. Samples and walks ---------------------------------------------------------------------------------------------
 
 
 def sample(trainer, noise, path):
     """Write a grid, about square, of what the averaged generator makes of noise (n, Z)."""
-    data.save_grid(trainer.sample(noise), path, columns=math.isqrt(len(noise) - 1) + 1)
+    files.save_grid(trainer.sample(noise), path, columns=math.isqrt(len(noise) - 1) + 1)
 
 
 def slerp(a, b, t):
@@ -66,7 +67,7 @@ def interpolate(trainer, points, path):
     frames = drawing.channels_last(trainer.sample(walk(points, BETWEEN).reshape(-1, points.shape[1])))
     drawing.save_animation(frames, path.with_suffix(".gif"), max(1, 256 // frames.shape[1]), len(frames) * [80])
     rows = np.concatenate([walk(points, STRIP), np.roll(points, -1, axis=0)[:, None]], axis=1)  # each row arrives, too
-    data.save_grid(trainer.sample(rows.reshape(-1, points.shape[1])), path.with_suffix(".png"), columns=STRIP + 1)
+    files.save_grid(trainer.sample(rows.reshape(-1, points.shape[1])), path.with_suffix(".png"), columns=STRIP + 1)
 
 
 # --- 2. Attention -----------------------------------------------------------------------------------------------------
@@ -336,4 +337,4 @@ def make(args, trainer, pictures, out):
         if count:
             path = out / f"{name}-{trainer.step:06d}-seed{seed}.png"
             draw(path)
-            data.tell(str(path), event="picture", path=str(path))
+            output.tell(str(path), event="picture", path=str(path))

@@ -25,10 +25,10 @@ import numpy as np
 from PIL import Image
 
 import autograd as ag
-import data
 import transgan
 from look import drawing
 from look.drawing import BLUE, FAINT, GREEN, INK, MUTED, ORANGE, RED, Sheet
+from store import files
 
 # --- 1. Curves --------------------------------------------------------------------------------------------------------
 
@@ -306,7 +306,7 @@ class Report:
             log = read_log(self.out / "log.csv")
             curves(log, options.steps, self.out / "curves.png")
             progress(self.out / "samples", options.image_size, self.out / "progress.gif")
-            with data.whole_file(self.out / "report.html") as part:
+            with files.whole_file(self.out / "report.html") as part:
                 part.write_text(page(self.trainer, self.out, log), "utf-8", "backslashreplace")
         except Exception as error:
             reason = transgan.one_line(transgan.first_line(error))

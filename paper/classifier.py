@@ -24,6 +24,7 @@ import autograd as ag
 import data
 from autograd import Tensor, grad
 from paper.networks import Conv2d
+from store import datasets, files, output
 
 # --- 1. The network ---------------------------------------------------------------------------------------------------
 
@@ -83,7 +84,7 @@ def train_classifier(pictures, labels, steps=STEPS):
         loss = cross_entropy(logits, y).sum() * (1 / BATCH)
         return (ag.to_numpy(logits).argmax(axis=1) == y).sum(), grad(loss, parameters)
 
-    with futures.ThreadPoolExecutor(workers) as pool, data.Progress() as progress:
+    with futures.ThreadPoolExecutor(workers) as pool, output.Progress() as progress:
         start = time.monotonic()
         for step in range(steps):
             rng = data.random_stream("classifier", 1, step)
@@ -116,7 +117,7 @@ class Extractor:
 
     def __init__(self, network, weights, scale=1.0):
         self.network, self.weights, self.scale = network, weights, scale
-        self.digest = data.fingerprint(*map(ag.to_numpy, network.parameters().values()))
+        self.digest = files.fingerprint(*map(ag.to_numpy, network.parameters().values()))
 
     def __call__(self, pictures):
         def part(x):
@@ -134,8 +135,8 @@ def load_classifier(pictures, dataset, data_dir):
 
     Raises UserError if the file cannot be written.
     """
-    name, labels = data.short_name(dataset), data.load_labels(dataset, data_dir, pictures.shape[-1])
-    path = Path(data_dir) / f"classifier-{name}-{pictures.shape[-1]}-{data.fingerprint(pictures)}.npz"
+    name, labels = files.short_name(dataset), datasets.load_labels(dataset, data_dir, pictures.shape[-1])
+    path = Path(data_dir) / f"classifier-{name}-{pictures.shape[-1]}-{files.fingerprint(pictures)}.npz"
     classes = 4 if labels is None else int(labels.max()) + 1
     task = f"quarter turns of {name}" if labels is None else f"{classes} classes of {name}"
     network = Classifier(classes, data.random_stream("classifier", 0))
@@ -145,10 +146,10 @@ def load_classifier(pictures, dataset, data_dir):
                 p.data[...] = ag.xp.asarray(saved[key])
             scale, accuracy = float(saved["scale"]), float(saved["accuracy"])
     except Exception:  # missing, cut off or damaged: it is made again
-        data.note(f"training a classifier on {task}, once, for FID-own and IS-own")
+        output.note(f"training a classifier on {task}, once, for FID-own and IS-own")
         network, accuracy = train_classifier(pictures, labels)
         features, _ = Extractor(network, "")(pictures[:4096])
         scale = 1 / max(features.std(axis=0).mean(), 1e-6)
         arrays = {key: ag.to_numpy(p) for key, p in network.parameters().items()}
-        data.save_arrays(path, scale=scale, accuracy=accuracy, **arrays)
+        files.save_arrays(path, scale=scale, accuracy=accuracy, **arrays)
     return Extractor(network, f"own classifier of {task}, {100 * accuracy:.0f}% right", scale)

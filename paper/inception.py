@@ -25,10 +25,10 @@ import transgan  # before NumPy: it decides how many threads NumPy's matrix prod
 import numpy as np  # isort: skip
 
 import autograd as ag
-import data
 from autograd import Tensor
 from data import UserError
 from paper.weights import read_weights
+from store import downloads, files, output
 
 # --- 1. The table -----------------------------------------------------------------------------------------------------
 # A chain is a list of steps, one after another: a convolution, a pooling function, or a fork into chains that all read the
@@ -210,7 +210,7 @@ class Inception:
             self.layers[layer] = Tensor(weight * scale[:, None, None, None], dtype=dtype), Tensor(bias, dtype=dtype)
         self.classifier = Tensor(_take(weights, "fc.weight", (CLASSES, FEATURES)), dtype=dtype)
         arrays = [x for layer in self.layers.values() for x in layer]
-        self.digest = data.fingerprint(*map(ag.to_numpy, [*arrays, self.classifier]))
+        self.digest = files.fingerprint(*map(ag.to_numpy, [*arrays, self.classifier]))
 
     def __call__(self, pictures):
         if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.size:
@@ -258,7 +258,7 @@ def _take(weights, name, shape):
 
 # --- 3. Its weights ---------------------------------------------------------------------------------------------------
 
-WEIGHTS = data.Archive(
+WEIGHTS = downloads.Archive(
     "pt_inception-2015-12-05-6726825d.pth",
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
     "sha256:6726825d",  # its first digits, as PyTorch's hub has them in the name
@@ -273,6 +273,6 @@ def load_inception(path=None, data_dir="data"):
     """
     if path is None:
         if not (Path(data_dir) / WEIGHTS.name).exists():
-            data.note(f"Inception-v3's weights, 96 MB, are fetched once from {WEIGHTS.url}")
-        path = data.fetch(WEIGHTS, data_dir)
+            output.note(f"Inception-v3's weights, 96 MB, are fetched once from {WEIGHTS.url}")
+        path = downloads.fetch(WEIGHTS, data_dir)
     return Inception(read_weights(path), name=f"Inception-v3 of {Path(path).name}")

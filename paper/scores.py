@@ -26,6 +26,7 @@ import numpy as np  # isort: skip
 import autograd as ag
 import data
 from data import UserError
+from store import files, output
 
 # --- 1. One pass ------------------------------------------------------------------------------------------------------
 
@@ -126,7 +127,7 @@ def look(batches, total, extractor, what, splits=10):
     """
     statistics, score = Statistics(extractor.dims), InceptionScore(total, splits)
     start = time.monotonic()
-    with data.Progress() as progress:
+    with output.Progress() as progress:
         for pictures in batches:
             features, logits = extractor(pictures)
             statistics.add(features)
@@ -152,14 +153,14 @@ def reference_statistics(pictures, dataset, extractor, data_dir):
 
     The file goes by the pictures' fingerprint and the network's, and is in the layout of fid_stats_*.npz. Raises UserError.
     """
-    name = f"{data.short_name(dataset)}-{pictures.shape[-1]}-{data.fingerprint(pictures)}"
+    name = f"{files.short_name(dataset)}-{pictures.shape[-1]}-{files.fingerprint(pictures)}"
     path = Path(data_dir) / f"fid-stats{extractor.suffix}-{extractor.digest}-{name}.npz"
     if path.exists():
         return read_statistics(path, extractor.dims)
     step = at_once(extractor)
     batches = (pictures[i : i + step] for i in range(0, len(pictures), step))
     statistics, _ = look(batches, len(pictures), extractor, "real pictures", splits=1)
-    data.save_arrays(path, mu=statistics.mean, sigma=statistics.covariance)
+    files.save_arrays(path, mu=statistics.mean, sigma=statistics.covariance)
     return statistics.mean, statistics.covariance
 
 
@@ -167,7 +168,7 @@ def read_statistics(path, dims):
     """Mean (D,) and covariance (D, D) from a file in the layout of fid_stats_*.npz: mu and sigma. Raises UserError."""
     try:
         with zipfile.ZipFile(path) as saved:
-            read = (data.read_array(saved, name, LARGE) for name in ("mu", "sigma"))
+            read = (files.read_array(saved, name, LARGE) for name in ("mu", "sigma"))
             mean, covariance = (np.asarray(x, np.float64) for x in read)
     except Exception as error:  # a damaged archive can raise anything at all
         raise UserError(f"cannot read {path}: {transgan.first_line(error)}; delete it, or name another file") from None
@@ -269,7 +270,7 @@ def evaluate(run, trainer, pictures, features, count, data_dir, inception=None, 
     entry = {"step": trainer.step, "images": count, "against": against, "weights": extractor.weights,
              "resizing": extractor.resizing, "date": datetime.date.today().isoformat()} | named  # fmt: skip
     known = [old for old in read_scores(path) if (old["step"], old["weights"]) != (trainer.step, extractor.weights)]
-    with data.whole_file(path) as part:
+    with files.whole_file(path) as part:
         part.write_text(json.dumps([*known, entry], indent=2) + "\n")
     network = f"{transgan.NAMES[options.generator]}-{options.size}"
     return (

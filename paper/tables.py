@@ -23,10 +23,10 @@ import sys
 from concurrent import futures
 from pathlib import Path
 
-import data
 import transgan
 from data import UserError
 from paper import scores
+from store import files
 
 # --- 1. The tables ----------------------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ def run_all(args, extra):
     if not rows:
         raise UserError(f"of these rows there is nothing to run; choose others of table {args.number}")
     size = "" if args.number == 4 else f"-{args.size}"
-    folder = args.out / "-".join([f"table-{args.number}", data.short_name(args.dataset) + size, str(args.steps), *extra])
+    folder = args.out / "-".join([f"table-{args.number}", files.short_name(args.dataset) + size, str(args.steps), *extra])
     machine = ["--threads", max(1, transgan.CORES // args.jobs), "--device", args.device, "--data-dir", args.data_dir]
 
     def one(name, seed):
