@@ -1198,7 +1198,7 @@ def test_networks_refuse_pictures_they_cannot_make_or_cut():
 def make_small(patch):
     """Make the size `tiny` smaller still, and `shapes` a few pictures of 8x8, so that a step takes milliseconds."""
     patch.setitem(transgan.SIZES, "tiny", transgan.Size(64, (1, 1, 1), 16, 2))
-    patch.setattr(data, "SHAPES_COUNT", 40)
+    patch.setattr(datasets, "SHAPES_COUNT", 40)
     patch.setattr(transgan, "JUDGED", 16)
 
 
