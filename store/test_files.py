@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import data
 from store import files
-from store.support import leftovers
+from store.support import files_of_at_most, holds, leftovers
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -26,6 +27,16 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with files.whole_file(path) as part:
         part.write_text("after")
     assert (path.read_text(), leftovers(tmp_path)) == ("after", ["file"])
+
+
+def test_a_grid_is_written_whole_or_not_at_all(tmp_path):
+    pictures = np.random.default_rng(0).uniform(-1, 1, (4, 3, 16, 16))
+    with pytest.raises(OSError, match="File too large"), files_of_at_most(1000):
+        files.save_grid(pictures, tmp_path / "grid.png")
+    assert leftovers(tmp_path) == []
+    files.save_grid(pictures, tmp_path / "grid.png")
+    data.save_grid(pictures, tmp_path / "book.png")
+    assert holds(tmp_path / "grid.png", (tmp_path / "book.png").read_bytes())
 
 
 @pytest.mark.parametrize(
