@@ -29,14 +29,16 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert (path.read_text(), leftovers(tmp_path)) == ("after", ["file"])
 
 
-def test_a_grid_is_written_whole_or_not_at_all(tmp_path):
-    pictures = np.random.default_rng(0).uniform(-1, 1, (4, 3, 16, 16))
-    with pytest.raises(OSError, match="File too large"), files_of_at_most(1000):
-        files.save_grid(pictures, tmp_path / "grid.png")
-    assert leftovers(tmp_path) == []
-    files.save_grid(pictures, tmp_path / "grid.png")
+def test_a_grid_is_replaced_whole_or_not_at_all(tmp_path):
+    path, pictures = tmp_path / "grid.png", np.random.default_rng(0).uniform(-1, 1, (4, 3, 16, 16))
+    files.save_grid(pictures, path)
     data.save_grid(pictures, tmp_path / "book.png")
-    assert holds(tmp_path / "grid.png", (tmp_path / "book.png").read_bytes())
+    before = path.read_bytes()
+    assert holds(tmp_path / "book.png", before)
+    with pytest.raises(OSError, match="File too large"), files_of_at_most(1000):
+        files.save_grid(-pictures, path)
+    assert holds(path, before)
+    assert leftovers(tmp_path) == ["book.png", "grid.png"]
 
 
 @pytest.mark.parametrize(
