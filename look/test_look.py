@@ -24,7 +24,8 @@ import data
 import transgan
 from autograd import Tensor
 from look import architecture, drawing, pictures, report
-from test_transgan import fails, leftovers, no_proxy, rehearsed_gpu, run_main, small  # noqa: F401 (fixtures)
+from store.support import holds, leftovers
+from test_transgan import fails, rehearsed_gpu, run_main, small  # noqa: F401 (fixtures)
 
 # --- 1. Setting up ----------------------------------------------------------------------------------------------------
 
@@ -514,7 +515,7 @@ def test_pictures_of_a_run(run, tmp_path, capsys):
         out = tmp_path / str(seed)
         assert run_main("--from", run, *asked, "--seed", seed, "--out", out) == 0
         for path in (run / "look").iterdir():
-            assert base.holds(out / path.name.replace("seed0", f"seed{seed}"), path.read_bytes()) == same
+            assert holds(out / path.name.replace("seed0", f"seed{seed}"), path.read_bytes()) == same
     assert (run / "report.html").read_bytes() == before
     grid = np.asarray(Image.open(run / "look" / "sample-000004-seed0.png"))
     assert grid.shape == ((2 * 17 + 1) * 6, (3 * 17 + 1) * 6, 3)

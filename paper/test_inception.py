@@ -16,7 +16,7 @@ import hashlib
 import re
 
 import test_transgan as base  # first: it imports transgan before NumPy
-from test_transgan import no_proxy, rehearsed_gpu, small  # noqa: F401 (fixtures)
+from test_transgan import rehearsed_gpu, small  # noqa: F401 (fixtures)
 
 import numpy as np  # isort: skip
 import pytest
@@ -25,6 +25,7 @@ import autograd as ag
 from data import UserError
 from paper import inception
 from paper.weights import read_weights
+from store.support import no_proxy, server, slope  # noqa: F401 (a fixture)
 
 try:
     import torch
@@ -161,7 +162,7 @@ class Reference:
 def drawn(count, height, width):
     """Pictures of a slope and of noise by turns: bytes (count, 3, height, width)."""
     pictures = np.random.default_rng(height).integers(0, 256, (count, 3, height, width), np.uint8)
-    pictures[::2] = [base.slope(height, width, i % 6).transpose(2, 0, 1) for i in range(0, count, 2)]
+    pictures[::2] = [slope(height, width, i % 6).transpose(2, 0, 1) for i in range(0, count, 2)]
     return pictures
 
 
@@ -306,7 +307,7 @@ def test_published_weights_are_downloaded_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(inception, "read_weights", lambda path: path.read_bytes())
     monkeypatch.setattr(inception, "Inception", lambda weights, name: (weights, name))
     content = b"not quite 96 MB"
-    with base.server(content) as (url, requests):
+    with server(content) as (url, requests):
         archive = dataclasses.replace(
             inception.WEIGHTS, url=url, digest=f"sha256:{hashlib.sha256(content).hexdigest()[:8]}"
         )

@@ -3,7 +3,7 @@
 import json
 
 import test_transgan as base  # first: it imports transgan before NumPy
-from test_transgan import no_proxy, rehearsed_gpu, small  # noqa: F401 (fixtures)
+from test_transgan import rehearsed_gpu, small  # noqa: F401 (fixtures)
 
 import numpy as np  # isort: skip
 import pytest

@@ -4,7 +4,7 @@ import decimal
 import json
 
 import test_transgan as base  # first: it imports transgan before NumPy
-from test_transgan import no_proxy, rehearsed_gpu, small  # noqa: F401 (fixtures)
+from test_transgan import rehearsed_gpu, small  # noqa: F401 (fixtures)
 
 import numpy as np  # isort: skip
 import pytest
@@ -17,6 +17,8 @@ import transgan
 from autograd import Tensor
 from data import UserError
 from paper import classifier, scores
+from store import datasets, files
+from store.support import encoded, fuzz, fuzzed, holds, one_line_at_most, slope
 
 # --- 1. One pass ------------------------------------------------------------------------------------------------------
 
@@ -159,7 +161,7 @@ def test_turned_pictures_know_how_far():
 
 
 def test_the_classifier_learns_shapes_and_turns():
-    pictures, labels = data.draw_shapes(600, 8), data._drawn(600, 8, 0)[1]
+    pictures, labels = data.draw_labelled_shapes(600, 8)
     assert len(set(labels)) == 18
     _, accuracy = classifier.train_classifier(pictures, labels, steps=150)
     assert accuracy > 0.5  # guessing gets one in eighteen
@@ -167,20 +169,6 @@ def test_the_classifier_learns_shapes_and_turns():
     lit[:, :, :3] = 200  # bright above: which way is up can be told
     _, accuracy = classifier.train_classifier(lit, None, steps=60)
     assert accuracy > 0.9
-
-
-def test_labels_belong_to_their_pictures(tmp_path):
-    pictures, labels = data._drawn(40, 16, 0)
-    np.testing.assert_array_equal(pictures, data.draw_shapes(40, 16))
-    for picture, label in zip(pictures, labels, strict=True):
-        colour = np.array(data.PALETTE[label % len(data.PALETTE)])
-        assert np.abs(picture[:, 8, 8].astype(int) - colour).max() < 8
-    for i, name in enumerate(data.CIFAR10_TRAIN):
-        (tmp_path / data.CIFAR10_FOLDER).mkdir(exist_ok=True)
-        (tmp_path / data.CIFAR10_FOLDER / name).write_bytes(base.python2_pickle(base.cifar_batch(i)))
-    expected = [label for i in range(5) for label in base.cifar_batch(i)[b"labels"]]
-    assert data.load_labels("cifar10", tmp_path, 32).tolist() == expected
-    assert data.load_labels("/some/folder", tmp_path, 32) is None
 
 
 @pytest.fixture
@@ -198,7 +186,7 @@ def quick(monkeypatch, small):  # noqa: F811
 
 
 def test_the_classifier_is_trained_once_for_the_same_pictures(quick, tmp_path, capsys):
-    pictures, other = data.draw_shapes(data.SHAPES_COUNT, 8), data.draw_shapes(data.SHAPES_COUNT, 8, seed=1)
+    pictures, other = data.draw_shapes(datasets.SHAPES_COUNT, 8), data.draw_shapes(datasets.SHAPES_COUNT, 8, seed=1)
     first = classifier.load_classifier(pictures, "shapes", tmp_path)
     assert "training a classifier on 17 classes of shapes" in capsys.readouterr().err
     again = classifier.load_classifier(pictures, "shapes", tmp_path)
@@ -207,7 +195,7 @@ def test_the_classifier_is_trained_once_for_the_same_pictures(quick, tmp_path, c
         np.testing.assert_array_equal(a, b)
     assert first(pictures)[0].std(axis=0).mean() == pytest.approx(1, rel=1e-3)
     assert classifier.load_classifier(other, "shapes", tmp_path).digest != first.digest
-    (path,) = tmp_path.glob(f"*{data.fingerprint(pictures)}.npz")
+    (path,) = tmp_path.glob(f"*{files.fingerprint(pictures)}.npz")
     path.write_bytes(path.read_bytes()[:-500])
     assert classifier.load_classifier(pictures, "shapes", tmp_path).digest == first.digest
     assert len(quick) == 3
@@ -273,14 +261,14 @@ def test_wrong_statistics_say_so(tmp_path, arrays, message):
     assert "\n" not in str(caught.value)
 
 
-@base.fuzz(100)
+@fuzz(100)
 @given(seed=base.seeds)
 def test_fuzzed_statistics_only_ever_raise_our_own_error(seed, tmp_path):
     """Or they are as they were written, because their bytes are held against a checksum."""
     path, mean, covariance = tmp_path / "stats.npz", np.arange(4.0), np.diag(np.arange(1.0, 5))
     (np.savez_compressed if seed % 2 else np.savez)(path, mu=mean, sigma=covariance)
-    path.write_bytes(base.fuzzed(path.read_bytes(), seed))
-    with base.one_line_at_most():
+    path.write_bytes(fuzzed(path.read_bytes(), seed))
+    with one_line_at_most():
         for got, expected in zip(scores.read_statistics(path, 4), (mean, covariance), strict=True):
             np.testing.assert_array_equal(got, expected)
 
@@ -321,7 +309,7 @@ def test_evaluating_a_run(quick, tmp_path, capsys):
     assert f"FID-own {entry['fid_own']:.2f}, IS-own {entry['is_own']:.2f} ± {entry['is_deviation_own']:.2f}" in lines[0]
     assert (entry["step"], entry["images"]) == (4, 30)
     assert len(quick) == 1
-    assert base.holds(out / "checkpoint.npz", before)
+    assert holds(out / "checkpoint.npz", before)
     stats = next((tmp_path / "data").glob("fid-stats-own-*.npz"))
     assert base.run_main("--evaluate", out, "--num-images", 30, "--fid-stats", stats, *where) == 0
     assert f"against the statistics in {stats.name}" in capsys.readouterr().out
@@ -357,7 +345,7 @@ def test_what_is_wrong_is_said_before_the_work(quick, tmp_path, capsys):
     assert quick == []
     folder = tmp_path / "one"
     folder.mkdir()
-    (folder / "a.png").write_bytes(base.encoded(base.slope(9, 9)))
+    (folder / "a.png").write_bytes(encoded(slope(9, 9)))
     alone = (
         "--dataset",
         folder,
@@ -412,7 +400,7 @@ def test_what_is_given_at_once_follows_from_memory(monkeypatch):
 @base.on_cpu
 def test_rehearsal_of_scores_on_a_gpu(quick, tmp_path, rehearsed_gpu):  # noqa: F811
     """Classifier, reference statistics and scores on arrays that refuse to meet NumPy's come to the CPU's numbers."""
-    pictures = data.draw_shapes(data.SHAPES_COUNT, 8)
+    pictures = data.draw_shapes(datasets.SHAPES_COUNT, 8)
 
     def scored(folder):
         extractor = classifier.load_classifier(pictures, "shapes", folder)

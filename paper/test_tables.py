@@ -8,6 +8,7 @@ import pytest  # isort: skip
 
 import transgan
 from paper import tables
+from store import datasets
 
 PUBLISHED = transgan.Options()
 QUICK = ["--dataset", "shapes", "--size", "tiny", "--steps", "1", "--seeds", "1", "--num-images", "20", "--jobs", "2",
@@ -23,7 +24,7 @@ def data_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         train = classifier.train_classifier
         patch.setattr(classifier, "train_classifier", lambda pictures, labels: train(pictures, labels, steps=1))
-        classifier.load_classifier(transgan.data.load_pictures("shapes", folder, 16), "shapes", folder)
+        classifier.load_classifier(datasets.load_pictures("shapes", folder, 16), "shapes", folder)
     return folder
 
 

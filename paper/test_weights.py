@@ -33,6 +33,7 @@ from hypothesis import strategies as st
 from data import UserError
 from paper import weights
 from paper.weights import read_weights
+from store.support import fuzz, fuzzed, one_line_at_most
 
 # --- 1. Making files --------------------------------------------------------------------------------------------------
 
@@ -795,7 +796,7 @@ LOOKS = {"a": Look("0", 1, (2, 2), (3, 1)), "b": Look("1", 0, (), ()), "c": Look
 
 def survives(path, content):
     """Read a file that may be damaged: only UserError may come of it, or arrays that are not too large."""
-    with base.one_line_at_most():
+    with one_line_at_most():
         got = reading(path, content)
         assert all(type(name) is str and type(x) is np.ndarray for name, x in got.items())
         assert sum(x.nbytes for x in got.values()) <= 4 * len(content)
@@ -804,18 +805,18 @@ def survives(path, content):
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
-@base.fuzz(300)
+@fuzz(300)
 @given(seed=base.seeds)
 def test_fuzzed_pickles_only_ever_raise_our_own_error(path, seed):
-    survives(path, zip_file(base.fuzzed(pickled(state(SMALL, LOOKS)), seed), SMALL))
+    survives(path, zip_file(fuzzed(pickled(state(SMALL, LOOKS)), seed), SMALL))
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")  # in an instruction that is not run
 @pytest.mark.parametrize("form", FORMS)
-@base.fuzz(150)
+@fuzz(150)
 @given(seed=base.seeds)
 def test_fuzzed_files_only_ever_raise_our_own_error(path, form, seed):
-    survives(path, base.fuzzed(any_file(form, SMALL, LOOKS), seed))
+    survives(path, fuzzed(any_file(form, SMALL, LOOKS), seed))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,0 +1,117 @@
+"""Files that are whole, or do not appear; arrays in them that claim no more than there is."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import data
+from data import Floats, UserError
+
+CHECKPOINTS = ("checkpoint.npz", "checkpoint-previous.npz")  # of a run's folder, the newest first
+CHUNK = 1024  # pictures that are decoded or hashed at once
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """Within this context, a path to write to; what lies there appears as `path` at the end, unless something went wrong.
+
+    So nobody ever meets half a file, and one that was there before stays until the new one is whole and on the disk itself.
+    It is then renamed to `previous`, if that is given. If all ends between the two renames, `previous` is the newest, and
+    there is no `path`; links would close that gap, but not every file system has them.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        sync(part)
+        if previous and path.exists():
+            path.replace(previous)
+        part.replace(path)
+        if os.name == "posix":
+            with contextlib.suppress(OSError):  # some network file systems cannot
+                sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk itself holds a file, or the names in a folder."""
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows asks for the latter
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def portable(name: str) -> str:
+    """A name for a file as any system takes it: without what Windows forbids, and none of the names it keeps to itself."""
+    name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name).rstrip(". ")
+    reserved = re.fullmatch(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³]) *(\..*)?", name, re.I)
+    return f"_{name}" if reserved else name
+
+
+def short_name(dataset: str | Path) -> str:
+    """The name of a data set, or the beginning of its folder's, to name files by."""
+    return portable(Path(dataset).name[:40])
+
+
+def fingerprint(*arrays: NDArray[Any]) -> str:
+    """Sixteen hexadecimal digits that tell these arrays from others."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape}{array.dtype}".encode())
+        for first in range(0, len(array), CHUNK):
+            digest.update(np.ascontiguousarray(array[first : first + CHUNK]).data)
+    return digest.hexdigest()[:16]
+
+
+def save_grid(pictures: Floats, path: str | Path, columns: int = 8) -> None:
+    """`data.save_grid`, to a file that appears only when it is whole."""
+    with whole_file(Path(path)) as part:
+        data.save_grid(pictures, part, columns)
+
+
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """Write arrays as an .npz file, which appears when it is whole. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as part, part.open("wb") as file:
+            np.savez(file, **arrays)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another --data-dir") from None
+
+
+def array_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """What an open .npy file begins with: (shape, whether the first index runs fastest, dtype). Raises ValueError."""
+    if np.lib.format.read_magic(member) != (1, 0):
+        raise ValueError("an array is of another version")
+    return np.lib.format.read_array_header_1_0(member)
+
+
+def read_array(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
+    """The array `name` of an .npz file, a ZipFile, read-only; nothing larger than `most` bytes is read or made.
+
+    np.load makes room for whatever a file claims, and reads all that a compressed one unfolds to. Raises ValueError, and
+    what a damaged zip file can make Python raise.
+    """
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in a way that NumPy does not use")
+    with archive.open(info) as member:
+        shape, in_columns, dtype = array_header(member)
+        size = math.prod(shape) * dtype.itemsize
+        if not 0 <= size <= most:
+            raise ValueError(f"{name} claims {size} bytes, more than {most}")
+        content = member.read(size + 1)  # one more: only at its end is a member held against its checksum
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if in_columns else "C")

@@ -1,0 +1,67 @@
+"""How the program speaks to people and to other programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from typing import TextIO
+
+mode = "lines"  # what standard output is given: "lines" for people, "json" for programs, or nothing, "quiet"
+
+
+def tell(line: str | None, **fields: object) -> None:
+    """Say something on standard output: the line, if there is one; or with --json the fields, as one object in one line.
+
+    A number that is not finite becomes null there, because JSON has no word for it.
+    """
+    if mode == "json":
+        unknown = {name: None for name, x in fields.items() if isinstance(x, float) and not math.isfinite(x)}
+        print(json.dumps(fields | unknown), flush=True)
+    elif mode == "lines" and line is not None:
+        print(line, flush=True)
+
+
+def note(line: str) -> None:
+    """Say on standard error what is going on, unless --quiet wants to hear of errors alone."""
+    if mode != "quiet":
+        print(line, file=sys.stderr, flush=True)
+
+
+def is_live(stream: TextIO | None) -> bool:
+    """Whether a line on this stream may change in place: on a terminal that takes escape sequences, and whose user does.
+
+    TERM=dumb says that the terminal does not, any NO_COLOR but an empty one that the user does not (no-color.org).
+    """
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return bool(stream and stream.isatty()) and not plain
+
+
+def one_line(message: str) -> str:
+    """A message as one line of printable characters, whatever names of files and damaged contents put into it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+class Progress:
+    """One line on standard error that changes while something goes on; nothing where it cannot, see `is_live`."""
+
+    def __enter__(self) -> Progress:
+        self.live, self.shown = mode != "quiet" and is_live(sys.stderr), 0.0
+        return self
+
+    def __call__(self, text: str) -> None:
+        if self.live and time.monotonic() - self.shown > 0.2:
+            self.shown = time.monotonic()
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

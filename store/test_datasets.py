@@ -1,0 +1,411 @@
+"""The promises of store/datasets.py: pictures of any kind are read right, and nothing that a file holds does any harm."""
+
+import functools
+import gzip
+import io
+import os
+import pickle
+import tarfile
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+
+import test_transgan as base  # first: it imports transgan before NumPy
+
+import numpy as np  # isort: skip
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+from data import UserError
+from store import datasets
+from store.support import (
+    PUBLISHED,
+    assert_pictures,
+    celeba_archive,
+    cifar_batch,
+    cifar_files,
+    each_data_set,
+    encoded,
+    files_of_at_most,
+    fuzz,
+    fuzzed,
+    leftovers,
+    of,
+    one_line_at_most,
+    python2_pickle,
+    slope,
+    stl10_archive,
+    write_archive,
+)
+
+# --- 1. Archives ------------------------------------------------------------------------------------------------------
+
+
+def test_files_that_a_person_extracted_are_used(tmp_path):
+    content, *expected = stl10_archive()
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        (tmp_path / "stl10_binary").mkdir()
+        (tmp_path / datasets.STL10_FILE).write_bytes(tar.extractfile(datasets.STL10_FILE).read())
+    assert_pictures(datasets.load_stl10(tmp_path), *expected)
+    content, *expected = celeba_archive()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        archive.extractall(tmp_path)
+    assert_pictures(datasets.load_celeba(tmp_path), *expected)
+
+
+@each_data_set
+def test_a_disk_that_fills_up_while_reading_leaves_nothing_half_written(name, tmp_path):
+    published, make, load = PUBLISHED[name]
+    content, *expected = make()
+    (tmp_path / published.name).write_bytes(content)
+    with files_of_at_most(10_000), pytest.raises(UserError, match="File too large") as caught:
+        load(tmp_path, of(published, content))
+    assert "\n" not in str(caught.value)
+    assert leftovers(tmp_path) == [published.name]
+    assert_pictures(load(tmp_path, of(published, content)), *expected)
+
+
+def bad_archives():
+    files = cifar_files()
+    yield "truncated", lambda path: path.write_bytes(write_archive(path, files)[:-2000]), "cannot read"
+    yield "not an archive", lambda path: path.write_bytes(b"hello" * 100), "cannot read"
+    yield "empty", lambda path: path.write_bytes(b""), "cannot read"
+    yield "incomplete", lambda path: write_archive(path, dict(list(files.items())[:4])), "is not CIFAR-10"
+    yield "links", lambda path: write_archive(path, files, tarfile.SYMTYPE), "not a plain file"
+    yield "folders", lambda path: write_archive(path, files, tarfile.DIRTYPE), "not a plain file"
+
+
+@pytest.mark.parametrize(("make", "message"), [pytest.param(m, t, id=n) for n, m, t in bad_archives()])
+def test_a_bad_archive_says_so_and_leaves_nothing_half_written(tmp_path, make, message):
+    archive = tmp_path / datasets.CIFAR10.name
+    make(archive)
+    with pytest.raises(UserError, match="is not the file expected") as caught:
+        datasets.load_cifar10(tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=message) as caught:
+        datasets.load_cifar10(tmp_path, of(datasets.CIFAR10, archive.read_bytes()))
+    assert "\n" not in str(caught.value)
+    assert leftovers(tmp_path) == [datasets.CIFAR10.name]
+
+
+@pytest.mark.parametrize("name", ["stl10", "celeba"])
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "other", "cut picture", "no picture"])
+def test_a_damaged_archive_makes_no_cache(name, damage, tmp_path, capsys):
+    published, make, load = PUBLISHED[name]
+    content, *_ = make()
+    other = io.BytesIO()
+    if name == "stl10":
+        size = 27647 if damage == "cut picture" else 0
+        file = "other" if damage == "other" else datasets.STL10_FILE
+        with tarfile.open(fileobj=other, mode="w:gz") as tar:
+            member = tarfile.TarInfo(file)
+            member.size = size
+            tar.addfile(member, io.BytesIO(b"x" * size))
+    else:
+        with zipfile.ZipFile(other, "w") as archive:
+            archive.writestr("other" if damage == "other" else "img_align_celeba/1.jpg", b"x")
+    content = {"truncated": content[:-300], "text": b"hello" * 100, "empty": b""}.get(damage, other.getvalue())
+    (tmp_path / published.name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, of(published, content))
+    assert "\n" not in str(caught.value)
+    assert "cannot keep" not in str(caught.value)  # it is not the cache that is wrong
+    assert leftovers(tmp_path) == [published.name]
+
+
+def test_a_file_too_large_is_not_extracted(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_FILE", 100)
+    archive = write_archive(tmp_path / datasets.CIFAR10.name, cifar_files())
+    with pytest.raises(UserError, match="size"):
+        datasets.load_cifar10(tmp_path, of(datasets.CIFAR10, archive))
+    assert leftovers(tmp_path) == [datasets.CIFAR10.name]
+    content, *_ = celeba_archive()
+    (tmp_path / datasets.CELEBA.name).write_bytes(content)
+    with pytest.raises(UserError, match="no picture that can be read .*too large for a face"):
+        datasets.load_celeba(tmp_path, 64, of(datasets.CELEBA, content))
+
+
+made_once = functools.cache(lambda make: make()[0])
+
+
+@each_data_set
+@fuzz(40)
+@given(seed=base.seeds)
+def test_a_fuzzed_archive_only_ever_raises_our_own_error(name, seed):
+    """Half of the damage is done inside of the compression; and nothing appears but what belongs there."""
+    published, make, load = PUBLISHED[name]
+    content = made_once(make)
+    if seed % 2 and name != "celeba":
+        content = gzip.compress(fuzzed(gzip.decompress(content), seed), 1)
+    else:
+        content = fuzzed(content, seed)
+    caches = {"stl10": "stl10-48.pictures", "celeba": "celeba-64.pictures"}
+    folder = [data.CIFAR10_FOLDER, *(f"{data.CIFAR10_FOLDER}/{file}" for file in datasets.CIFAR10_FILES)]
+    made = [caches[name]] if name in caches else folder
+    with tempfile.TemporaryDirectory() as top:
+        where = Path(top) / "data"
+        where.mkdir()
+        (where / published.name).write_bytes(content)
+        with one_line_at_most():
+            pictures = load(where, of(published, content))
+            assert pictures.dtype == np.uint8
+            assert pictures.shape[1:] == (3, *[{"cifar10": 32, "stl10": 48, "celeba": 64}[name]] * 2)
+            assert len(pictures)
+        assert set(leftovers(Path(top))) <= {"data", *(f"data/{file}" for file in [published.name, *made])}
+
+
+# --- 2. CIFAR-10's pickles --------------------------------------------------------------------------------------------
+
+
+def read(content):
+    return data.read_batch(Path("folder/batch"), content)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (cifar_batch(0) | {b"data": np.zeros((8, 3071), np.uint8)}, r"rows of 3072 bytes, found \(8, 3071\)"),
+        (cifar_batch(0) | {b"data": np.zeros((0, 3072), np.uint8)}, "rows of 3072 bytes"),
+        (cifar_batch(0) | {b"data": np.zeros((8, 3072), np.float32)}, "plain unsigned bytes"),
+        (cifar_batch(0) | {b"data": np.zeros((8, 3072), np.int8)}, "plain unsigned bytes"),
+        (cifar_batch(0) | {b"data": np.zeros((3072, 8), np.uint8).T}, "plain unsigned bytes"),
+        (cifar_batch(0) | {b"data": [1, 2, 3]}, "rows of 3072 bytes, found list"),
+        (cifar_batch(0) | {b"labels": [1, 2]}, "a list of 8 labels"),
+        (cifar_batch(0) | {b"labels": [0] * 7 + [10]}, "from 0 to 9"),
+        (cifar_batch(0) | {b"labels": [0] * 7 + [-1]}, "from 0 to 9"),
+        (cifar_batch(0) | {b"labels": [0] * 7 + ["cat"]}, "from 0 to 9"),
+        ({b"data": np.zeros((8, 3072), np.uint8)}, "labels"),
+        ([1, 2], "is not a batch"),
+    ],
+)
+def test_wrong_contents_say_so(value, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read(python2_pickle(value))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02}N" + b"\x85" * 1_000_000 + b"Ns.",  # a tuple nested too deep to be hashed
+        b"\x80\x02}N" + b"2\x86" * 60 + b"Ns.",  # one that doubles sixty times
+        b"\x80\x02Nr\xff\xff\xff\x7f.",  # a place in the memo that would take 34 GB
+    ],
+)
+def test_pickles_built_to_exhaust_the_machine_are_refused(content):
+    with pytest.raises(UserError, match="built to exhaust"):
+        read(content)
+
+
+def test_a_file_without_end_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_FILE", 1000)
+    (tmp_path / data.CIFAR10_FOLDER).mkdir()
+    (tmp_path / data.CIFAR10_FOLDER / data.CIFAR10_TRAIN[0]).write_bytes(python2_pickle(cifar_batch(0)))
+    with pytest.raises(UserError, match="larger than 1000 bytes"):
+        data.load_cifar10(tmp_path)
+
+
+def test_modern_pickles_and_missing_files(tmp_path):
+    for protocol in (3, 4):
+        pictures, labels = read(pickle.dumps(cifar_batch(3), protocol))
+        assert labels.tolist() == cifar_batch(3)[b"labels"]
+        np.testing.assert_array_equal(pictures.reshape(8, -1), cifar_batch(3)[b"data"])
+    (tmp_path / data.CIFAR10_FOLDER).mkdir()
+    with pytest.raises(UserError, match="cannot read"):
+        datasets.load_cifar10(tmp_path)
+
+
+def test_what_python_says_of_a_pickle_in_two_lines_becomes_one():
+    with pytest.raises(UserError, match=r"persistent id instruction was encountered,\); delete folder and"):
+        read(b"\x80\2K\1Q.")
+
+
+@fuzz(200)
+@given(seed=base.seeds)
+def test_a_fuzzed_pickle_only_ever_raises_our_own_error(seed):
+    content = fuzzed(python2_pickle({b"labels": [1], b"data": np.zeros((1, 3072), np.uint8)}), seed)
+    with one_line_at_most():
+        pictures, labels = read(content)
+        assert pictures.shape == (1, 3, 32, 32)
+        assert pictures.dtype == np.uint8
+        assert 0 <= labels <= 9
+
+
+def test_labels_belong_to_their_pictures(tmp_path):
+    pictures, labels = data.draw_labelled_shapes(40, 16)
+    np.testing.assert_array_equal(pictures, data.draw_shapes(40, 16))
+    for picture, label in zip(pictures, labels, strict=True):
+        colour = np.array(data.PALETTE[label % len(data.PALETTE)])
+        assert np.abs(picture[:, 8, 8].astype(int) - colour).max() < 8
+    for i, name in enumerate(data.CIFAR10_TRAIN):
+        (tmp_path / data.CIFAR10_FOLDER).mkdir(exist_ok=True)
+        (tmp_path / data.CIFAR10_FOLDER / name).write_bytes(python2_pickle(cifar_batch(i)))
+    expected = [label for i in range(5) for label in cifar_batch(i)[b"labels"]]
+    assert datasets.load_labels("cifar10", tmp_path, 32).tolist() == expected
+    assert datasets.load_labels("/some/folder", tmp_path, 32) is None
+
+
+# --- 3. Any pictures --------------------------------------------------------------------------------------------------
+
+
+@fuzz(100)
+@given(seed=base.seeds)
+def test_a_fuzzed_cache_only_ever_raises_our_own_error(seed, tmp_path):
+    path = tmp_path / f"x{datasets.CACHE}"
+    path.write_bytes(fuzzed(bytes(4 * 48), seed))
+    with one_line_at_most():
+        assert datasets.cached(path, 4, None).nbytes == path.stat().st_size > 0
+
+
+def picture_kinds():
+    """Files of many formats and modes, all showing the same slope; the tolerance is in steps of brightness."""
+    picture = slope(60, 60)
+    image = Image.fromarray(picture)
+    grey = Image.fromarray(picture[..., 0])
+    transparent = image.convert("RGBA")
+    transparent.putalpha(0)
+    turned, exif = image.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    grey3 = picture[..., :1].repeat(3, axis=2)
+    yield "a.png", encoded(image), picture, 1
+    yield "b.jpg", encoded(image, "JPEG", quality=95), picture, 8
+    yield "c.bmp", encoded(image, "BMP"), picture, 1
+    yield "d.webp", encoded(image, "WEBP", lossless=True), picture, 1
+    yield "e.tiff", encoded(image, "TIFF"), picture, 1
+    yield "f.PNG", encoded(image.convert("P", palette=Image.Palette.ADAPTIVE, colors=256)), picture, 40
+    yield "g.gif", encoded(image, "GIF", save_all=True, append_images=[grey]), picture, 60
+    yield "h.png", encoded(grey), grey3, 1
+    yield "i.jpeg", encoded(image.convert("CMYK"), "JPEG", quality=95), picture, 8
+    yield "j.png", encoded(transparent), np.full_like(picture, 255), 0
+    yield "k.png", encoded(Image.fromarray(picture[..., 0].astype(np.uint16) * 257)), grey3, 1
+    yield "l.jpg", encoded(turned, "JPEG", quality=95, exif=exif), picture, 8
+    yield "m.png", encoded(image.convert("1", dither=0)), None, 0
+    yield "n", encoded(image), picture, 1  # a file whose name tells nothing
+
+
+def test_a_picture_of_any_format_and_mode_is_read(tmp_path):
+    for name, content, _, _ in picture_kinds():
+        (tmp_path / name).write_bytes(content)
+    pictures = datasets.load_folder(tmp_path, tmp_path / "cache", 30)
+    kinds = list(picture_kinds())
+    assert pictures.shape == (len(kinds), 3, 30, 30)
+    for picture, (name, _, expected, tolerance) in zip(pictures, kinds, strict=True):
+        if expected is not None:
+            halves = expected.reshape(30, 2, 30, 2, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
+            distance = np.abs(picture - halves)[..., 1:-1, 1:-1]
+            assert distance.max() <= tolerance + 3 * (tolerance > 0), name
+
+
+@given(square=st.integers(16, 90), more=st.integers(0, 60), tall=st.booleans(), side=st.sampled_from([4, 8]))
+@settings(max_examples=50)
+def test_the_middle_square_of_a_picture_is_taken(square, more, tall, side):
+    """A blue square with a green first quarter, red on both sides: the result is the square, and nothing of the red."""
+    picture, edge = np.full((square, square + 2 * more, 3), (255, 0, 0), np.uint8), square // 4
+    picture[:, more : more + square] = (0, 0, 255)
+    picture[:, more : more + edge] = (0, 255, 0)
+    fitted = datasets.fit(Image.fromarray(picture.swapaxes(0, 1) if tall else picture), side)
+    assert fitted.shape == (3, side, side)
+    fitted = fitted.swapaxes(1, 2) if tall else fitted
+    assert fitted[0, :, 1:-1].max() < 10
+    assert fitted[1, :, 0].min() > 180
+    assert fitted[2, :, side // 2 :].min() > 180
+    assert fitted[0, :, -1].max() < 90
+
+
+def test_a_folder_is_decoded_once_and_again_when_it_changes(tmp_path, capsys, monkeypatch):
+    folder, cache = tmp_path / "faces [1]", tmp_path / "data"
+    (folder / "more" / "deep").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    names = ["b.png", "a.png", "more/c.png", "more/deep/d.png"]
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(encoded(np.full((9, 9, 3), i, np.uint8)))
+    for name in (".DS_Store", ".hidden/e.png"):
+        (folder / name).write_bytes(encoded(np.full((9, 9, 3), 99, np.uint8)))
+    (folder / "notes.txt").write_text("no picture")
+    noise = np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)
+    (folder / "cut.png").write_bytes(encoded(noise)[:700])
+    decoded, fit = [], datasets.fit
+    monkeypatch.setattr(datasets, "fit", lambda picture, side: decoded.append(side) or fit(picture, side))
+
+    def load(side=8):
+        decoded.clear()
+        capsys.readouterr()
+        return datasets.load_folder(folder, cache, side)[:, 0, 0, 0].tolist(), len(decoded), capsys.readouterr().err
+
+    first = load()
+    assert first[0] == [1, 0, 2, 3]  # in the order of their names
+    assert "skipped 'cut.png'" in first[2]
+    assert "skipped 'notes.txt'" in first[2]
+    assert "hidden" not in first[2]
+    assert load() == ([1, 0, 2, 3], 0, "")
+    (folder / "e.png").write_bytes(encoded(np.full((9, 9, 3), 4, np.uint8)))
+    assert load()[0] == [1, 0, 4, 2, 3]
+    os.utime(folder / "e.png", ns=(1, 1))
+    assert load()[1] == 6
+    (folder / "b.png").unlink()
+    assert load()[0] == [1, 4, 2, 3]
+    assert len(leftovers(cache)) == 1
+    assert load(16)[1] == 5
+    assert load()[1] == 0
+    assert len(leftovers(cache)) == 2
+    assert datasets.load_folder(folder, folder, 8).shape == (4, 3, 8, 8)
+    decoded.clear()
+    assert datasets.load_folder(folder, folder, 8).shape == (4, 3, 8, 8)  # a cache among the pictures is none of them
+    assert decoded == []
+    assert len(list(folder.glob("*.pictures"))) == 1
+
+
+def test_a_runs_own_grids_are_no_pictures_to_learn(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(slope(9, 9)))
+    (tmp_path / "runs" / "x" / "samples").mkdir(parents=True)
+    for name in ("checkpoint.npz", "log.csv", "samples/step-000000.png", "locality.png"):
+        (tmp_path / "runs" / "x" / name).write_bytes(encoded(slope(9, 9)))
+    assert len(datasets.load_folder(tmp_path, tmp_path / "data", 8)) == 1
+
+
+def test_odd_pictures_and_long_names_are_taken_without_a_word(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / ("long" * 60)
+    folder.mkdir()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)  # Pillow warns of larger ones
+    (folder / "large.png").write_bytes(encoded(slope(20, 20)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert datasets.load_folder(folder, tmp_path, 8).shape == (1, 3, 8, 8)
+    assert capsys.readouterr().err == ""
+
+
+def test_many_unreadable_files_are_counted_and_an_empty_folder_is_refused(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    with pytest.raises(UserError, match="there is no folder"):
+        datasets.load_folder(folder, tmp_path, 8)
+    folder.mkdir()
+    with pytest.raises(UserError, match="holds no files"):
+        datasets.load_folder(folder, tmp_path, 8)
+    for i in range(14):
+        (folder / f"{i}.txt").write_text("x")
+    with pytest.raises(UserError, match="holds no picture that can be read"):
+        datasets.load_folder(folder, tmp_path, 8)
+    (folder / "one.png").write_bytes(encoded(slope(9, 9)))
+    capsys.readouterr()
+    assert len(datasets.load_folder(folder, tmp_path, 8)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == f"skipped 4 more of {folder}'s 15 files"
+    with pytest.raises(UserError, match="cannot keep the decoded pictures in .* choose another --data-dir"):
+        datasets.load_folder(folder, folder / "1.txt", 8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+@fuzz(30)
+@given(seed=base.seeds)
+def test_a_fuzzed_picture_is_read_or_skipped(kind, seed, capsys):
+    good, bad = encoded(slope(9, 9)), fuzzed(encoded(slope(20, 20), kind), seed)
+    with warnings.catch_warnings(), one_line_at_most():
+        warnings.simplefilter("ignore")  # Pillow's, on odd pictures
+        pictures = list(datasets.decode(["bad", "good"], lambda name: io.BytesIO(good if name == "good" else bad), 8, "x"))
+    assert pictures[0].shape in ((1, 3, 8, 8), (2, 3, 8, 8))
+    assert ("skipped 'bad': " in capsys.readouterr().err) == (len(pictures[0]) == 1)

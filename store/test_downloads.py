@@ -1,0 +1,200 @@
+"""The promises of store/downloads.py: what is published comes whole and right, whatever happens on the way."""
+
+import dataclasses
+import os
+import shutil
+import sys
+import types
+
+import test_transgan  # noqa: F401 (first: it imports transgan before NumPy)
+
+import pytest  # isort: skip
+
+import data
+from data import UserError
+from store import datasets, downloads
+from store.support import (  # noqa: F401 (a fixture)
+    PUBLISHED,
+    assert_pictures,
+    cifar10_archive,
+    each_data_set,
+    files_of_at_most,
+    holds,
+    leftovers,
+    no_proxy,
+    of,
+    server,
+)
+
+
+@each_data_set
+def test_a_published_data_set_is_downloaded_checked_and_read_once(name, tmp_path, capsys):
+    published, make, load = PUBLISHED[name]
+    content, *expected = make()
+    folder = tmp_path / "data"
+    with server(content) as (url, requests):
+        for _ in range(2):
+            pictures = load(folder, of(published, content, url))
+            assert_pictures(pictures, *expected)
+    assert requests == [None]
+    assert f"downloading {url}" in capsys.readouterr().err
+    assert holds(folder / published.name, content)
+    rest = [f"{data.CIFAR10_FOLDER}/{x}" for x in sorted(datasets.CIFAR10_FILES)]
+    rest = {"cifar10": [data.CIFAR10_FOLDER, *rest], "stl10": ["stl10-48.pictures"], "celeba": ["celeba-64.pictures"]}
+    assert leftovers(folder) == sorted([published.name, *rest[name]])
+
+
+@each_data_set
+def test_an_archive_that_lies_there_is_used_and_what_was_made_of_it_too(name, tmp_path):
+    published, make, load = PUBLISHED[name]
+    content, *expected = make()
+    (tmp_path / published.name).write_bytes(content)
+    assert_pictures(load(tmp_path, of(published, content)), *expected)
+    (tmp_path / published.name).unlink()
+    assert_pictures(load(tmp_path, published), *expected)
+
+
+@each_data_set
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_broke_off_goes_on_where_it_did(name, ranges, tmp_path):
+    published, make, load = PUBLISHED[name]
+    content, *expected = make()
+    half, most = len(content) // 2, len(content) * 3 // 4
+    with server(content, cuts=[half, most - half if ranges else most], ranges=ranges) as (url, requests):
+        archive = of(published, content, url)
+        for done in (half, most):
+            with pytest.raises(UserError, match=f"broke off after {done} of {len(content)} bytes; start again to go on"):
+                load(tmp_path, archive)
+            assert leftovers(tmp_path) == [published.name + ".part"]
+            assert holds(tmp_path / leftovers(tmp_path)[0], content[:done])
+        assert_pictures(load(tmp_path, archive), *expected)
+    assert requests == [None, f"bytes={half}-", f"bytes={most}-"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+@each_data_set
+def test_a_part_that_is_the_whole_is_taken_and_a_wrong_one_thrown_away(name, tmp_path):
+    published, make, load = PUBLISHED[name]
+    content, *expected = make()
+    part = tmp_path / (published.name + ".part")
+    for kept, fits in ((content + b"more", False), (b"x" + content[1:-9], False), (content, True)):
+        part.write_bytes(kept)
+        with server(content) as (url, requests):
+            archive = of(published, content, url)
+            if not fits:
+                with pytest.raises(UserError, match="is not the file expected"):
+                    load(tmp_path, archive)
+                assert leftovers(tmp_path) == []
+                continue
+            assert_pictures(load(tmp_path, archive), *expected)
+            assert requests == [f"bytes={len(content)}-"]
+
+
+@each_data_set
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"", {"announced": 5000}, "broke off after 0 of 5000 bytes"),
+        (b"\x1f\x8b wrong", {}, "is not the file expected .* fetch .* by hand"),
+        (
+            b" <html>try later</html>",
+            {},
+            "answered with a web page, not with .*; try later, or fetch .* by hand and save it as",
+        ),
+        (b"gone", {"status": 404}, "Not Found.* fetch .* by hand"),
+        (b"", {"status": 503}, "Service Unavailable"),
+    ],
+)
+def test_a_bad_download_says_so_and_leaves_nothing(name, tmp_path, content, options, message):
+    published, _, load = PUBLISHED[name]
+    with server(content, **options) as (url, _), pytest.raises(UserError, match=message) as caught:
+        load(tmp_path, of(published, b"another", url))
+    assert "\n" not in str(caught.value)
+    assert "by hand" not in message or published.page in str(caught.value)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_web_page_does_not_cost_what_has_arrived(tmp_path):
+    content, *_ = cifar10_archive()
+    part = tmp_path / (datasets.CIFAR10.name + ".part")
+    part.write_bytes(content[:1000])
+    with server(b"<!doctype html>", ranges=False) as (url, _), pytest.raises(UserError, match="web page"):
+        datasets.load_cifar10(tmp_path, of(datasets.CIFAR10, content, url))
+    assert holds(part, content[:1000])
+
+
+@each_data_set
+def test_a_disk_that_fills_up_during_a_download_costs_nothing(name, tmp_path):
+    published, make, load = PUBLISHED[name]
+    content, *expected = make()
+    with server(content) as (url, _):
+        archive = of(published, content, url)
+        with (
+            files_of_at_most(len(content) // 2),
+            pytest.raises(UserError, match="cannot download .* File too large; start"),
+        ):
+            load(tmp_path, archive)
+        assert leftovers(tmp_path) == [published.name + ".part"]
+        assert_pictures(load(tmp_path, archive), *expected)
+
+
+def test_a_disk_too_small_is_noticed_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5_000_000))
+    with (
+        server(b"x", announced=9_000_000) as (url, _),
+        pytest.raises(UserError, match="needs 9 MB more and .* has 5; free"),
+    ):
+        datasets.load_cifar10(tmp_path, of(datasets.CIFAR10, b"x", url))
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [b"half", b""])
+def test_two_runs_do_not_download_into_one_file(content, tmp_path):
+    """Nor does the second remove what the first has only just begun."""
+    fcntl = pytest.importorskip("fcntl")
+    part = tmp_path / (datasets.CIFAR10.name + ".part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is downloading"):
+            datasets.load_cifar10(tmp_path)
+    assert part.read_bytes() == content
+
+
+def test_on_windows_the_same_byte_is_locked(tmp_path, monkeypatch):
+    """A stand-in for its msvcrt: what is locked starts where the file stands, and bytes are appended all the same."""
+    locked = []
+
+    def locking(number, mode, count):
+        byte = os.lseek(number, 0, os.SEEK_CUR)
+        if (byte, count) in locked:
+            raise PermissionError(13, "Permission denied")
+        locked.append((byte, count))
+
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
+    monkeypatch.setattr(sys, "platform", "win32")
+    path = tmp_path / "archive.part"
+    path.write_bytes(b"half")
+    with path.open("ab") as first:
+        downloads.lock(first)
+        assert first.tell() == 4
+        first.write(b" and more")
+        first.flush()
+        with path.open("ab") as second, pytest.raises(BlockingIOError):
+            downloads.lock(second)
+    assert path.read_bytes() == b"half and more"
+
+
+@each_data_set
+def test_no_server_no_address_no_folder(name, tmp_path):
+    published, _, load = PUBLISHED[name]
+    for url in ("http://127.0.0.1:9/x", "http://[::1", "nonsense"):
+        with pytest.raises(UserError, match="cannot download .* by hand and save it as"):
+            load(tmp_path, dataclasses.replace(published, url=url))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot download|cannot keep"):
+        load(tmp_path / "file" / "data", of(published, b""))
+    (tmp_path / published.name).mkdir()
+    with pytest.raises(UserError, match="cannot read .* choose another --data-dir"):
+        load(tmp_path, published)

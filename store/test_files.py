@@ -1,0 +1,119 @@
+"""The promises of store/files.py: whole files, and arrays that claim no more than there is."""
+
+import io
+import tracemalloc
+import zipfile
+
+import test_transgan  # noqa: F401 (first: it imports transgan before NumPy)
+
+import numpy as np  # isort: skip
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+from store import files
+from store.support import files_of_at_most, holds, leftovers
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(KeyboardInterrupt), files.whole_file(path) as part:
+        part.write_text("half")
+        assert path.read_text() == "before"
+        raise KeyboardInterrupt
+    assert (path.read_text(), leftovers(tmp_path)) == ("before", ["file"])
+    with files.whole_file(path) as part:
+        part.write_text("after")
+    assert (path.read_text(), leftovers(tmp_path)) == ("after", ["file"])
+
+
+def test_a_grid_is_replaced_whole_or_not_at_all(tmp_path):
+    path, pictures = tmp_path / "grid.png", np.random.default_rng(0).uniform(-1, 1, (4, 3, 16, 16))
+    files.save_grid(pictures, path)
+    data.save_grid(pictures, tmp_path / "book.png")
+    before = path.read_bytes()
+    assert holds(tmp_path / "book.png", before)
+    with pytest.raises(OSError, match="File too large"), files_of_at_most(1000):
+        files.save_grid(-pictures, path)
+    assert holds(path, before)
+    assert leftovers(tmp_path) == ["book.png", "grid.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("flowers", "flowers"),
+        ('a<b>c:d"e|f?g*h\\i', "a_b_c_d_e_f_g_h_i"),
+        ("a\nb\x00", "a_b_"),
+        ("v1.2", "v1.2"),
+        ("ends. . ", "ends"),
+        ("con", "_con"),
+        ("Lpt1.jpg-S", "_Lpt1.jpg-S"),
+        ("COM² .x", "_COM² .x"),
+        ("console", "console"),
+        ("com10", "com10"),
+    ],
+)
+def test_names_of_files_are_such_as_any_system_takes(name, kept):
+    assert files.portable(name) == kept
+
+
+def test_a_fingerprint_tells_every_byte_and_shape(monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 4)
+    pictures = np.random.default_rng(0).integers(0, 256, (10, 3, 2, 2), dtype=np.uint8)
+    first, last = pictures.copy(), pictures.copy()
+    first[0, 0, 0, 0] ^= 1
+    last[-1, -1, -1, -1] ^= 1
+    others = [first, last, pictures[:9], pictures.reshape(10, 3, 4, 1), pictures.view(np.int8), pictures[::-1]]
+    found = {files.fingerprint(x) for x in [pictures, *others]}
+    assert len(found) == 1 + len(others)
+    assert files.fingerprint(pictures.copy()) == files.fingerprint(pictures)
+    assert files.fingerprint(pictures, first) != files.fingerprint(first, pictures)
+
+
+def npz(content, compression=zipfile.ZIP_DEFLATED):
+    """A zip file, open, with one member: x.npy."""
+    file = zipfile.ZipFile(io.BytesIO(), "w", compression)
+    file.writestr("x.npy", content)
+    return file
+
+
+def npy(claim, content=b""):
+    """An .npy file whose header claims this shape."""
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": claim})
+    return out.getvalue() + content
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: npz(npy((1 << 24,), bytes(1 << 26))), "claims 67108864 bytes, more than 100"),
+        (lambda: npz(npy((1 << 60,))), "claims"),
+        (lambda: npz(npy((-1,), bytes(8))), "claims -4"),
+        (lambda: npz(npy((4,), bytes(1 << 26))), "cannot reshape|buffer size"),
+        (lambda: npz(npy((4,), bytes(8))), "cannot reshape|buffer"),
+        (lambda: npz(npy((4,), bytes(16)), zipfile.ZIP_BZIP2), "in a way that NumPy does not use"),
+        (lambda: npz(b"\x93NUMPY\3\0" + bytes(99)), "another version"),
+        (lambda: npz(npy((1,), bytes(8)).replace(b"'<f4'", b"'O'  ")), "OBJECT"),
+    ],
+)
+def test_an_array_that_claims_too_much_is_not_read(make, message):
+    with make() as file:
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match=message):
+                files.read_array(file, "x", 100)
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+
+
+@given(array=st.sampled_from([np.arange(6.0), np.arange(6).reshape(2, 3), np.array(3), np.arange(6.0).reshape(3, 2).T]))
+def test_an_array_is_read_as_numpy_reads_it(array):
+    out = io.BytesIO()
+    np.savez(out, x=array)
+    got = files.read_array(zipfile.ZipFile(out), "x", 100)
+    assert (got.dtype, got.shape, got.tolist()) == (array.dtype, array.shape, array.tolist())
