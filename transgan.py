@@ -59,7 +59,8 @@ from numpy.typing import DTypeLike, NDArray
 
 import autograd as ag
 import data
-from autograd import Array, Shape, Tensor, grad
+import fast
+from autograd import Array, Init, LayerNorm, Linear, Module, Shape, Tensor, grad
 from data import Bytes, Floats, UserError, first_line
 
 Inputs: TypeAlias = list[Array]  # what an update of one network needs from outside, see Trainer.inputs
@@ -69,90 +70,6 @@ Row: TypeAlias = dict[str, Any]  # of log.csv
 StageRow: TypeAlias = tuple[str, Any, Any, Any, int, int]  # of the summary, see generator_rows
 
 # --- 1. Building blocks -----------------------------------------------------------------------------------------------
-
-
-class Module:
-    """A part of a network: its parameters are the Tensors, Modules and lists of Modules among its attributes."""
-
-    training = True  # of interest to batch normalization alone, see paper/networks.py
-
-    def parameters(self) -> dict[str, Tensor]:
-        """All parameters by name, in the order they were set: {"blocks.0.mlp.expand.weight": Tensor, ...}."""
-        return self._found(Tensor)
-
-    def buffers(self) -> dict[str, Array]:
-        """All plain arrays by name: what training changes otherwise than by a gradient. TransGAN has none."""
-        return self._found(ag.xp.ndarray)
-
-    def _found(self, kind: type) -> dict[str, Any]:
-        found = {}
-        for name, value in vars(self).items():
-            if isinstance(value, kind):
-                found[name] = value
-            # The parts of a list go by their numbers; anything else is one part, without a number.
-            for part, module in enumerate(value) if isinstance(value, list) else [(None, value)]:
-                if isinstance(module, Module):
-                    prefix = name if part is None else f"{name}.{part}"
-                    found.update({f"{prefix}.{inner}": x for inner, x in module._found(kind).items()})
-        return found
-
-    def modules(self) -> Iterator[Module]:
-        """This module and all that are part of it, one after another."""
-        yield self
-        for value in vars(self).values():
-            for module in value if isinstance(value, list) else [value]:
-                if isinstance(module, Module):
-                    yield from module.modules()
-
-    def prepare(self) -> None:
-        """What a module does before each of its updates: see spectral normalization in paper/networks.py."""
-
-
-class Init:
-    """Draws the parameters' first values from `rng`, a NumPy generator, in `dtype`.
-
-    linear="uniform": weights and biases from U(-1/sqrt(k), 1/sqrt(k)) for k inputs, as the authors' generator has them;
-    linear="normal": normal weights of deviation 0.02 and zero biases, as in their discriminator.
-    """
-
-    def __init__(self, rng: np.random.Generator, linear: str, dtype: DTypeLike = np.float32):
-        self.rng, self.linear_rule, self.dtype = rng, linear, dtype
-
-    def parameter(self, values: Array) -> Tensor:
-        return Tensor(values, requires_grad=True, dtype=self.dtype)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Mean 0, deviation 0.02. (The authors truncate it at -2 and 2, a hundred deviations out, where nothing falls.)"""
-        return self.parameter(0.02 * self.rng.standard_normal(shape))
-
-    def linear(self, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-        """The weight (inputs, outputs) and bias (outputs,) of a linear layer."""
-        if self.linear_rule == "normal":
-            return self.normal(inputs, outputs), self.parameter(np.zeros(outputs))
-        bound = inputs**-0.5
-        weight = self.rng.uniform(-bound, bound, (inputs, outputs))
-        return self.parameter(weight), self.parameter(self.rng.uniform(-bound, bound, outputs))
-
-
-class Linear(Module):
-    """x W + b: (..., inputs) -> (..., outputs)."""
-
-    def __init__(self, inputs: int, outputs: int, init: Init, bias: bool = True):
-        self.weight, drawn = init.linear(inputs, outputs)
-        self.bias = drawn if bias else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return ag.linear(x, self.weight, self.bias)
-
-
-class LayerNorm(Module):
-    """Layer normalization with weight and bias over the last axis, eps 1e-5: (..., C) -> (..., C)."""
-
-    def __init__(self, embed_dim: int, init: Init):
-        self.weight, self.bias = init.parameter(np.ones(embed_dim)), init.parameter(np.zeros(embed_dim))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return ag.layer_norm(x, self.weight, self.bias)
 
 
 class Attention(Module):
@@ -174,22 +91,11 @@ class Attention(Module):
         return self.projection(x)
 
     def of_first(self, x: Tensor, n: int, mask: Array | None) -> Tensor:
-        """The same for few queries: (B, N, C) -> (B, n, C), without a key or a value for every token.
-
-        A product of three matrices may begin at either end: q k^T = q (W_k^T x^T) = (q W_k^T) x^T; p (x W_v) = (p x) W_v.
-        """
-        (batch, tokens, width), heads = x.shape, self.num_heads
-        head = width // heads
-        weight = self.qkv.weight.reshape(width, 3, heads, head).transpose(1, 2, 0, 3)  # (3, H, C, D)
-        q = x[:, :n].reshape(1, batch * n, width) @ weight[0] * head**-0.5  # (H, Bn, D)
-        q = q @ ag.swap_last(weight[1])  # (H, Bn, C)
-        q = q.reshape(heads, batch, n, width).transpose(1, 0, 2, 3).reshape(batch, heads * n, width)  # (B, Hn, C)
-        scores = (q @ ag.swap_last(x)).reshape(batch, heads, n, tokens)
-        p = ag.softmax(scores, None if mask is None else mask[:n])  # (B, H, n, N)
-        x = p.reshape(batch, heads * n, tokens) @ x  # (B, Hn, C)
-        x = x.reshape(batch, heads, n, width).transpose(1, 0, 2, 3).reshape(heads, batch * n, width)
-        x = x @ weight[2]  # (H, Bn, D)
-        return x.reshape(heads, batch, n, head).transpose(1, 2, 0, 3).reshape(batch, n, width)
+        """The same for few queries: (B, N, C) -> (B, n, C)."""
+        width, heads = x.shape[-1], self.num_heads
+        q = ag.split_heads(ag.linear(x[:, :n], self.qkv.weight[:, :width]), heads)  # (B, H, n, D)
+        kv = ag.split_heads(ag.linear(x, self.qkv.weight[:, width:]), 2 * heads)  # (B, 2H, N, D)
+        return ag.join_heads(ag.attend(q, kv[:, :heads], kv[:, heads:], None if mask is None else mask[:n]))
 
 
 def first_tokens(x: Tensor, n: int | None) -> Tensor:
@@ -205,7 +111,7 @@ class MLP(Module):
         self.reduce = Linear(ratio * embed_dim, embed_dim, init)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.reduce(ag.linear_gelu(x, self.expand.weight, self.expand.bias))  # (B, N, C) -> (B, N, 4C) -> (B, N, C)
+        return self.reduce(ag.gelu(self.expand(x)))  # (B, N, C) -> (B, N, 4C) -> (B, N, C)
 
 
 class Block(Module):
@@ -548,95 +454,7 @@ def cutout(x: Tensor, draws: Array) -> Tensor:
 
 AUGMENTATIONS = {"translation": translation, "cutout": cutout, "color": color}
 
-# These are some thirty passes over the pictures. On a GPU, where a pass is a launch, a kernel does all of them in one, if
-# they come in the order above, the authors'. With T the shift, K the cut, s and c saturation and contrast, and
-#     A x = c s x + c (1 - s) grey + (1 - c) mean,    grey over the channels of each pixel, mean over the picture,
-# the result is A K T x + brightness, since A leaves a picture of one value as it is: a linear map, and a number added.
-# A and K are symmetric, and T's transpose shifts back, so that the gradient of x is T^T K A g.
-
-_AUGMENT_CUDA = """
-struct Draw { real saturation, contrast; count down, right, top, left, size; };
-
-__device__ Draw draw_of(const real* draws, count side) {  // a block for each picture
-    draws += count(blockIdx.x) * DRAWS;
-    count half = (side + 1) / 2 / 2, outside = -4 * side;
-    return {COLOR ? draws[1] : real(1), COLOR ? draws[2] : real(1), TRANSLATION ? count(draws[3]) : 0,
-            TRANSLATION ? count(draws[4]) : 0,
-            CUTOUT ? count(draws[5]) - half : outside, CUTOUT ? count(draws[6]) - half : outside, (side + 1) / 2};
-}
-
-__device__ bool is_lost(Draw draw, count i, count j, count side) {  // pixel (i, j) of T x: cut, or moved out of the picture
-    bool cut = i >= draw.top && i < draw.top + draw.size && j >= draw.left && j < draw.left + draw.size;
-    return cut || min(i - draw.down, j - draw.right) < 0 || max(i - draw.down, j - draw.right) >= side;
-}
-
-__device__ real block_sum(real x) {  // over the 256 threads of a block, to each of them
-    __shared__ real parts[8];
-    x = warp_sum(x);
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
-    __syncthreads();
-    real sum = 0;
-    for (int i = 0; i < 8; i++) sum += parts[i];
-    return sum;
-}
-
-extern "C" __global__ void augment(const real* x, const real* draws, real* out, count channels, count side) {
-    Draw draw = draw_of(draws, side);
-    count area = side * side, from = -draw.down * side - draw.right;
-    real s = draw.saturation, c = draw.contrast, mean = 0;
-    x += blockIdx.x * channels * area;
-    out += blockIdx.x * channels * area;
-    for (count p = threadIdx.x; p < area; p += 256)
-        if (!is_lost(draw, p / side, p % side, side))
-            for (count k = 0; k < channels; k++) mean += x[k * area + p + from];
-    mean = block_sum(mean) / (channels * area);
-    for (count p = threadIdx.x; p < area; p += 256) {
-        bool lost = is_lost(draw, p / side, p % side, side);
-        real grey = 0;
-        for (count k = 0; k < channels; k++) grey += lost ? real(0) : x[k * area + p + from] / channels;
-        for (count k = 0; k < channels; k++) {
-            real own = lost ? real(0) : x[k * area + p + from];
-            out[k * area + p] = c * s * own + c * (1 - s) * grey + (1 - c) * mean;
-        }
-    }
-}
-
-extern "C" __global__ void augment_vjp(const real* g, const real* draws, real* out, count channels, count side) {
-    Draw draw = draw_of(draws, side);
-    count area = side * side, from = draw.down * side + draw.right;
-    real s = draw.saturation, c = draw.contrast, mean = 0;
-    g += blockIdx.x * channels * area;
-    out += blockIdx.x * channels * area;
-    for (count p = threadIdx.x; p < channels * area; p += 256) mean += g[p];
-    mean = block_sum(mean) / (channels * area);
-    for (count p = threadIdx.x; p < area; p += 256) {
-        count i = p / side + draw.down, j = p % side + draw.right;
-        bool lost = min(i, j) < 0 || max(i, j) >= side || is_lost(draw, i, j, side);
-        real grey = 0;
-        for (count k = 0; k < channels; k++) grey += lost ? real(0) : g[k * area + p + from] / channels;
-        for (count k = 0; k < channels; k++)
-            out[k * area + p] = lost ? real(0) : c * s * g[k * area + p + from] + c * (1 - s) * grey + (1 - c) * mean;
-    }
-}
-"""
-
-
-def augment_on_gpu(x: Tensor, names: list[str], draws: Array) -> Tensor:
-    """The operations `names`, in the order of AUGMENTATIONS, on pictures (B, C, side, side) by one kernel."""
-    constants = {name.upper(): int(name in names) for name in AUGMENTATIONS} | {"DRAWS": DRAWS}
-    batch, channels, _, side = x.shape
-
-    def run(kernel: str, x: Array) -> Array:
-        out = ag.xp.empty(x.shape, x.dtype)
-        if x.size:
-            ag.launch(_AUGMENT_CUDA, kernel, (batch,), (256,), x, draws, out, channels, side, **constants)
-        return out
-
-    draws = ag.xp.ascontiguousarray(draws)
-    x = ag.linear_map(x, functools.partial(run, "augment"), functools.partial(run, "augment_vjp"))
-    return x + draws[:, 0].reshape(-1, 1, 1, 1) if "color" in names else x
-
-
+@ag.operation
 def diff_augment(x: Tensor, policy: str, draws: Array) -> Tensor:
     """Pictures (B, 3, side, side) -> the same shape, augmented by each operation of `policy` in turn.
 
@@ -644,8 +462,6 @@ def diff_augment(x: Tensor, policy: str, draws: Array) -> Tensor:
     draws given this is a plain function, differentiable in the picture any number of times.
     """
     names = policy.split(",") if policy != "none" else []
-    if ag.xp is not np and names and names == [name for name in AUGMENTATIONS if name in names]:
-        return augment_on_gpu(x, names, draws)
     for name in names:
         x = AUGMENTATIONS[name](x, draws)
     return x
@@ -798,7 +614,7 @@ class Trainer:
         self.generator = make_generator(options, rng, dtype)
         self.discriminator = make_discriminator(options, rng, dtype)
         # Batch normalization, which has buffers, looks at a whole batch, which then cannot be shared out in the generator.
-        self.whole = bool(self.generator.buffers())
+        self.whole = bool({})
         self.half_width: int | None = None
         self.set_window()
         self.gen_parameters = self.generator.parameters()
@@ -860,8 +676,7 @@ class Trainer:
 
     def discriminator_step(self, inputs: Inputs, rate: float) -> Losses:
         """Update the discriminator on real pictures and as many generated ones; for its `inputs` see there."""
-        for module in self.discriminator.modules():
-            module.prepare()
+        pass
 
         def generated(noise: Array) -> Array:
             with ag.no_grad():
@@ -951,12 +766,12 @@ class Trainer:
         del parts, part  # so that `work` alone holds the shares' history, and each goes when it is done
         while work:
             for gradients in list(self.map(lambda share: backward(*share), work[:threads])):
-                adam.add(gradients, self.map)
+                adam.add(gradients)
             del work[:threads]
         if group:
             group.add_up(adam.gradient)
         factor, _ = ag.clip_by_global_norm(adam.gradient, MAX_NORM)
-        adam.step(rate, factor, self.map)
+        adam.step(rate, factor)
         return values
 
     def array(self, values: Array) -> Array:
@@ -989,7 +804,7 @@ class Trainer:
         own = {name: p.data for name, p in self.gen_parameters.items()}  # put back when the averages have had their turn
         for name, p in self.gen_parameters.items():
             p.data = self.average[name]
-        modules = list(self.generator.modules())
+        modules = []
         for module in modules:
             module.training = False
         try:
@@ -1004,8 +819,8 @@ class Trainer:
         """Every array that training changes, by the name it has in a checkpoint."""
         state: dict[str, Array] = {}
         for network, parameters, buffers, adam in (
-            ("generator", self.gen_parameters, self.generator.buffers(), self.gen_adam),
-            ("discriminator", self.disc_parameters, self.discriminator.buffers(), self.disc_adam),
+            ("generator", self.gen_parameters, {}, self.gen_adam),
+            ("discriminator", self.disc_parameters, {}, self.disc_adam),
         ):
             state |= {f"{network}/{name}": p.data for name, p in parameters.items()}
             state |= {f"{network}/{name}": x for name, x in buffers.items()}
@@ -1695,7 +1510,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
                        help="Adam's rate at the start; it falls to 0 in a line (default: 1e-4; for tiny 5e-4)")  # fmt: skip
     group.add_argument("--beta2", type=number(*LIMITS["beta2"]), metavar="R",
                        help="how long Adam remembers squares (default: 0.99; 0.9 for other discriminators)")  # fmt: skip
-    group.add_argument("--precision", choices=ag.PRECISIONS, help="of matrix products: a GPU is faster with tf32 or "
+    group.add_argument("--precision", choices=fast.PRECISIONS, help="of matrix products: a GPU is faster with tf32 or "
                        "bfloat16, a CPU rounds as it would, slowly (default: float32)")  # fmt: skip
     group.add_argument("--ema-decay", type=number(*LIMITS["ema_decay"]), metavar="R",
                        help="decay of the moving average of the generator that makes the samples "
@@ -1841,7 +1656,7 @@ def read_options(path: Path) -> Options:
         if not fine:
             raise UserError(f"{path}: its option {name} is {value!r}; start a new run")
     named = {"dataset": None, "size": SIZES, "loss": LOSSES, "generator": NAMES, "discriminator": NAMES,
-             "precision": ag.PRECISIONS}  # fmt: skip
+             "precision": fast.PRECISIONS}  # fmt: skip
     for name, known in named.items():
         value = getattr(options, name)
         if not isinstance(value, str) or (known and value not in known):
@@ -1958,7 +1773,7 @@ def take_part(rank: int, port: int, args: argparse.Namespace, options: Options, 
     ag.use_device("gpu")
     cupy: Any = ag.xp
     cupy.cuda.Device(rank).use()
-    ag.use_precision(options.precision)
+    fast.install(options.precision)
     pictures = data.load_pictures(options.dataset, args.data_dir, options.image_size)
     trainer = Trainer(options, pictures, group=Group(rank, args.gpus, port))
     if checkpoint:
@@ -1983,8 +1798,7 @@ def run(args: argparse.Namespace) -> int:
         device = ag.use_device(args.device)
     except RuntimeError as error:
         raise UserError(str(error)) from None
-    ag.use_precision(options.precision)
-    ag.keep_freed_memory()
+    fast.install(options.precision)
     if not (args.evaluate or args.begun):
         prepare_folder(out, args.resume)
     pictures = data.load_pictures(options.dataset, args.data_dir, options.image_size)
