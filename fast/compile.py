@@ -19,9 +19,8 @@ def jobs():
     """(file, constants) of everything that the presets' training compiles, as a list."""
     plain = [(path.stem, {}) for path in sorted(gpu.KERNELS.glob("*.cu")) if path.stem not in ("attention", "augment")]
     heads = [("attention", gpu.attention_constants(width)) for width in head_widths()]
-    names = list(transgan.AUGMENTATIONS)
-    subsets = itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(1, len(names) + 1))
-    return plain + heads + [("augment", augment.constants(subset)) for subset in subsets]
+    augmentation = "augment", augment.constants(transgan.Options().diff_aug.split(","))
+    return [*plain, *heads, augmentation]
 
 
 def head_widths():
@@ -34,7 +33,7 @@ def head_widths():
     return sorted(width for width in widths if not gpu.attention_declines(1, width))
 
 
-def compiled(text, architecture):
+def machine_code(text, architecture):
     """The machine code (bytes) of a CUDA source for compute capability `architecture`, such as 80 for 8.0.
 
     Raises RuntimeError with the compiler's words where it refuses, ImportError where CuPy or NVRTC is not installed.
@@ -57,7 +56,7 @@ def main():
     for architecture in parser.parse_args().arch.split(","):
         for (file, constants), dtype in itertools.product(jobs(), map(np.dtype, ("float32", "float64"))):
             text, start = gpu.source(file, dtype, **constants), time.perf_counter()
-            size = len(compiled(text, architecture))
+            size = len(machine_code(text, architecture))
             names = re.findall(r"__global__ void (\w+)", text)
             words = " ".join(f"{name}={value}" for name, value in constants.items())
             print(f"sm_{architecture} {dtype} {time.perf_counter() - start:.2f} s {size:,} bytes", *names, words)
