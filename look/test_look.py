@@ -23,8 +23,9 @@ import autograd as ag
 import data
 import transgan
 from autograd import Tensor
+from fast.rehearsal import rehearsed_gpu  # noqa: F401 (a fixture)
 from look import architecture, drawing, pictures, report
-from test_transgan import fails, leftovers, no_proxy, rehearsed_gpu, run_main, small  # noqa: F401 (fixtures)
+from test_transgan import fails, leftovers, no_proxy, run_main, small  # noqa: F401 (fixtures)
 
 # --- 1. Setting up ----------------------------------------------------------------------------------------------------
 
