@@ -11,7 +11,7 @@ Contents
     4. Pictures               convolution, pooling, resizing, batch and spectral norm
     5. The engine             deep graphs, many paths, memory, modes, gradient_check, Adam
     6. The networks           pixel shuffle, derivatives of whole networks, parameter counts, losses
-    7. Training               augmentation, resuming to the bit, threads, a rehearsal of the GPU
+    7. Training               augmentation, resuming to the bit, threads
     8. Data                   CIFAR-10, drawn shapes, batches, grids
     9. Command line           what a person can get wrong
     10. Losing nothing        kills, signals, full disks, checkpoints that are damaged, numbers that are not finite
@@ -22,13 +22,11 @@ Contents
 import ast
 import contextlib
 import csv
-import ctypes
 import dataclasses
 import functools
 import importlib
 import json
 import math
-import operator
 import os
 import pickle
 import random
@@ -103,6 +101,23 @@ def close(a, b, tolerance=1e-10):
     np.testing.assert_allclose(ag.to_numpy(a), ag.to_numpy(b), rtol=tolerance, atol=tolerance)
 
 
+def check_same(one, other, arrays, tolerance=1e-9):
+    """Two functions agree in value, in first derivative both with and without a recorded graph, and in second."""
+    upstream = None
+    results = []
+    for function in (one, other):
+        inputs = tensors(*arrays)
+        y = function(*inputs)
+        upstream = ag.xp.asarray(normal(1, y.shape)[0]) if upstream is None else upstream
+        first = grad(y, inputs, Tensor(upstream), create_graph=True)
+        second = grad(sum((g * g * 0.5).sum() for g in first), inputs)
+        bare = grad(function(*inputs), inputs, Tensor(upstream))
+        results.append([y, *first, *bare, *second])
+    for a, b in zip(*results, strict=True):
+        size = max(1.0, float(abs(ag.to_numpy(b)).max()))
+        np.testing.assert_allclose(ag.to_numpy(a) / size, ag.to_numpy(b) / size, rtol=0, atol=tolerance)
+
+
 # --- 2. Primitive operations ------------------------------------------------------------------------------------------
 
 ELEMENTWISE = {  # the operation, and what brings normal numbers into its domain and away from kinks
@@ -156,7 +171,7 @@ def test_binary_derivatives_with_numbers_arrays_and_the_same_tensor_twice(name, 
 
 
 @given(shape=array_shapes(min_dims=1, max_dims=4, max_side=4), seed=seeds, keepdims=st.booleans(), draw=st.data())
-@pytest.mark.parametrize("name", ["sum", "mean", "max"])
+@pytest.mark.parametrize("name", ["sum", "mean"])
 def test_reduction_derivatives(name, shape, seed, keepdims, draw):
     (x,) = normal(seed, shape)
     one = st.integers(-len(shape), len(shape) - 1)
@@ -165,12 +180,6 @@ def test_reduction_derivatives(name, shape, seed, keepdims, draw):
     check(lambda x: getattr(x, name)(axis=axis, keepdims=keepdims), [x])
     result = getattr(Tensor(ag.xp.asarray(x)), name)(axis=axis, keepdims=keepdims)
     close(result, getattr(x, name)(axis=axis, keepdims=keepdims))
-
-
-def test_max_shares_its_gradient_among_equals():
-    (x,) = tensors([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]])
-    (g,) = grad(x.max(axis=1).sum(), [x])
-    close(g, [[0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3]], 1e-6)
 
 
 @given(shape=array_shapes(min_dims=1, max_dims=4, max_side=4), seed=seeds, draw=st.data())
@@ -283,7 +292,6 @@ def test_extreme_values_stay_finite_and_right(dtype):
         (lambda t: ag.attention(t(1, 2, 9), 2), r"attention of shapes \(1, 2, 9\).*2 heads"),
         (lambda t: ag.attention(t(1, 2, 6), 2, ag.xp.ones((3, 3), bool)), r"attention .*\(3, 3\), must be \(2, 2\)"),
         (lambda t: ag.pixel_shuffle(t(1, 6, 2, 2), 2), r"pixel_shuffle of shapes \(1, 6, 2, 2\).*6 channels"),
-        (lambda t: ag.pixel_unshuffle(t(1, 3, 3, 2), 2), r"pixel_unshuffle of shapes \(1, 3, 3, 2\)"),
     ],
 )
 def test_errors_name_the_operation_and_the_shapes(call, message):
@@ -313,62 +321,7 @@ def test_other_errors_are_clear_too():
         Tensor(ag.xp.ones(3, np.float32)) * Tensor(ag.xp.ones(3, np.float64))
 
 
-@given(seed=seeds, scale=st.sampled_from([1e-30, 1.0, 1e30]), precision=st.sampled_from(["tf32", "bfloat16"]))
-def test_precision_rounds_to_its_bits(seed, scale, precision):
-    """To the nearest number with so many bits of fraction, at most half a unit of the last away; float64 is let be."""
-    x = normal(seed, 50, scale=scale)[0].astype(np.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ag, "_precision", precision)
-        rounded, bits = ag._rounded(x), ag.PRECISIONS[precision]
-        exact = x.astype(np.float64)
-        assert ag._rounded(exact) is exact
-    fraction, _ = np.frexp(rounded.astype(np.float64))
-    np.testing.assert_array_equal(fraction * 2 ** (bits + 1), np.round(fraction * 2 ** (bits + 1)))
-    unit = np.exp2(np.floor(np.log2(np.abs(exact))) - bits)
-    assert (np.abs(rounded - exact) <= unit / 2).all()
-    special = np.array([0, np.inf, -np.inf, np.nan], np.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ag, "_precision", precision)
-        np.testing.assert_array_equal(ag._rounded(special), special)
-
-
-@on_cpu
-@pytest.mark.parametrize("precision, error", [("float32", 1e-6), ("tf32", 3e-3), ("bfloat16", 3e-2)])
-def test_matrix_products_are_as_exact_as_asked(precision, error):
-    x, w = (Tensor(a.astype(np.float32)) for a in normal(0, (4, 50, 60), (60, 70)))
-    products = [lambda: x @ w, lambda: ag.linear(x, w),
-                lambda: ag.conv2d(x[None], Tensor(w.data[:36].reshape(70, 4, 3, 3)))]  # fmt: skip
-    for product in products:
-        ag.use_precision("float32")
-        exact = product().data
-        ag.use_precision(precision)
-        try:
-            found = np.abs(product().data - exact).max() / np.abs(exact).max()
-        finally:
-            ag.use_precision("float32")
-        assert error / 100 * (precision != "float32") <= found < error
-    with pytest.raises(ValueError, match="float32, tf32, bfloat16, not 'half'"):
-        ag.use_precision("half")
-
-
-# --- 3. Fused operations ----------------------------------------------------------------------------------------------
-
-
-def check_same(fused, composed, arrays, tolerance=1e-9):
-    """Two functions agree in value, in first derivative both with and without a recorded graph, and in second."""
-    upstream = None
-    results = []
-    for function in (fused, composed):
-        inputs = tensors(*arrays)
-        y = function(*inputs)
-        upstream = ag.xp.asarray(normal(1, y.shape)[0]) if upstream is None else upstream
-        first = grad(y, inputs, Tensor(upstream), create_graph=True)
-        second = grad(sum((g * g * 0.5).sum() for g in first), inputs)
-        bare = grad(function(*inputs), inputs, Tensor(upstream))
-        results.append([y, *first, *bare, *second])
-    for a, b in zip(*results, strict=True):
-        size = max(1.0, float(abs(ag.to_numpy(b)).max()))
-        np.testing.assert_allclose(ag.to_numpy(a) / size, ag.to_numpy(b) / size, rtol=0, atol=tolerance)
+# --- 3. Parts of networks ---------------------------------------------------------------------------------------------
 
 
 masks = st.sampled_from(["none", "some", "whole rows", "all"])
@@ -394,8 +347,8 @@ def test_softmax_derivatives(shape, seed, scale, mask):
     seen = np.ones(shape, bool) if mask is None else np.broadcast_to(ag.to_numpy(mask), shape)
     assert (y[~seen] == 0).all()
     np.testing.assert_allclose(y.sum(-1), seen.any(-1), atol=1e-12)
-    if mask is None:
-        check_same(ag.softmax, ag.softmax_composed, [x])
+    weights = np.exp(x - x.max()) * seen
+    close(y, weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300))
 
 
 @given(shape=array_shapes(min_dims=1, max_dims=4, max_side=6), seed=seeds, scale=scales)
@@ -404,7 +357,6 @@ def test_layer_norm_derivatives(shape, seed, scale):
     x, weight, bias = normal(seed, shape, shape[-1:], shape[-1:], scale=scale)
     assume(x.shape[-1] == 1 or x.std(axis=-1).min() > 0.02)  # nearer to constant rows the steps of differences are too wide
     check(ag.layer_norm, [x, weight, bias], step=2e-6)
-    check_same(ag.layer_norm, ag.layer_norm_composed, [x, weight, bias])
 
 
 @given(rows=st.integers(1, 4), seed=seeds, offset=st.sampled_from([0.0, 5.0, -300.0]))
@@ -417,11 +369,6 @@ def test_layer_norm_of_constant_and_offset_rows(rows, seed, offset):
     (single,) = tensors((x + offset).astype(np.float32))
     weight, bias = Tensor(ag.xp.ones(6, np.float32)), Tensor(ag.xp.zeros(6, np.float32))
     np.testing.assert_allclose(ag.to_numpy(ag.layer_norm(single, weight, bias))[1:], expected[1:], atol=2e-2)
-
-
-@given(shape=shapes, seed=seeds, scale=st.sampled_from([0.1, 1.0, 10.0]))
-def test_gelu_equals_its_composition(shape, seed, scale):
-    check_same(ag.gelu, ag.gelu_composed, normal(seed, shape, scale=scale))
 
 
 def test_gelu_in_float32_is_exact_to_float32s_precision():
@@ -440,62 +387,28 @@ def test_linear_derivatives(leading, k, m, seed):
     x, weight, bias = normal(seed, (*leading, k), (k, m), (m,))
     check(ag.linear, [x, weight, bias])
     check(ag.linear, [x, weight])
-    check(ag.linear_gelu, [x, weight, bias])
-    check(ag.linear_gelu, [x, weight])
-    check_same(ag.linear_gelu, ag.linear_gelu_composed, [x, weight, bias])
-    if leading:
-        check_same(ag.linear, lambda x, w, b: x @ w + b, [x, weight, bias])
+    close(ag.linear(*tensors(x, weight, bias)), x @ weight + bias)
 
 
-@given(shape=shapes, seed=seeds, cache=st.sampled_from([1, 5, 1 << 15]))
-def test_gelu_with_a_bias_is_that_of_the_sum(shape, seed, cache):
-    """Also where a row has more elements than a piece, or several rows have."""
-    assume(shape)
-    x, bias = normal(seed, shape, shape[-1:])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ag, "_CACHE", cache)
-        check_same(lambda x: ag.gelu(x, ag.xp.asarray(bias)), lambda x: ag.gelu(x + ag.xp.asarray(bias)), [x])
-
-
-@given(n=st.integers(1, 4), m=st.integers(1, 4), seed=seeds)
-def test_linear_map_derivatives(n, m, seed):
-    matrix, x = (ag.xp.asarray(a) for a in normal(seed, (n, m), (m, 3)))
-    check(lambda x: ag.linear_map(x, lambda a: ag.xp.matmul(matrix, a), lambda a: ag.xp.matmul(matrix.T, a)), [x])
-
-
-@given(
-    batch=st.integers(1, 2), tokens=st.integers(1, 5), heads=st.integers(1, 3), width=st.integers(1, 3), seed=seeds,
-    scale=st.sampled_from([0.3, 1.0, 3.0]), mask=masks, block=st.sampled_from([1, 3, 8, 1 << 17]),
-    few=st.sampled_from([0, 0, 0, 128]),
-)  # fmt: skip
-@example(batch=1, tokens=1, heads=1, width=2, seed=0, scale=1.0, mask="none", block=1, few=0)  # all axes but two of size 1
-def test_attention_derivatives(batch, tokens, heads, width, seed, scale, mask, block, few):
+@given(batch=st.integers(1, 2), tokens=st.integers(1, 5), heads=st.integers(1, 3), width=st.integers(1, 3), seed=seeds,
+       scale=st.sampled_from([0.3, 1.0, 3.0]), mask=masks)  # fmt: skip
+@example(batch=1, tokens=1, heads=1, width=2, seed=0, scale=1.0, mask="none")  # all axes but two of size 1
+def test_attention_derivatives(batch, tokens, heads, width, seed, scale, mask):
     (qkv,) = normal(seed, (batch, tokens, 3 * heads * width), scale=scale)
     mask = draw_mask(mask, (tokens, tokens), seed)
-    with pytest.MonkeyPatch.context() as patch:  # small blocks, so that scores really are taken piece by piece
-        patch.setattr(ag, "_SCORES", block)
-        patch.setattr(ag, "_FEW_TOKENS", few)
-        check(lambda x: ag.attention(x, heads, mask), [qkv])
-        if mask is not None:
-            band = mask & ag.xp.asarray(np.tri(tokens, k=1, dtype=bool) & ~np.tri(tokens, k=-2, dtype=bool))
-            check_same(lambda x: ag.attention(x, heads, band), lambda x: ag.attention_composed(x, heads, band), [qkv])
-        check_same(lambda x: ag.attention(x, heads, mask), lambda x: ag.attention_composed(x, heads, mask), [qkv])
+    check(lambda x: ag.attention(x, heads, mask), [qkv])
 
 
-@pytest.mark.parametrize("scale", [1e2, 1e3, 1e4])
-def test_attention_of_large_logits_stays_as_small_as_its_composition(scale, monkeypatch):
-    """Logits up to 10^9, whose rounding alone is more than 1: probabilities must stay probabilities on the way back too."""
-    monkeypatch.setattr(ag, "_FEW_TOKENS", 0)
-    (qkv,) = normal(0, (2, 65, 3 * 64), scale=scale)
-    (x,) = tensors(qkv.astype(np.float32))
-    sizes = []
-    for function in (ag.attention, ag.attention_composed):
-        out = function(x, 2)
-        (g,) = grad((out * out).sum(), [x])
-        sizes.append([float(abs(ag.to_numpy(y)).max()) for y in (out, Tensor(g.data[..., 128:]))])
-    assert np.isfinite(sizes).all()
-    assert sizes[0][0] <= 1.01 * sizes[1][0]
-    assert sizes[0][1] <= 3 * sizes[1][1]
+@given(tokens=st.integers(1, 4), heads=st.integers(1, 3), width=st.integers(1, 3), seed=seeds, masked=st.booleans())
+def test_attention_is_its_formula_for_every_head_and_query(tokens, heads, width, seed, masked):
+    (qkv,) = normal(seed, (1, tokens, 3 * heads * width))
+    mask = ag.to_numpy(draw_mask("some", (tokens, tokens), seed)) if masked else np.ones((tokens, tokens), bool)
+    q, k, v = qkv.reshape(tokens, 3, heads, width).transpose(1, 2, 0, 3)  # (H, N, D) each
+    expected = np.zeros((tokens, heads, width))
+    for h, i in np.ndindex(heads, tokens):
+        weights = np.exp(k[h] @ q[h, i] / math.sqrt(width)) * mask[i]
+        expected[i, h] = weights @ v[h] / weights.sum() if mask[i].any() else 0
+    close(ag.attention(Tensor(ag.xp.asarray(qkv)), heads, ag.xp.asarray(mask)), expected.reshape(1, tokens, -1), 1e-9)
 
 
 # --- 4. Pictures ------------------------------------------------------------------------------------------------------
@@ -783,34 +696,32 @@ def test_memory_falls_while_walking_back():
     assert now < 4 * array
 
 
-def test_a_profile_counts_every_operation_once_and_changes_nothing():
+def test_a_hook_sees_every_operation_once_and_changes_nothing(monkeypatch):
     (x,) = tensors(np.ones((4, 6)))
 
     def numbers():
         y = ag.gelu(x @ x.T) + ag.softmax(x.sum(axis=1)).sum()
         return y.sum(), grad(y.sum(), [x])[0]
 
+    depth, seen = [], []
+
+    def hook(function, direction, *args, **kwargs):
+        if not depth:
+            seen.append((function.__qualname__.split(".")[0], direction))
+        depth.append(function)
+        made = function(*args, **kwargs)
+        depth.pop()
+        return made
+
     plain = numbers()
-    with ag.profile() as times, ag.profile() as inner:
-        profiled = numbers()
-    for a, b in zip(plain, profiled, strict=True):
+    monkeypatch.setattr(ag, "hook", hook)
+    hooked = numbers()
+    for a, b in zip(plain, hooked, strict=True):
         np.testing.assert_array_equal(ag.to_numpy(a), ag.to_numpy(b))
-    calls = {key: entry[1] for key, entry in times.items()}
-    assert calls == {("matmul", "forward"): 1, ("transpose", "forward"): 1, ("gelu", "forward"): 1,
-                     ("softmax", "forward"): 1, ("reduce_sum", "forward"): 4, ("add", "forward"): 1,
-                     ("matmul", "backward"): 2, ("transpose", "backward"): 1, ("gelu", "backward"): 1,
-                     ("softmax", "backward"): 1, ("reduce_sum", "backward"): 3, ("add", "backward"): 2}  # fmt: skip
-    assert times["matmul", "forward"][2] == 4 * 4 * 8
-    assert inner.keys() == times.keys()
-    assert all(seconds > 0 for seconds, _, _ in times.values())
-    numbers()
-    assert {key: entry[1] for key, entry in times.items()} == calls  # outside of the context nothing is counted
-    lines = ag.profile_table(times).splitlines()
-    assert len(lines) == 1 + len(times)
-    assert lines[0].split() == ["operation", "direction", "seconds", "share", "calls", "MB"]
-    seconds = [float(line.split()[2]) for line in lines[1:]]
-    assert seconds == sorted(seconds, reverse=True)
-    assert sum(float(line.split()[3].rstrip("%")) for line in lines[1:]) == pytest.approx(100, abs=1)
+    forward = [name for name, direction in seen if direction == "forward"]
+    assert sorted(forward) == sorted(["transpose", "matmul", "gelu", "softmax", "add", *["reduce_sum"] * 4])
+    backward = {name for name, direction in seen if direction == "backward"}
+    assert {"matmul", "transpose", "reduce_sum", "add"} < backward
 
 
 def test_float32_by_default_float64_on_request():
@@ -821,14 +732,14 @@ def test_float32_by_default_float64_on_request():
         x = Tensor(ag.xp.ones((2, 4, 12), dtype), requires_grad=True)
         weight = Tensor(ag.xp.ones(4, dtype))
         y = ag.gelu(ag.layer_norm(ag.attention(x * 0.5 + 1, 2), weight, weight)) ** 2
-        y = ag.softmax(y).mean() + ag.sqrt(ag.softplus(ag.sigmoid(y))).max()
+        y = ag.softmax(y).mean() + ag.sqrt(ag.softplus(ag.sigmoid(y))).mean()
         (g,) = grad(y, [x], create_graph=True)
         assert y.dtype == g.dtype == grad((g * g).sum(), [x])[0].dtype == dtype
 
 
 def test_gradient_check_finds_a_derivative_that_is_wrong_when_recorded():
     def wrong(x):
-        return ag._result(x.data * 1.0, (x, lambda g: g * (1.001 if ag._mode.enabled else 1.0)))
+        return ag.result(x.data * 1.0, (x, lambda g: g * (1.001 if ag.is_recording() else 1.0)))
 
     assert gradient_check(wrong, normal(0, (3,)), order=1) > 1e-4
 
@@ -839,7 +750,7 @@ def test_gradient_check_finds_a_wrong_derivative(order):
 
     def wrong(x):
         vjp = (lambda g: g * 1.001) if order == 1 else (lambda g: Tensor(g.data * 3 * x.data * x.data))
-        return ag._result(x.data if order == 1 else x.data**3, (x, vjp))
+        return ag.result(x.data if order == 1 else x.data**3, (x, vjp))
 
     (x,) = normal(0, (3,))
     assert gradient_check(wrong, [x], order=order) > 1e-4
@@ -851,11 +762,11 @@ def test_gradient_check_finds_a_wrong_derivative(order):
 
 @pytest.mark.parametrize("decay", [None, 0.9])
 @pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 0.999)])
-@given(seed=seeds, rate=st.floats(1e-4, 0.5), scale=st.floats(0.1, 2), cache=st.integers(1, 8))
-def test_adam_follows_its_formula(seed, rate, scale, cache, betas, decay):
+@given(seed=seeds, rate=st.floats(1e-4, 0.5), scale=st.floats(0.1, 2))
+def test_adam_follows_its_formula(seed, rate, scale, betas, decay):
     """Minimise 1/2 sum c (p - target)^2, beside algorithm 1 of the paper written out in plain Python numbers.
 
-    The gradient comes in two parts, for parameters of two shapes that are updated in pieces of `cache`.
+    The gradient comes in two parts, for parameters of two shapes.
     """
     c, target, start = (x.tolist() for x in normal(seed, 7, 7, 7))
     parameters = tensors(np.array(start[0]), np.array(start[1:]).reshape(2, 3))
@@ -865,11 +776,9 @@ def test_adam_follows_its_formula(seed, rate, scale, cache, betas, decay):
         p = ag.concatenate([x.reshape(-1) for x in parameters])
         loss = ((p - ag.xp.asarray(target)) ** 2 * ag.xp.asarray(c)).sum() * 0.5
         gradients = grad(loss, parameters)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ag, "_CACHE", cache)
-            for share in (0.25, 0.75):
-                adam.add([g * share for g in gradients])
-            adam.step(rate, scale)
+        for share in (0.25, 0.75):
+            adam.add([g * share for g in gradients])
+        adam.step(rate, scale)
         for i in range(7):
             g = scale * c[i] * (plain[i] - target[i])
             m[i] = betas[0] * m[i] + (1 - betas[0]) * g
@@ -917,7 +826,7 @@ def test_choosing_a_device():
 
 @given(batch=st.integers(1, 2), channels=st.integers(1, 3), height=st.integers(1, 3), width=st.integers(1, 3),
        factor=st.integers(1, 3), seed=seeds)  # fmt: skip
-def test_pixel_shuffle_is_its_definition_and_has_an_inverse(batch, channels, height, width, factor, seed):
+def test_pixel_shuffle_is_its_definition(batch, channels, height, width, factor, seed):
     (x,) = normal(seed, (batch, channels * factor**2, height, width))
     y = ag.pixel_shuffle(Tensor(ag.xp.asarray(x)), factor)
     defined = np.empty((batch, channels, height * factor, width * factor))
@@ -925,10 +834,7 @@ def test_pixel_shuffle_is_its_definition_and_has_an_inverse(batch, channels, hei
         for i, j in np.ndindex(factor, factor):
             defined[b, c, h * factor + i, w * factor + j] = x[b, c * factor**2 + i * factor + j, h, w]
     close(y, defined, 0)
-    close(ag.pixel_unshuffle(y, factor), x, 0)
-    close(ag.pixel_shuffle(ag.pixel_unshuffle(y, factor), factor), defined, 0)
     check(lambda x: ag.pixel_shuffle(x, factor), [x])
-    check(lambda x: ag.pixel_unshuffle(x, factor), [defined])
 
 
 def test_upscale_puts_each_token_into_four_neighbours_around_its_place():
@@ -1703,460 +1609,6 @@ def test_locality_is_explained_by_a_picture(small, tmp_path):
         seen = transgan.window_mask(16, half_width)[8 * 16 + 8].reshape(16, 16)
         np.testing.assert_array_equal(picture[..., 0] > 100, seen)
         assert picture[8, 8].tolist() == [255, 51, 51]
-
-
-class DeviceArray:
-    """An array that, like CuPy's, refuses to meet NumPy's or to become one unasked; a rehearsal of the GPU on the CPU."""
-
-    __array_ufunc__ = None  # so that NumPy's arrays ask this class, which then refuses
-
-    def __init__(self, host):
-        self.host = host
-
-    def __array__(self, *args, **options):
-        raise TypeError("an array of the device was about to become NumPy's; use xp, or to_numpy")
-
-    def get(self):
-        return self.host.copy()
-
-    def __getitem__(self, index):
-        return to_device(self.host[to_host(index)])
-
-    def __setitem__(self, index, value):
-        self.host[to_host(index)] = to_host(value)
-
-    def __len__(self):
-        return len(self.host)
-
-    def __float__(self):
-        return float(self.host)
-
-    def __bool__(self):
-        return bool(self.host)
-
-
-def to_host(x):
-    if isinstance(x, (tuple, list)):
-        return type(x)(to_host(y) for y in x)
-    if isinstance(x, np.ndarray):
-        raise TypeError("a NumPy array meets an array of the device")
-    return x.host if isinstance(x, DeviceArray) else x
-
-
-def to_device(x):
-    if isinstance(x, (tuple, list)):
-        return type(x)(to_device(y) for y in x)
-    return DeviceArray(np.asarray(x)) if isinstance(x, (np.ndarray, np.generic)) else x
-
-
-def on_device(function):
-    """A function of NumPy's, or a method of its arrays, made to work on DeviceArrays alone."""
-
-    def call(*args, out=None, **options):
-        args, options = map(to_host, args), {name: to_host(x) for name, x in options.items()}
-        if out is None:
-            return to_device(function(*args, **options))
-        function(*args, out=to_host(out), **options)
-        return out
-
-    return call
-
-
-def give_device_arrays_their_operators():
-    for name in ("shape", "ndim", "size", "dtype", "base", "strides"):
-        setattr(DeviceArray, name, property(lambda self, name=name: getattr(self.host, name)))
-    DeviceArray.T = property(lambda self: DeviceArray(self.host.T))
-    for name in ("sum", "mean", "max", "reshape", "transpose", "astype", "copy", "swapaxes", "item"):
-        setattr(DeviceArray, name, on_device(getattr(np.ndarray, name)))
-    for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "gt", "ge", "lt", "eq"):
-        function = on_device(getattr(operator, name))
-
-        def forward(a, b, function=function):
-            return NotImplemented if isinstance(b, Tensor) else function(a, b)
-
-        def in_place(a, b, name=name):
-            getattr(operator, "i" + name)(a.host, to_host(b))
-            return a
-
-        setattr(DeviceArray, f"__{name}__", forward)
-        if name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
-            setattr(DeviceArray, f"__r{name}__", lambda a, b, function=function: function(b, a))
-        if name in ("add", "sub", "mul", "truediv"):
-            setattr(DeviceArray, f"__i{name}__", in_place)
-    DeviceArray.__neg__ = on_device(operator.neg)
-
-
-give_device_arrays_their_operators()
-
-
-EMULATOR = r"""
-// Runs a CUDA kernel on one core of a CPU: block after block, and the threads of a block one after another, or, if they
-// have to wait for each other, as fibres that take turns there.
-#include <csetjmp>
-#include <ucontext.h>
-#include <algorithm>
-#include <cmath>
-#include <functional>
-#include <vector>
-using std::erf, std::exp, std::log, std::max, std::min, std::sqrt;
-
-struct Index { unsigned x, y; };
-static Index threadIdx, blockIdx, blockDim;
-static std::function<void()> body;
-static ucontext_t fresh[1024];  // fibres as they begin; later they are entered where they wait
-static jmp_buf scheduler, fibres[1024];
-static bool begun[1024], finished[1024];
-
-static unsigned own() { return threadIdx.y * blockDim.x + threadIdx.x; }
-static void wait_for_others() { if (!_setjmp(fibres[own()])) _longjmp(scheduler, 1); }
-static void live() { for (;;) { body(); finished[own()] = true; wait_for_others(); } }
-
-static void begin(unsigned i) {
-    static std::vector<char> stacks(1024 << 14);
-    begun[i] = true;
-    getcontext(&fresh[i]);
-    fresh[i].uc_stack.ss_sp = &stacks[i << 14];
-    fresh[i].uc_stack.ss_size = 1 << 14;
-    makecontext(&fresh[i], live, 0);
-    setcontext(&fresh[i]);
-}
-
-static void run(unsigned columns, unsigned rows, unsigned width, unsigned height, bool waits) {
-    blockDim = {width, height};
-    for (blockIdx.y = 0; blockIdx.y < rows; blockIdx.y++) for (blockIdx.x = 0; blockIdx.x < columns; blockIdx.x++) {
-        std::fill(finished, finished + width * height, false);
-        static bool again;  // static, so that a jump does not forget it
-        do {
-            again = false;
-            for (threadIdx.y = 0; threadIdx.y < height; threadIdx.y++)
-                for (threadIdx.x = 0; threadIdx.x < width; threadIdx.x++) {
-                    if (!waits) body();
-                    else if (!finished[own()]) {
-                        if (!_setjmp(scheduler)) begun[own()] ? _longjmp(fibres[own()], 1) : begin(own());
-                        again |= !finished[own()];
-                    }
-                }
-        } while (again);
-    }
-}
-
-template <class T> T __shfl_xor_sync(unsigned, T x, int lane) {
-    static T boxes[1024];
-    boxes[own()] = x;
-    wait_for_others();
-    T theirs = boxes[own() ^ lane];
-    wait_for_others();
-    return theirs;
-}
-
-#define __device__
-#define __global__
-#define __shared__ static
-#define __syncthreads wait_for_others
-"""
-
-
-@functools.cache
-def emulated(source, name):
-    """A kernel of a CUDA source, compiled by the machine's C++ compiler to run on its CPU: f(grid, block, arguments)."""
-    parameters, text = re.search(rf'extern "C" __global__ void {name}\((.*?)\) \{{(.*?)\n\}}', source, re.DOTALL).groups()
-    waits = str(any(word in text for word in ("__syncthreads", "warp_", "block_"))).lower()
-    names = ", ".join(parameter.split()[-1].strip("*") for parameter in parameters.split(","))
-    entry = f"""extern "C" void launch(unsigned gx, unsigned gy, unsigned bx, unsigned by, {parameters}) {{
-        body = [=] {{ {name}({names}); }};
-        run(gx, gy, bx, by, {waits});
-    }}"""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cpp"
-        path.write_text("\n".join([EMULATOR, source, entry]))
-        library = path.with_suffix(".so")
-        subprocess.run(["g++", "-shared", "-fPIC", "-std=c++17", "-w", str(path), "-o", str(library)], check=True)
-        function = ctypes.CDLL(str(library)).launch
-
-    def launch(grid, block, arguments):
-        sizes = [ctypes.c_uint(n) for shape in (grid, block) for n in (*shape, 1)[:2]]
-        function(*sizes, *map(passed, arguments))
-
-    def passed(x):
-        if isinstance(x, DeviceArray):
-            assert x.host.flags.c_contiguous
-            return ctypes.c_void_p(x.host.ctypes.data)
-        kinds = {"u": ctypes.c_void_p, "i": ctypes.c_longlong, "f": ctypes.c_float if x.itemsize == 4 else ctypes.c_double}
-        return kinds[x.dtype.kind](x.item())
-
-    return launch
-
-
-class FakeCuPy(types.ModuleType):
-    """The part of CuPy that this project uses, computed by NumPy on DeviceArrays; `used` collects its functions' names."""
-
-    ndarray, used, RawKernel = DeviceArray, set(), staticmethod(emulated)
-    cuda = types.SimpleNamespace(
-        runtime=types.SimpleNamespace(
-            getDeviceProperties=lambda device: {"name": b"a rehearsed GPU"}, memGetInfo=lambda: (1 << 30, 1 << 31)
-        ),
-        Device=lambda: types.SimpleNamespace(id=0),
-    )
-
-    @staticmethod
-    def asarray(x, dtype=None):
-        return DeviceArray(np.array(x.host if isinstance(x, DeviceArray) else x, dtype))
-
-    def __getattr__(self, name):
-        return self.rehearsed(getattr(np, name), name)
-
-    def rehearsed(self, value, name):
-        if name.startswith("__") or isinstance(value, (type, float)):
-            return value
-        self.used.add(name)
-        if isinstance(value, types.ModuleType):
-            functions = {inner: self.rehearsed(getattr(value, inner), inner) for inner in ("as_strided", "norm")
-                         if hasattr(value, inner)}  # fmt: skip
-            parts = {"stride_tricks": self.rehearsed(np.lib.stride_tricks, "stride_tricks")} if name == "lib" else {}
-            return types.SimpleNamespace(**functions, **parts)
-        return on_device(value)
-
-
-@contextlib.contextmanager
-def rehearsal():
-    """Within this context there is a CuPy to find; afterwards all is on the CPU again."""
-    if not shutil.which("g++"):
-        pytest.skip("the kernels' rehearsal needs g++")
-    ag._kernel.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "cupy", FakeCuPy("cupy"))
-        try:
-            yield sys.modules["cupy"]
-        finally:
-            ag.use_device("cpu")
-            ag._kernel.cache_clear()
-
-
-@pytest.fixture
-def rehearsed_gpu():
-    with rehearsal() as cupy:
-        yield cupy
-
-
-@on_cpu
-@pytest.mark.parametrize("loss", transgan.LOSSES)
-def test_rehearsal_of_training_on_a_gpu(loss, small, tmp_path, rehearsed_gpu):
-    """Training, sampling, saving and resuming on arrays that refuse to meet NumPy's come to the CPU's numbers."""
-
-    def trained(path):
-        trainer = small_trainer(1, np.float64, loss=loss)
-        losses = [trainer.train_step()]
-        trainer.save(path)
-        trainer = small_trainer(1, np.float64, loss=loss)
-        trainer.load(path)
-        losses.append(trainer.train_step())
-        pictures = trainer.sample(trainer.noise(3, np.random.default_rng(0)))
-        numbers = [[float(x) for x in step.values() if x is not None] for step in losses]
-        return [np.array(numbers), pictures, *state_of(trainer).values()]
-
-    expected = trained(tmp_path / "cpu.npz")
-    assert ag.use_device("auto") == "a rehearsed GPU"
-    for a, b in zip(trained(tmp_path / "gpu.npz"), expected, strict=True):
-        assert type(a) is np.ndarray
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
-    assert {"matmul", "empty", "concatenate", "exp", "vdot"} <= rehearsed_gpu.used
-
-
-@on_cpu
-def test_a_step_does_not_wait_for_the_gpu(small, rehearsed_gpu, monkeypatch):
-    """Nothing is fetched from the device within a step, so that its operations queue up there without a gap."""
-    ag.use_device("gpu")
-    trainer = small_trainer(1, diff_aug=POLICY, accumulate=2)
-
-    def wait(*_):
-        raise AssertionError("the step waits for the device")
-
-    with monkeypatch.context() as patch:
-        for name in ("get", "item", "__float__", "__bool__"):
-            patch.setattr(DeviceArray, name, wait)
-        for _ in range(2):
-            losses = trainer.train_step()
-    assert all(np.isfinite(float(x)) for x in losses.values())
-
-
-@on_cpu
-def test_rehearsal_of_every_operation_on_a_gpu(rehearsed_gpu):
-    """What training does not use, too: derivatives of all operations, with masks and plain arrays."""
-    assert ag.use_device("gpu") == "a rehearsed GPU"
-    mask = ag.xp.asarray(np.tril(np.ones((3, 3), bool)) & (np.arange(3)[:, None] > 0))
-    array = ag.xp.asarray(np.ones((2, 3, 3)) * 1.5)
-    x = normal(0, (2, 3, 3))[0]
-    for function, prepare in ELEMENTWISE.values():
-        check(function, [prepare(x) if prepare else x], coordinates=2)
-    for function in (
-        lambda x: ag.softmax(x, mask),
-        lambda x: ag.attention(x, 1, mask),
-        lambda x: ag.layer_norm(x, x[0, 0], x[0, 1]),
-        lambda x: ag.linear(x, x[0]) + x @ array,
-        lambda x: array / (x * x + 1) - array * x + 2.0 / (x * x + 1) - x / array,
-        lambda x: ag.concatenate([x.max(axis=1), x.mean(axis=2), x.sum(axis=0)]),
-        lambda x: ag.broadcast_to(x[:, None, ::-1], (4, 2, 3, 3, 3)),
-        lambda x: ag.pixel_shuffle(ag.pixel_unshuffle(x.reshape(1, 2, 3, 3), 3), 3),
-        lambda x: transgan.diff_augment(x.reshape(1, 2, 3, 3), POLICY, ag.xp.asarray([[0.1, 1.5, 0.7, 1, -1, 2, 1]])),
-    ):
-        check(function, [x], coordinates=2)
-    assert gradient_check(lambda x: ag.gelu(x.T), [ag.xp.asarray(x)]) < AGREES
-    with pytest.raises(TypeError, match="NumPy array meets"):
-        array + np.ones(3)
-
-
-KERNELS = {  # an operation with kernels of its own, and the shapes of its operands from (rows, width)
-    "gelu": (ag.gelu, lambda n, c: [(n, c)]),
-    "normal_cdf": (ag.normal_cdf, lambda n, c: [(n, c)]),
-    "curvature": (lambda x, g: grad((grad(ag.gelu(x), [x], g, create_graph=True)[0] * g).sum(), [x])[0],
-                  lambda n, c: [(n, c), (n, c)]),
-    "softmax": (ag.softmax, lambda n, c: [(n, c)]),
-    "masked softmax": (lambda x: ag.softmax(x, ag.xp.asarray(np.tri(*x.shape[1:], -1, dtype=bool))),
-                       lambda n, c: [(2, n, c)]),
-    "softmax with one mask": (lambda x: ag.softmax(x, ag.xp.asarray(np.arange(x.shape[1])[:, None] > 0)),
-                              lambda n, c: [(2, n, c)]),
-    "layer_norm": (ag.layer_norm, lambda n, c: [(n, c), (c,), (c,)]),
-    "linear_gelu": (ag.linear_gelu, lambda n, c: [(n, 2), (2, c), (c,)]),
-    "curvature with a bias": (lambda x, w, b: sum(map(ag.reduce_sum, grad(ag.linear_gelu(x, w, b).sum(), [x, w, b],
-                                                                          create_graph=True)), start=0.0),
-                              lambda n, c: [(n, 2), (2, c), (c,)]),
-}  # fmt: skip
-
-
-def with_gradients(function, arrays):
-    """A function's result and its gradients towards all arrays, weighted by fixed numbers, as NumPy arrays."""
-    inputs = tensors(*arrays)
-    result = function(*inputs)
-    weights = np.cos(np.arange(result.size)).reshape(result.shape).astype(result.dtype)
-    return [ag.to_numpy(x) for x in (result, *grad(result, inputs, Tensor(ag.xp.asarray(weights))))]
-
-
-def compare_with_kernels(function, arrays):
-    """The same on the CPU and by the kernels, to a rounding."""
-    expected = with_gradients(function, arrays)
-    with rehearsal():
-        ag.use_device("gpu")
-        found = with_gradients(function, arrays)
-    tolerance = 1e-12 if arrays[0].dtype == np.float64 else 2e-5
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1, np.abs(b).max()))
-
-
-@on_cpu
-@pytest.mark.parametrize("name", KERNELS)
-@settings(max_examples=20)
-@given(rows=st.integers(1, 9), width=st.sampled_from([1, 2, 31, 32, 33, 70, 300]), seed=seeds,
-       scale=st.sampled_from([1e-3, 1.0, 30.0]), dtype=st.sampled_from([np.float32, np.float64]))  # fmt: skip
-def test_kernels_equal_their_numpy_forms(name, rows, width, seed, scale, dtype):
-    function, operands = KERNELS[name]
-    compare_with_kernels(function, [x.astype(dtype) for x in normal(seed, *operands(rows, width), scale=scale)])
-
-
-@on_cpu
-@settings(max_examples=30)
-@given(batch=st.integers(1, 2), tokens=st.integers(1, 140), heads=st.integers(1, 3), seed=seeds, masked=st.booleans(),
-       head=st.sampled_from([3, 20]), dtype=st.sampled_from([np.float32, np.float64]))  # fmt: skip
-@example(batch=1, tokens=129, heads=2, seed=0, masked=False, head=3, dtype=np.float64)
-@example(batch=1, tokens=65, heads=2, seed=0, masked=True, head=20, dtype=np.float64)
-def test_attentions_kernels_equal_its_numpy_form(batch, tokens, heads, seed, masked, head, dtype):
-    """With more tokens than a block has threads, and masks that let some rows see nothing."""
-    (qkv,) = normal(seed, (batch, tokens, 3 * heads * head))
-    mask = np.random.default_rng(seed).random((tokens, tokens)) < 0.3 if masked else None
-    compare_with_kernels(lambda x: ag.attention(x, heads, None if mask is None else ag.xp.asarray(mask)),
-                         [qkv.astype(dtype)])  # fmt: skip
-
-
-@on_cpu
-@pytest.mark.parametrize("policy", ["translation", "cutout", "color", "translation,color", POLICY, "color,cutout"])
-@settings(max_examples=10)
-@given(side=st.sampled_from([1, 5, 8, 17]), batch=st.integers(1, 3), seed=seeds, cut=st.booleans(),
-       dtype=st.sampled_from([np.float32, np.float64]))  # fmt: skip
-def test_augmentations_kernel_equals_its_composition(policy, side, batch, seed, cut, dtype):
-    """In value, gradient and that gradient's gradient, with shifts up to out of the picture."""
-    rng = np.random.default_rng(seed)
-    draws = transgan.draw_augmentation((batch,), side, rng)
-    draws[0, 3:5] = rng.integers(-side - 1, side + 2, 2)
-    if cut:
-        draws[:, 5:] = rng.integers(0, side + 1, (batch, 2))
-    (x,) = normal(seed, (batch, 3, side, side))
-
-    def function(x):
-        y = transgan.diff_augment(x, policy, ag.xp.asarray(draws.astype(dtype)))
-        (slope,) = grad((y**3).sum(), [x], create_graph=True)
-        return ag.concatenate([y, slope])
-
-    compare_with_kernels(function, [x.astype(dtype)])
-
-
-@on_cpu
-@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 0.999)])
-@pytest.mark.parametrize("decay", [None, 0.9])
-def test_adams_kernel_equals_its_numpy_form(betas, decay):
-    states = []
-    for device in ("cpu", "gpu"):
-        with rehearsal():
-            ag.use_device(device)
-            parameters = tensors(*normal(0, (30, 20), (7,)))
-            adam = ag.Adam(parameters, betas, decay=decay)
-            for t in range(3):
-                adam.add(tensors(*normal(t + 1, (30, 20), (7,))))
-                adam.step(0.01, ag.xp.asarray(0.5))
-            flats = (adam.p, adam.gradient, adam.v, adam.m, adam.average)
-            states.append([ag.to_numpy(x) for x in flats if x is not None])
-    for a, b in zip(*states, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
-
-
-@on_cpu
-def test_kernels_hide_no_nan():
-    """What is not a number must be seen further on, by whoever watches the losses."""
-    x = normal(0, (1, 5, 9))[0]
-    x[0, 2, 1] = np.nan
-    with rehearsal():
-        ag.use_device("gpu")
-        for function in (ag.gelu, ag.softmax, lambda x: ag.attention(x, 1)):
-            assert np.isnan(ag.to_numpy(function(Tensor(ag.xp.asarray(x))))).any()
-
-
-@on_cpu
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs CUDA's compiler")
-def test_kernels_compile(tmp_path, monkeypatch):
-    """Through NVIDIA's own compiler, down to the instructions of a GPU, within its registers and its shared memory."""
-    monkeypatch.setattr(ag, "xp", types.SimpleNamespace(RawKernel=lambda source, name: source))
-    kernels = "\n".join(getattr(ag, name) for name in vars(ag) if name.endswith("_CUDA") and name != "_CUDA")
-    kernels += transgan._AUGMENT_CUDA
-    constants = {"D": 32, "TILE": 32, "SCALE": 0.177, "DRAWS": 7, "TRANSLATION": 1, "CUTOUT": 1, "COLOR": 1}
-    for dtype in map(np.dtype, (np.float32, np.float64)):
-        path = tmp_path / f"{dtype}.cu"
-        path.write_text(ag._kernel.__wrapped__(kernels, "all of them", dtype, **constants))
-        done = subprocess.run(["nvcc", "-cubin", "-arch=sm_90", str(path), "-o", str(path) + ".bin"], capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
-
-
-@on_cpu
-def test_a_gpu_that_cannot_compile_is_none(rehearsed_gpu, monkeypatch):
-    def missing(*args):
-        raise RuntimeError("==========\nCuPy failed to load libnvrtc\nReinstall it")
-
-    monkeypatch.setattr(FakeCuPy, "exp", missing, raising=False)
-    assert ag.use_device("auto") == "cpu"
-    with pytest.raises(RuntimeError, match=r"^no GPU to use \(CuPy failed to load libnvrtc\); install"):
-        ag.use_device("gpu")
-
-
-def test_every_array_function_in_use_exists_in_cupy():
-    cupy = pytest.importorskip("cupy")
-    root = Path(__file__).parent
-    from cupy._core import _routines_linalg as linalg
-
-    for name in ("set_compute_type", "COMPUTE_TYPE_DEFAULT", "COMPUTE_TYPE_TF32", "COMPUTE_TYPE_BF16"):
-        assert hasattr(linalg, name)
-    communicator = pytest.importorskip("cupyx.distributed").NCCLBackend
-    for name in ("all_gather", "all_reduce"):
-        assert hasattr(communicator, name)
-    for source in (root / "autograd.py", root / "transgan.py", *(root / "paper").glob("*.py")):
-        for name in set(re.findall(r"\bxp\.([\w.]+)", source.read_text())):
-            operator.attrgetter(name.rstrip("."))(cupy)
 
 
 # --- 8. Data ----------------------------------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ import autograd as ag
 import data
 import transgan
 from autograd import Tensor
+from fast.rehearsal import rehearsed_gpu  # noqa: F401 (a fixture)
 from look import architecture, drawing, pictures, report
 from store.support import holds, leftovers
-from test_transgan import fails, rehearsed_gpu, run_main, small  # noqa: F401 (fixtures)
+from test_transgan import fails, run_main, small  # noqa: F401 (fixtures)
 
 # --- 1. Setting up ----------------------------------------------------------------------------------------------------
 

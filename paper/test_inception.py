@@ -16,7 +16,8 @@ import hashlib
 import re
 
 import test_transgan as base  # first: it imports transgan before NumPy
-from test_transgan import rehearsed_gpu, small  # noqa: F401 (fixtures)
+from fast.rehearsal import rehearsed_gpu  # noqa: F401 (a fixture)
+from test_transgan import small  # noqa: F401 (fixtures)
 
 import numpy as np  # isort: skip
 import pytest

@@ -1,0 +1,204 @@
+"""A GPU for machines that have none: tests rehearse on it what a GPU would do.
+
+Its arrays are NumPy's, but refuse to meet NumPy's, as CuPy's do. Its kernels are those of fast/kernels, which the machine's
+C++ compiler translates beside fast/emulator.cpp, so that a CPU runs them block after block.
+
+    def test_something(rehearsed_gpu):  # import the fixture from here
+        ag.use_device("gpu")
+        fast.install()
+"""
+
+import contextlib
+import ctypes
+import functools
+import operator
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import autograd as ag
+from autograd import Tensor
+from fast import forms, gpu
+
+EMULATOR = Path(__file__).with_name("emulator.cpp")
+
+
+class DeviceArray:
+    """An array that, like CuPy's, refuses to meet NumPy's or to become one unasked; a rehearsal of the GPU on the CPU."""
+
+    __array_ufunc__ = None  # so that NumPy's arrays ask this class, which then refuses
+
+    def __init__(self, host):
+        self.host = host
+
+    def __array__(self, *args, **options):
+        raise TypeError("an array of the device was about to become NumPy's; use xp, or to_numpy")
+
+    def get(self):
+        return self.host.copy()
+
+    def __getitem__(self, index):
+        return to_device(self.host[to_host(index)])
+
+    def __setitem__(self, index, value):
+        self.host[to_host(index)] = to_host(value)
+
+    def __len__(self):
+        return len(self.host)
+
+    def __float__(self):
+        return float(self.host)
+
+    def __bool__(self):
+        return bool(self.host)
+
+
+def to_host(x):
+    if isinstance(x, (tuple, list)):
+        return type(x)(to_host(y) for y in x)
+    if isinstance(x, np.ndarray):
+        raise TypeError("a NumPy array meets an array of the device")
+    return x.host if isinstance(x, DeviceArray) else x
+
+
+def to_device(x):
+    if isinstance(x, (tuple, list)):
+        return type(x)(to_device(y) for y in x)
+    return DeviceArray(np.asarray(x)) if isinstance(x, (np.ndarray, np.generic)) else x
+
+
+def on_device(function):
+    """A function of NumPy's, or a method of its arrays, made to work on DeviceArrays alone."""
+
+    def call(*args, out=None, **options):
+        args, options = map(to_host, args), {name: to_host(x) for name, x in options.items()}
+        if out is None:
+            return to_device(function(*args, **options))
+        function(*args, out=to_host(out), **options)
+        return out
+
+    return call
+
+
+def give_device_arrays_their_operators():
+    for name in ("shape", "ndim", "size", "dtype", "base", "strides"):
+        setattr(DeviceArray, name, property(lambda self, name=name: getattr(self.host, name)))
+    DeviceArray.T = property(lambda self: DeviceArray(self.host.T))
+    for name in ("sum", "mean", "max", "reshape", "transpose", "astype", "copy", "swapaxes", "item"):
+        setattr(DeviceArray, name, on_device(getattr(np.ndarray, name)))
+    for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "gt", "ge", "lt", "eq"):
+        function = on_device(getattr(operator, name))
+
+        def forward(a, b, function=function):
+            return NotImplemented if isinstance(b, Tensor) else function(a, b)
+
+        def in_place(a, b, name=name):
+            getattr(operator, "i" + name)(a.host, to_host(b))
+            return a
+
+        setattr(DeviceArray, f"__{name}__", forward)
+        if name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
+            setattr(DeviceArray, f"__r{name}__", lambda a, b, function=function: function(b, a))
+        if name in ("add", "sub", "mul", "truediv"):
+            setattr(DeviceArray, f"__i{name}__", in_place)
+    DeviceArray.__neg__ = on_device(operator.neg)
+
+
+give_device_arrays_their_operators()
+
+
+@functools.cache
+def emulated(source, name):
+    """A kernel of a CUDA source, compiled by the machine's C++ compiler to run on its CPU: f(grid, block, arguments)."""
+    parameters, text = re.search(rf'extern "C" __global__ void {name}\((.*?)\) \{{(.*?)\n\}}', source, re.DOTALL).groups()
+    waits = str(any(word in text for word in ("__syncthreads", "warp_", "block_"))).lower()
+    names = ", ".join(parameter.split()[-1].strip("*") for parameter in parameters.split(","))
+    entry = f"""extern "C" void launch(unsigned gx, unsigned gy, unsigned bx, unsigned by, {parameters}) {{
+        body = [=] {{ {name}({names}); }};
+        run(gx, gy, bx, by, {waits});
+    }}"""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cpp"
+        path.write_text("\n".join([EMULATOR.read_text(), source, entry]))
+        library = path.with_suffix(".so")
+        subprocess.run(["g++", "-shared", "-fPIC", "-std=c++17", "-w", str(path), "-o", str(library)], check=True)
+        function = ctypes.CDLL(str(library)).launch
+
+    def launch(grid, block, arguments):
+        sizes = [ctypes.c_uint(n) for shape in (grid, block) for n in (*shape, 1)[:2]]
+        function(*sizes, *map(passed, arguments))
+
+    def passed(x):
+        if isinstance(x, DeviceArray):
+            assert x.host.flags.c_contiguous
+            return ctypes.c_void_p(x.host.ctypes.data)
+        kinds = {"u": ctypes.c_void_p, "i": ctypes.c_longlong, "f": ctypes.c_float if x.itemsize == 4 else ctypes.c_double}
+        return kinds[x.dtype.kind](x.item())
+
+    return launch
+
+
+class FakeCuPy(types.ModuleType):
+    """The part of CuPy that this project uses, computed by NumPy on DeviceArrays; `used` collects its functions' names,
+    `precision` is what its matrix products were told."""
+
+    ndarray, used, precision, RawKernel = DeviceArray, set(), None, staticmethod(emulated)
+    cuda = types.SimpleNamespace(
+        runtime=types.SimpleNamespace(
+            getDeviceProperties=lambda device: {"name": b"a rehearsed GPU"}, memGetInfo=lambda: (1 << 30, 1 << 31)
+        ),
+        Device=lambda: types.SimpleNamespace(id=0),
+    )
+
+    @staticmethod
+    def asarray(x, dtype=None):
+        return DeviceArray(np.array(x.host if isinstance(x, DeviceArray) else x, dtype))
+
+    def __getattr__(self, name):
+        return self.rehearsed(getattr(np, name), name)
+
+    def rehearsed(self, value, name):
+        if name.startswith("__") or isinstance(value, (type, float)):
+            return value
+        self.used.add(name)
+        if isinstance(value, types.ModuleType):
+            functions = {inner: self.rehearsed(getattr(value, inner), inner) for inner in ("as_strided", "norm")
+                         if hasattr(value, inner)}  # fmt: skip
+            parts = {"stride_tricks": self.rehearsed(np.lib.stride_tricks, "stride_tricks")} if name == "lib" else {}
+            return types.SimpleNamespace(**functions, **parts)
+        return on_device(value)
+
+
+@contextlib.contextmanager
+def rehearsal():
+    """Within this context there is a CuPy to find, and no fast form in use yet; afterwards all is as it was."""
+    if not shutil.which("g++"):
+        pytest.skip("the kernels' rehearsal needs g++")
+    cupy = FakeCuPy("cupy")
+    linalg = {f"COMPUTE_TYPE_{kind}": kind for kind in ("DEFAULT", "TF32", "BF16")}
+    linalg["set_compute_type"] = lambda dtype, kind: setattr(cupy, "precision", kind)
+    core = types.SimpleNamespace(_routines_linalg=types.SimpleNamespace(**linalg))
+    gpu.kernel.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ag, "xp", np)
+        patch.setattr(ag, "faster", {})
+        patch.setattr(forms, "arrays", None)
+        patch.setitem(sys.modules, "cupy", cupy)
+        patch.setitem(sys.modules, "cupy._core", core)
+        try:
+            yield cupy
+        finally:
+            gpu.kernel.cache_clear()
+
+
+@pytest.fixture
+def rehearsed_gpu():
+    with rehearsal() as cupy:
+        yield cupy
