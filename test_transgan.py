@@ -705,9 +705,9 @@ def test_a_hook_sees_every_operation_once_and_changes_nothing(monkeypatch):
 
     depth, seen = [], []
 
-    def hook(function, direction, *args, **kwargs):
+    def hook(name, direction, function, *args, **kwargs):
         if not depth:
-            seen.append((function.__qualname__.split(".")[0], direction))
+            seen.append((name, direction))
         depth.append(function)
         made = function(*args, **kwargs)
         depth.pop()
@@ -718,10 +718,9 @@ def test_a_hook_sees_every_operation_once_and_changes_nothing(monkeypatch):
     hooked = numbers()
     for a, b in zip(plain, hooked, strict=True):
         np.testing.assert_array_equal(ag.to_numpy(a), ag.to_numpy(b))
-    forward = [name for name, direction in seen if direction == "forward"]
-    assert sorted(forward) == sorted(["transpose", "matmul", "gelu", "softmax", "add", *["reduce_sum"] * 4])
-    backward = {name for name, direction in seen if direction == "backward"}
-    assert {"matmul", "transpose", "reduce_sum", "add"} < backward
+    forward = sorted(name for name, direction in seen if direction == "forward" and name != "add")
+    assert forward == ["gelu", "matmul", "reduce_sum", "reduce_sum", "reduce_sum", "reduce_sum", "softmax", "transpose"]
+    assert {"matmul", "transpose", "reduce_sum", "add"} <= {name for name, direction in seen if direction == "backward"}
 
 
 def test_float32_by_default_float64_on_request():
