@@ -153,6 +153,23 @@ def close(a, b, tolerance=1e-10):
     np.testing.assert_allclose(ag.to_numpy(a), ag.to_numpy(b), rtol=tolerance, atol=tolerance)
 
 
+def check_same(one, other, arrays, tolerance=1e-9):
+    """Two functions agree in value, in first derivative both with and without a recorded graph, and in second."""
+    upstream = None
+    results = []
+    for function in (one, other):
+        inputs = tensors(*arrays)
+        y = function(*inputs)
+        upstream = ag.xp.asarray(normal(1, y.shape)[0]) if upstream is None else upstream
+        first = grad(y, inputs, Tensor(upstream), create_graph=True)
+        second = grad(sum((g * g * 0.5).sum() for g in first), inputs)
+        bare = grad(function(*inputs), inputs, Tensor(upstream))
+        results.append([y, *first, *bare, *second])
+    for a, b in zip(*results, strict=True):
+        size = max(1.0, float(abs(ag.to_numpy(b)).max()))
+        np.testing.assert_allclose(ag.to_numpy(a) / size, ag.to_numpy(b) / size, rtol=0, atol=tolerance)
+
+
 # --- 2. Primitive operations ------------------------------------------------------------------------------------------
 
 ELEMENTWISE = {  # the operation, and what brings normal numbers into its domain and away from kinks
@@ -206,7 +223,7 @@ def test_binary_derivatives_with_numbers_arrays_and_the_same_tensor_twice(name, 
 
 
 @given(shape=array_shapes(min_dims=1, max_dims=4, max_side=4), seed=seeds, keepdims=st.booleans(), draw=st.data())
-@pytest.mark.parametrize("name", ["sum", "mean", "max"])
+@pytest.mark.parametrize("name", ["sum", "mean"])
 def test_reduction_derivatives(name, shape, seed, keepdims, draw):
     (x,) = normal(seed, shape)
     one = st.integers(-len(shape), len(shape) - 1)
@@ -215,12 +232,6 @@ def test_reduction_derivatives(name, shape, seed, keepdims, draw):
     check(lambda x: getattr(x, name)(axis=axis, keepdims=keepdims), [x])
     result = getattr(Tensor(ag.xp.asarray(x)), name)(axis=axis, keepdims=keepdims)
     close(result, getattr(x, name)(axis=axis, keepdims=keepdims))
-
-
-def test_max_shares_its_gradient_among_equals():
-    (x,) = tensors([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]])
-    (g,) = grad(x.max(axis=1).sum(), [x])
-    close(g, [[0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3]], 1e-6)
 
 
 @given(shape=array_shapes(min_dims=1, max_dims=4, max_side=4), seed=seeds, draw=st.data())
@@ -333,7 +344,6 @@ def test_extreme_values_stay_finite_and_right(dtype):
         (lambda t: ag.attention(t(1, 2, 9), 2), r"attention of shapes \(1, 2, 9\).*2 heads"),
         (lambda t: ag.attention(t(1, 2, 6), 2, ag.xp.ones((3, 3), bool)), r"attention .*\(3, 3\), must be \(2, 2\)"),
         (lambda t: ag.pixel_shuffle(t(1, 6, 2, 2), 2), r"pixel_shuffle of shapes \(1, 6, 2, 2\).*6 channels"),
-        (lambda t: ag.pixel_unshuffle(t(1, 3, 3, 2), 2), r"pixel_unshuffle of shapes \(1, 3, 3, 2\)"),
     ],
 )
 def test_errors_name_the_operation_and_the_shapes(call, message):
@@ -363,62 +373,7 @@ def test_other_errors_are_clear_too():
         Tensor(ag.xp.ones(3, np.float32)) * Tensor(ag.xp.ones(3, np.float64))
 
 
-@given(seed=seeds, scale=st.sampled_from([1e-30, 1.0, 1e30]), precision=st.sampled_from(["tf32", "bfloat16"]))
-def test_precision_rounds_to_its_bits(seed, scale, precision):
-    """To the nearest number with so many bits of fraction, at most half a unit of the last away; float64 is let be."""
-    x = normal(seed, 50, scale=scale)[0].astype(np.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ag, "_precision", precision)
-        rounded, bits = ag._rounded(x), ag.PRECISIONS[precision]
-        exact = x.astype(np.float64)
-        assert ag._rounded(exact) is exact
-    fraction, _ = np.frexp(rounded.astype(np.float64))
-    np.testing.assert_array_equal(fraction * 2 ** (bits + 1), np.round(fraction * 2 ** (bits + 1)))
-    unit = np.exp2(np.floor(np.log2(np.abs(exact))) - bits)
-    assert (np.abs(rounded - exact) <= unit / 2).all()
-    special = np.array([0, np.inf, -np.inf, np.nan], np.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ag, "_precision", precision)
-        np.testing.assert_array_equal(ag._rounded(special), special)
-
-
-@on_cpu
-@pytest.mark.parametrize("precision, error", [("float32", 1e-6), ("tf32", 3e-3), ("bfloat16", 3e-2)])
-def test_matrix_products_are_as_exact_as_asked(precision, error):
-    x, w = (Tensor(a.astype(np.float32)) for a in normal(0, (4, 50, 60), (60, 70)))
-    products = [lambda: x @ w, lambda: ag.linear(x, w),
-                lambda: ag.conv2d(x[None], Tensor(w.data[:36].reshape(70, 4, 3, 3)))]  # fmt: skip
-    for product in products:
-        ag.use_precision("float32")
-        exact = product().data
-        ag.use_precision(precision)
-        try:
-            found = np.abs(product().data - exact).max() / np.abs(exact).max()
-        finally:
-            ag.use_precision("float32")
-        assert error / 100 * (precision != "float32") <= found < error
-    with pytest.raises(ValueError, match="float32, tf32, bfloat16, not 'half'"):
-        ag.use_precision("half")
-
-
-# --- 3. Fused operations ----------------------------------------------------------------------------------------------
-
-
-def check_same(fused, composed, arrays, tolerance=1e-9):
-    """Two functions agree in value, in first derivative both with and without a recorded graph, and in second."""
-    upstream = None
-    results = []
-    for function in (fused, composed):
-        inputs = tensors(*arrays)
-        y = function(*inputs)
-        upstream = ag.xp.asarray(normal(1, y.shape)[0]) if upstream is None else upstream
-        first = grad(y, inputs, Tensor(upstream), create_graph=True)
-        second = grad(sum((g * g * 0.5).sum() for g in first), inputs)
-        bare = grad(function(*inputs), inputs, Tensor(upstream))
-        results.append([y, *first, *bare, *second])
-    for a, b in zip(*results, strict=True):
-        size = max(1.0, float(abs(ag.to_numpy(b)).max()))
-        np.testing.assert_allclose(ag.to_numpy(a) / size, ag.to_numpy(b) / size, rtol=0, atol=tolerance)
+# --- 3. Parts of networks ---------------------------------------------------------------------------------------------
 
 
 masks = st.sampled_from(["none", "some", "whole rows", "all"])
@@ -444,8 +399,8 @@ def test_softmax_derivatives(shape, seed, scale, mask):
     seen = np.ones(shape, bool) if mask is None else np.broadcast_to(ag.to_numpy(mask), shape)
     assert (y[~seen] == 0).all()
     np.testing.assert_allclose(y.sum(-1), seen.any(-1), atol=1e-12)
-    if mask is None:
-        check_same(ag.softmax, ag.softmax_composed, [x])
+    weights = np.exp(x - x.max()) * seen
+    close(y, weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300))
 
 
 @given(shape=array_shapes(min_dims=1, max_dims=4, max_side=6), seed=seeds, scale=scales)
@@ -454,7 +409,6 @@ def test_layer_norm_derivatives(shape, seed, scale):
     x, weight, bias = normal(seed, shape, shape[-1:], shape[-1:], scale=scale)
     assume(x.shape[-1] == 1 or x.std(axis=-1).min() > 0.02)  # nearer to constant rows the steps of differences are too wide
     check(ag.layer_norm, [x, weight, bias], step=2e-6)
-    check_same(ag.layer_norm, ag.layer_norm_composed, [x, weight, bias])
 
 
 @given(rows=st.integers(1, 4), seed=seeds, offset=st.sampled_from([0.0, 5.0, -300.0]))
@@ -467,11 +421,6 @@ def test_layer_norm_of_constant_and_offset_rows(rows, seed, offset):
     (single,) = tensors((x + offset).astype(np.float32))
     weight, bias = Tensor(ag.xp.ones(6, np.float32)), Tensor(ag.xp.zeros(6, np.float32))
     np.testing.assert_allclose(ag.to_numpy(ag.layer_norm(single, weight, bias))[1:], expected[1:], atol=2e-2)
-
-
-@given(shape=shapes, seed=seeds, scale=st.sampled_from([0.1, 1.0, 10.0]))
-def test_gelu_equals_its_composition(shape, seed, scale):
-    check_same(ag.gelu, ag.gelu_composed, normal(seed, shape, scale=scale))
 
 
 def test_gelu_in_float32_is_exact_to_float32s_precision():
@@ -490,62 +439,28 @@ def test_linear_derivatives(leading, k, m, seed):
     x, weight, bias = normal(seed, (*leading, k), (k, m), (m,))
     check(ag.linear, [x, weight, bias])
     check(ag.linear, [x, weight])
-    check(ag.linear_gelu, [x, weight, bias])
-    check(ag.linear_gelu, [x, weight])
-    check_same(ag.linear_gelu, ag.linear_gelu_composed, [x, weight, bias])
-    if leading:
-        check_same(ag.linear, lambda x, w, b: x @ w + b, [x, weight, bias])
+    close(ag.linear(*tensors(x, weight, bias)), x @ weight + bias)
 
 
-@given(shape=shapes, seed=seeds, cache=st.sampled_from([1, 5, 1 << 15]))
-def test_gelu_with_a_bias_is_that_of_the_sum(shape, seed, cache):
-    """Also where a row has more elements than a piece, or several rows have."""
-    assume(shape)
-    x, bias = normal(seed, shape, shape[-1:])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ag, "_CACHE", cache)
-        check_same(lambda x: ag.gelu(x, ag.xp.asarray(bias)), lambda x: ag.gelu(x + ag.xp.asarray(bias)), [x])
-
-
-@given(n=st.integers(1, 4), m=st.integers(1, 4), seed=seeds)
-def test_linear_map_derivatives(n, m, seed):
-    matrix, x = (ag.xp.asarray(a) for a in normal(seed, (n, m), (m, 3)))
-    check(lambda x: ag.linear_map(x, lambda a: ag.xp.matmul(matrix, a), lambda a: ag.xp.matmul(matrix.T, a)), [x])
-
-
-@given(
-    batch=st.integers(1, 2), tokens=st.integers(1, 5), heads=st.integers(1, 3), width=st.integers(1, 3), seed=seeds,
-    scale=st.sampled_from([0.3, 1.0, 3.0]), mask=masks, block=st.sampled_from([1, 3, 8, 1 << 17]),
-    few=st.sampled_from([0, 0, 0, 128]),
-)  # fmt: skip
-@example(batch=1, tokens=1, heads=1, width=2, seed=0, scale=1.0, mask="none", block=1, few=0)  # all axes but two of size 1
-def test_attention_derivatives(batch, tokens, heads, width, seed, scale, mask, block, few):
+@given(batch=st.integers(1, 2), tokens=st.integers(1, 5), heads=st.integers(1, 3), width=st.integers(1, 3), seed=seeds,
+       scale=st.sampled_from([0.3, 1.0, 3.0]), mask=masks)  # fmt: skip
+@example(batch=1, tokens=1, heads=1, width=2, seed=0, scale=1.0, mask="none")  # all axes but two of size 1
+def test_attention_derivatives(batch, tokens, heads, width, seed, scale, mask):
     (qkv,) = normal(seed, (batch, tokens, 3 * heads * width), scale=scale)
     mask = draw_mask(mask, (tokens, tokens), seed)
-    with pytest.MonkeyPatch.context() as patch:  # small blocks, so that scores really are taken piece by piece
-        patch.setattr(ag, "_SCORES", block)
-        patch.setattr(ag, "_FEW_TOKENS", few)
-        check(lambda x: ag.attention(x, heads, mask), [qkv])
-        if mask is not None:
-            band = mask & ag.xp.asarray(np.tri(tokens, k=1, dtype=bool) & ~np.tri(tokens, k=-2, dtype=bool))
-            check_same(lambda x: ag.attention(x, heads, band), lambda x: ag.attention_composed(x, heads, band), [qkv])
-        check_same(lambda x: ag.attention(x, heads, mask), lambda x: ag.attention_composed(x, heads, mask), [qkv])
+    check(lambda x: ag.attention(x, heads, mask), [qkv])
 
 
-@pytest.mark.parametrize("scale", [1e2, 1e3, 1e4])
-def test_attention_of_large_logits_stays_as_small_as_its_composition(scale, monkeypatch):
-    """Logits up to 10^9, whose rounding alone is more than 1: probabilities must stay probabilities on the way back too."""
-    monkeypatch.setattr(ag, "_FEW_TOKENS", 0)
-    (qkv,) = normal(0, (2, 65, 3 * 64), scale=scale)
-    (x,) = tensors(qkv.astype(np.float32))
-    sizes = []
-    for function in (ag.attention, ag.attention_composed):
-        out = function(x, 2)
-        (g,) = grad((out * out).sum(), [x])
-        sizes.append([float(abs(ag.to_numpy(y)).max()) for y in (out, Tensor(g.data[..., 128:]))])
-    assert np.isfinite(sizes).all()
-    assert sizes[0][0] <= 1.01 * sizes[1][0]
-    assert sizes[0][1] <= 3 * sizes[1][1]
+@given(tokens=st.integers(1, 4), heads=st.integers(1, 3), width=st.integers(1, 3), seed=seeds, masked=st.booleans())
+def test_attention_is_its_formula_for_every_head_and_query(tokens, heads, width, seed, masked):
+    (qkv,) = normal(seed, (1, tokens, 3 * heads * width))
+    mask = ag.to_numpy(draw_mask("some", (tokens, tokens), seed)) if masked else np.ones((tokens, tokens), bool)
+    q, k, v = qkv.reshape(tokens, 3, heads, width).transpose(1, 2, 0, 3)  # (H, N, D) each
+    expected = np.zeros((tokens, heads, width))
+    for h, i in np.ndindex(heads, tokens):
+        weights = np.exp(k[h] @ q[h, i] / math.sqrt(width)) * mask[i]
+        expected[i, h] = weights @ v[h] / weights.sum() if mask[i].any() else 0
+    close(ag.attention(Tensor(ag.xp.asarray(qkv)), heads, ag.xp.asarray(mask)), expected.reshape(1, tokens, -1), 1e-9)
 
 
 # --- 4. Pictures ------------------------------------------------------------------------------------------------------
@@ -833,34 +748,31 @@ def test_memory_falls_while_walking_back():
     assert now < 4 * array
 
 
-def test_a_profile_counts_every_operation_once_and_changes_nothing():
+def test_a_hook_sees_every_operation_once_and_changes_nothing(monkeypatch):
     (x,) = tensors(np.ones((4, 6)))
 
     def numbers():
         y = ag.gelu(x @ x.T) + ag.softmax(x.sum(axis=1)).sum()
         return y.sum(), grad(y.sum(), [x])[0]
 
+    depth, seen = [], []
+
+    def hook(name, direction, function, *args, **kwargs):
+        if not depth:
+            seen.append((name, direction))
+        depth.append(function)
+        made = function(*args, **kwargs)
+        depth.pop()
+        return made
+
     plain = numbers()
-    with ag.profile() as times, ag.profile() as inner:
-        profiled = numbers()
-    for a, b in zip(plain, profiled, strict=True):
+    monkeypatch.setattr(ag, "hook", hook)
+    hooked = numbers()
+    for a, b in zip(plain, hooked, strict=True):
         np.testing.assert_array_equal(ag.to_numpy(a), ag.to_numpy(b))
-    calls = {key: entry[1] for key, entry in times.items()}
-    assert calls == {("matmul", "forward"): 1, ("transpose", "forward"): 1, ("gelu", "forward"): 1,
-                     ("softmax", "forward"): 1, ("reduce_sum", "forward"): 4, ("add", "forward"): 1,
-                     ("matmul", "backward"): 2, ("transpose", "backward"): 1, ("gelu", "backward"): 1,
-                     ("softmax", "backward"): 1, ("reduce_sum", "backward"): 3, ("add", "backward"): 2}  # fmt: skip
-    assert times["matmul", "forward"][2] == 4 * 4 * 8
-    assert inner.keys() == times.keys()
-    assert all(seconds > 0 for seconds, _, _ in times.values())
-    numbers()
-    assert {key: entry[1] for key, entry in times.items()} == calls  # outside of the context nothing is counted
-    lines = ag.profile_table(times).splitlines()
-    assert len(lines) == 1 + len(times)
-    assert lines[0].split() == ["operation", "direction", "seconds", "share", "calls", "MB"]
-    seconds = [float(line.split()[2]) for line in lines[1:]]
-    assert seconds == sorted(seconds, reverse=True)
-    assert sum(float(line.split()[3].rstrip("%")) for line in lines[1:]) == pytest.approx(100, abs=1)
+    forward = sorted(name for name, direction in seen if direction == "forward" and name != "add")
+    assert forward == ["gelu", "matmul", "reduce_sum", "reduce_sum", "reduce_sum", "reduce_sum", "softmax", "transpose"]
+    assert {"matmul", "transpose", "reduce_sum", "add"} <= {name for name, direction in seen if direction == "backward"}
 
 
 def test_float32_by_default_float64_on_request():
@@ -871,14 +783,14 @@ def test_float32_by_default_float64_on_request():
         x = Tensor(ag.xp.ones((2, 4, 12), dtype), requires_grad=True)
         weight = Tensor(ag.xp.ones(4, dtype))
         y = ag.gelu(ag.layer_norm(ag.attention(x * 0.5 + 1, 2), weight, weight)) ** 2
-        y = ag.softmax(y).mean() + ag.sqrt(ag.softplus(ag.sigmoid(y))).max()
+        y = ag.softmax(y).mean() + ag.sqrt(ag.softplus(ag.sigmoid(y))).mean()
         (g,) = grad(y, [x], create_graph=True)
         assert y.dtype == g.dtype == grad((g * g).sum(), [x])[0].dtype == dtype
 
 
 def test_gradient_check_finds_a_derivative_that_is_wrong_when_recorded():
     def wrong(x):
-        return ag._result(x.data * 1.0, (x, lambda g: g * (1.001 if ag._mode.enabled else 1.0)))
+        return ag.result(x.data * 1.0, (x, lambda g: g * (1.001 if ag.is_recording() else 1.0)))
 
     assert gradient_check(wrong, normal(0, (3,)), order=1) > 1e-4
 
@@ -889,7 +801,7 @@ def test_gradient_check_finds_a_wrong_derivative(order):
 
     def wrong(x):
         vjp = (lambda g: g * 1.001) if order == 1 else (lambda g: Tensor(g.data * 3 * x.data * x.data))
-        return ag._result(x.data if order == 1 else x.data**3, (x, vjp))
+        return ag.result(x.data if order == 1 else x.data**3, (x, vjp))
 
     (x,) = normal(0, (3,))
     assert gradient_check(wrong, [x], order=order) > 1e-4
@@ -901,11 +813,11 @@ def test_gradient_check_finds_a_wrong_derivative(order):
 
 @pytest.mark.parametrize("decay", [None, 0.9])
 @pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 0.999)])
-@given(seed=seeds, rate=st.floats(1e-4, 0.5), scale=st.floats(0.1, 2), cache=st.integers(1, 8))
-def test_adam_follows_its_formula(seed, rate, scale, cache, betas, decay):
+@given(seed=seeds, rate=st.floats(1e-4, 0.5), scale=st.floats(0.1, 2))
+def test_adam_follows_its_formula(seed, rate, scale, betas, decay):
     """Minimise 1/2 sum c (p - target)^2, beside algorithm 1 of the paper written out in plain Python numbers.
 
-    The gradient comes in two parts, for parameters of two shapes that are updated in pieces of `cache`.
+    The gradient comes in two parts, for parameters of two shapes.
     """
     c, target, start = (x.tolist() for x in normal(seed, 7, 7, 7))
     parameters = tensors(np.array(start[0]), np.array(start[1:]).reshape(2, 3))
@@ -915,11 +827,9 @@ def test_adam_follows_its_formula(seed, rate, scale, cache, betas, decay):
         p = ag.concatenate([x.reshape(-1) for x in parameters])
         loss = ((p - ag.xp.asarray(target)) ** 2 * ag.xp.asarray(c)).sum() * 0.5
         gradients = grad(loss, parameters)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ag, "_CACHE", cache)
-            for share in (0.25, 0.75):
-                adam.add([g * share for g in gradients])
-            adam.step(rate, scale)
+        for share in (0.25, 0.75):
+            adam.add([g * share for g in gradients])
+        adam.step(rate, scale)
         for i in range(7):
             g = scale * c[i] * (plain[i] - target[i])
             m[i] = betas[0] * m[i] + (1 - betas[0]) * g
@@ -967,7 +877,7 @@ def test_choosing_a_device():
 
 @given(batch=st.integers(1, 2), channels=st.integers(1, 3), height=st.integers(1, 3), width=st.integers(1, 3),
        factor=st.integers(1, 3), seed=seeds)  # fmt: skip
-def test_pixel_shuffle_is_its_definition_and_has_an_inverse(batch, channels, height, width, factor, seed):
+def test_pixel_shuffle_is_its_definition(batch, channels, height, width, factor, seed):
     (x,) = normal(seed, (batch, channels * factor**2, height, width))
     y = ag.pixel_shuffle(Tensor(ag.xp.asarray(x)), factor)
     defined = np.empty((batch, channels, height * factor, width * factor))
@@ -975,10 +885,7 @@ def test_pixel_shuffle_is_its_definition_and_has_an_inverse(batch, channels, hei
         for i, j in np.ndindex(factor, factor):
             defined[b, c, h * factor + i, w * factor + j] = x[b, c * factor**2 + i * factor + j, h, w]
     close(y, defined, 0)
-    close(ag.pixel_unshuffle(y, factor), x, 0)
-    close(ag.pixel_shuffle(ag.pixel_unshuffle(y, factor), factor), defined, 0)
     check(lambda x: ag.pixel_shuffle(x, factor), [x])
-    check(lambda x: ag.pixel_unshuffle(x, factor), [defined])
 
 
 def test_upscale_puts_each_token_into_four_neighbours_around_its_place():

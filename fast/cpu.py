@@ -14,6 +14,7 @@ import numpy as np
 CACHE = 1 << 15  # elements in a piece of an elementwise chain: a few arrays of it stay in a core's cache
 SCORES = 1 << 17  # of attention in a block: half a megabyte, in a core's cache together with its product
 FEW_TOKENS = 128  # whose scores a CPU may as well hold: to compute them again takes longer than to fetch them
+POOL_FROM = 1 << 20  # elements from which an elementwise chain is worth more than one thread
 PEAK = 1 / math.sqrt(2 * math.pi)  # of the normal density phi, at 0
 PRECISIONS = {"float32": 23, "tf32": 10, "bfloat16": 7}  # bits of a number's fraction that enter a matrix product
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -43,9 +44,9 @@ def keep_freed_memory():
         mallopt(-8, 1)  # M_ARENA_MAX: one heap, so that threads reuse each other's memory
 
 
-def product(a, b):
-    """a @ b of arrays, in the precision that is chosen: a CPU emulates it, by rounding what enters the product."""
-    return np.matmul(a, b) if _precision == "float32" else np.matmul(_rounded(a), _rounded(b))
+def matmul(a, b):
+    """a @ b in the precision that is chosen, which a CPU emulates by rounding what enters the product."""
+    return np.matmul(_rounded(a), _rounded(b))
 
 
 def _rounded(x):
@@ -142,30 +143,7 @@ def _normal(x):
     return cdf, density
 
 
-# --- Softmax and layer norm -------------------------------------------------------------------------------------------
-
-
-def softmax(x, mask):
-    """exp(x) / sum exp(x) over the last axis, 0 where the mask, boolean or None, is False."""
-    p = x if mask is None else np.where(mask, x, -np.inf).astype(x.dtype)
-    p = p - _finite(p.max(axis=-1, keepdims=True))
-    np.exp(p, out=p)
-    p /= _positive(p.sum(axis=-1, keepdims=True))
-    return p
-
-
-def softmax_vjp(p, g):
-    """p (g - sum(p g)) of softmax's result p."""
-    inner = (g * p).sum(axis=-1, keepdims=True)
-    return (g - inner) * p
-
-
-def _finite(top):
-    return np.maximum(top, np.finfo(top.dtype).min)  # a row's maximum, also where the whole row is masked (-inf)
-
-
-def _positive(total):
-    return np.maximum(total, np.finfo(total.dtype).tiny)  # a row's sum, also where the whole row is masked (0)
+# --- Layer norm -------------------------------------------------------------------------------------------------------
 
 
 def _row_sum(x):
@@ -262,6 +240,14 @@ def attention_vjp(qkv, num_heads, mask, out, log_sum, g):
     return _join_heads(result, len(out), num_heads)
 
 
+def _finite(top):
+    return np.maximum(top, np.finfo(top.dtype).min)  # a row's maximum, also where the whole row is masked (-inf)
+
+
+def _positive(total):
+    return np.maximum(total, np.finfo(total.dtype).tiny)  # a row's sum, also where the whole row is masked (0)
+
+
 def _swap_copy(x):
     return np.ascontiguousarray(x.swapaxes(-1, -2))  # small products run twice as fast on a right side that lies in rows
 
@@ -323,7 +309,7 @@ def adam(p, gradient, v, m, average, scale, rate, correction, b1, b2, eps, decay
         pieces = (None if x is None else x[i : i + CACHE] for x in arrays)
         _adam(*pieces, scale, rate, correction, b1, b2, eps, decay)
 
-    list(_pool.map(update, range(0, p.size, CACHE)))
+    list((map if p.size < POOL_FROM else _pool.map)(update, range(0, p.size, CACHE)))
 
 
 def _adam(p, g, v, m, average, scale, rate, correction, b1, b2, eps, decay):

@@ -7,6 +7,8 @@ module of array functions in use, fast.cpu or fast.gpu.
 
 import math
 
+import numpy as np
+
 import autograd as ag
 from autograd import Tensor, grad, is_recording, result
 
@@ -19,36 +21,12 @@ def definition(operation):
     return operation.__wrapped__
 
 
-def _rows(x):
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (..., c) -> (rows, c)
-
-
 def matmul(a, b):
-    """When b is one matrix for a whole batch, all rows of a are stacked: one large product runs faster than many small
-    ones, and b's gradient needs no sum over a batch of matrices."""
+    """In a precision that is not the arrays' own; the products of its derivatives too."""
     a, b = (x if isinstance(x, Tensor) else Tensor(x) for x in (a, b))
-    if b.ndim == 2 < a.ndim:
-        if a.shape[-1] != b.shape[0]:
-            raise ValueError("the last axis of the first must equal the first axis of the second")
-        data = arrays.product(_rows(a.data), b.data).reshape(*a.shape[:-1], b.shape[1])
-        return result(data, (a, lambda g: g @ b.T), (b, lambda g: _rows(a).T @ _rows(g)))
     if min(a.ndim, b.ndim) < 2:
         return definition(ag.matmul)(a, b)
-    return result(arrays.product(a.data, b.data), (a, lambda g: g @ ag.swap_last(b)), (b, lambda g: ag.swap_last(a) @ g))
-
-
-def linear(x, weight, bias=None):
-    """The bias is added into the product's own array."""
-    if x.shape[-1:] != weight.shape[:1] or bias is None or bias.shape != weight.shape[1:]:
-        return definition(ag.linear)(x, weight, bias)
-    data = arrays.product(_rows(x.data), weight.data)
-    data += bias.data
-    return result(
-        data.reshape(*x.shape[:-1], weight.shape[1]),
-        (x, lambda g: linear(g, weight.T)),
-        (weight, lambda g: _rows(x).T @ _rows(g)),
-        (bias, lambda g: g),
-    )
+    return result(arrays.matmul(a.data, b.data), (a, lambda g: g @ ag.swap_last(b)), (b, lambda g: ag.swap_last(a) @ g))
 
 
 def normal_cdf(x):
@@ -76,7 +54,7 @@ def _gelu_slope(x, slope):
 
 def softmax(x, mask=None):
     """With p the result, dp = p (dx - sum(p dx)) row by row, so the gradient of x is p (g - sum(p g))."""
-    if mask is not None and ag.np.broadcast_shapes(x.shape, mask.shape) != x.shape:
+    if mask is not None and np.broadcast_shapes(x.shape, mask.shape) != x.shape:
         return definition(ag.softmax)(x, mask)
     p = arrays.softmax(x.data, mask)
 
@@ -100,8 +78,9 @@ def layer_norm(x, weight, bias, eps=1e-5):
     data, h, r = arrays.layer_norm(x.data, weight.data, bias.data, eps)
 
     def vjp_x(g):
-        return _normalize_vjp(x, h, r, g * weight) if is_recording() else Tensor(
-            arrays.layer_norm_vjp(h, r, g.data, weight.data))  # fmt: skip
+        if is_recording():
+            return _normalize_vjp(x, h, r, g * weight)
+        return Tensor(arrays.layer_norm_vjp(h, r, g.data, weight.data))
 
     def vjp_weight(g):
         return g * (_normalized(x, h, r) if is_recording() else h)  # whose sum over the rows is left to unbroadcast
@@ -159,5 +138,5 @@ def adam_update(adam, learning_rate, scale):
     arrays.adam(adam.p, adam.gradient, adam.v, adam.m, adam.average, scale, *numbers)
 
 
-FORMS = {ag.matmul: matmul, ag.linear: linear, ag.normal_cdf: normal_cdf, ag.gelu: gelu, ag.softmax: softmax,
-         ag.layer_norm: layer_norm, ag.attention: attention, ag.adam_update: adam_update}  # fmt: skip
+FORMS = {ag.matmul: matmul, ag.normal_cdf: normal_cdf, ag.gelu: gelu, ag.softmax: softmax, ag.layer_norm: layer_norm,
+         ag.attention: attention, ag.adam_update: adam_update}  # fmt: skip
