@@ -45,7 +45,8 @@ FUNCTIONS = {  # of fast/cpu.py and fast/gpu.py, and their arguments: shapes of 
 
 
 def softmax(x, mask):
-    weights = np.exp(x - x.max(axis=-1, keepdims=True)) * (True if mask is None else mask)
+    x = x if mask is None else np.where(mask, x, -np.inf).astype(x.dtype)
+    weights = np.exp(x - np.maximum(x.max(axis=-1, keepdims=True), np.finfo(x.dtype).min))
     return weights / np.maximum(weights.sum(axis=-1, keepdims=True), np.finfo(x.dtype).tiny)
 
 
