@@ -45,7 +45,8 @@ FUNCTIONS = {  # of fast/cpu.py and fast/gpu.py, and their arguments: shapes of 
 
 
 def softmax(x, mask):
-    weights = np.exp(x - x.max(axis=-1, keepdims=True)) * (True if mask is None else mask)
+    x = x if mask is None else np.where(mask, x, -np.inf).astype(x.dtype)
+    weights = np.exp(x - np.maximum(x.max(axis=-1, keepdims=True), np.finfo(x.dtype).min))
     return weights / np.maximum(weights.sum(axis=-1, keepdims=True), np.finfo(x.dtype).tiny)
 
 
@@ -81,7 +82,7 @@ def agree(found, expected):
 @pytest.mark.parametrize("name", FUNCTIONS)
 @settings(max_examples=20)
 @given(rows=st.integers(1, 9), width=st.sampled_from([1, 2, 31, 32, 33, 70, 300]), seed=seeds,
-       scale=st.sampled_from([1e-3, 1.0, 30.0]), dtype=dtypes)  # fmt: skip
+       scale=st.sampled_from([1e-3, 1.0, 1e3]), dtype=dtypes)  # fmt: skip
 def test_kernels_equal_their_numpy_forms(name, rows, width, seed, scale, dtype):
     drawn = FUNCTIONS[name](rows, width)
     arguments = [normal(seed + i, x, scale=scale)[0].astype(dtype) if isinstance(x, tuple) else x
