@@ -330,8 +330,14 @@ def test_extreme_values_stay_finite_and_right(dtype):
         (lambda t: ag.concatenate([t(2, 3), t(2, 4)]), r"concatenate of shapes \(2, 3\), \(2, 4\)"),
         (lambda t: ag.broadcast_to(t(2), (3,)), r"broadcast_to of shapes \(2,\)"),
         (lambda t: ag.linear(t(2, 3), t(4, 5)), r"linear of shapes \(2, 3\), \(4, 5\)"),
+        (lambda t: ag.linear(t(2, 3), t(3, 4), t(1)), r"linear of shapes \(2, 3\), \(3, 4\), \(1,\)"),
+        (lambda t: ag.linear(t(2, 3), t(3, 4), t(2, 4)), r"linear of shapes \(2, 3\), \(3, 4\), \(2, 4\)"),
         (lambda t: ag.softmax(t(2, 3), ag.xp.ones((2, 4), bool)), r"softmax of shapes \(2, 3\), \(2, 4\)"),
+        (lambda t: ag.softmax(t(2, 3), ag.xp.ones((4, 2, 3), bool)), r"\(4, 2, 3\): the mask, .* must broadcast to x"),
+        (lambda t: ag.softmax(t(2, 1), ag.xp.ones(3, bool)), r"\(2, 1\), \(3,\): the mask, .* must broadcast to x"),
         (lambda t: ag.layer_norm(t(2, 3), t(2), t(3)), r"layer_norm of shapes \(2, 3\), \(2,\), \(3,\)"),
+        (lambda t: ag.layer_norm(t(2, 3), t(3), t(1)), r"layer_norm of shapes \(2, 3\), \(3,\), \(1,\)"),
+        (lambda t: ag.layer_norm(t(2, 3), t(3), t(2, 3)), r"layer_norm of shapes \(2, 3\), \(3,\), \(2, 3\)"),
         (lambda t: ag.attention(t(1, 2, 9), 2), r"attention of shapes \(1, 2, 9\).*2 heads"),
         (lambda t: ag.attention(t(1, 2, 6), 2, ag.xp.ones((3, 3), bool)), r"attention .*\(3, 3\), must be \(2, 2\)"),
         (lambda t: ag.pixel_shuffle(t(1, 6, 2, 2), 2), r"pixel_shuffle of shapes \(1, 6, 2, 2\).*6 channels"),
@@ -609,7 +615,8 @@ def test_unfold_and_fold_are_each_others_derivative(drawn, seed):
 @given(drawn=windowed(), seed=seeds, count_padding=st.booleans())
 def test_pooling_derivatives(drawn, seed, count_padding):
     shape, kernel, stride, padding = drawn
-    x = np.random.default_rng(seed).permutation(math.prod(shape)).reshape(shape) / 10.0  # no two pixels are near each other
+    # No two pixels are near each other, and all are below the 0 of a margin that counts.
+    x = np.random.default_rng(seed).permutation(math.prod(shape)).reshape(shape) / -10.0 - 0.1
     check(lambda x: ag.max_pool2d(x, kernel, stride, padding), [x])
     check(lambda x: ag.avg_pool2d(x, kernel, stride, padding, count_padding), [x])
     (tensor,) = tensors(x)
@@ -800,6 +807,7 @@ def test_no_grad_and_detach_remember_nothing():
         assert not (x * x).requires_grad
         with ag.recording(True):
             assert (x * x).requires_grad
+        assert not (x * x).requires_grad  # as it was before, not as it is at first
     assert (x * x).requires_grad
     close(grad(x * x.detach(), [x])[0], [3.0])
 
