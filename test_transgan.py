@@ -633,6 +633,9 @@ def test_max_pooling_shares_its_gradient_among_equals():
     (x,) = tensors(np.ones((1, 1, 2, 3)))
     (g,) = grad(ag.max_pool2d(x, 2, 1).sum(), [x])
     close(g, np.array([[[[0.25, 0.5, 0.25], [0.25, 0.5, 0.25]]]]))
+    (x,) = tensors(np.zeros((1, 1, 2, 2)))  # and a margin has no part in it
+    (g,) = grad(ag.max_pool2d(x, 2, 1, 1).sum(), [x])
+    close(g, np.full((1, 1, 2, 2), 1 + 0.5 + 0.5 + 0.25))
 
 
 @settings(max_examples=30)
@@ -1495,6 +1498,43 @@ def test_a_steps_draws_follow_from_the_seed(small, monkeypatch):
     trainer.prepared[1].result()  # what the third step will need
     assert [key for key in drawn if "order" not in key[0]] == own
     assert {("order", 3, 0), ("co-training order", 3, 0)} <= set(drawn)
+
+
+def test_about_every_second_picture_is_mirrored():
+    pictures = np.arange(2000 * 3 * 2 * 3, dtype=np.float32).reshape(2000, 3, 2, 3)
+    given = pictures.copy()
+    made = transgan.flip(given, np.random.default_rng(0))
+    assert made is given
+    mirrored = (made == pictures[..., ::-1]).all(axis=(1, 2, 3))
+    np.testing.assert_array_equal(made[~mirrored], pictures[~mirrored])
+    assert mirrored.mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_each_picture_of_a_step_has_its_own_random_numbers(small, monkeypatch):
+    """Noise, mixing weights, draws and mirrors: none is one for a whole batch, and all come from the step's own stream."""
+    trainer = small_trainer(batch_size=20, gen_batch_size=20, diff_aug="color", sr_weight=1.0)
+    disc_inputs, gen_inputs = trainer.inputs(3)
+    (real, *first), (_, *second), (*last, restored) = *disc_inputs, gen_inputs
+    assert [x.shape for x in first] == [(20, 64), (20, 1, 1, 1), (20, 3, transgan.DRAWS)]
+    assert [x.shape for x in last] == [(20, 64), (20, transgan.DRAWS)]
+    numbers = np.concatenate([x[..., :3].ravel() for x in (*first, *second, *last)])
+    assert len(np.unique(numbers)) == len(numbers)
+    assert 0 <= first[1].min() < 0.2 < 0.8 < first[1].max() <= 1
+    for made, whole in ((real, trainer.batches[6]), (restored, trainer.co_batches[3])):
+        kept = (made == whole).all(axis=(1, 2, 3))
+        np.testing.assert_array_equal(made, np.where(kept[:, None, None, None], whole, whole[..., ::-1]))
+        assert 0 < kept.sum() < len(kept)
+
+    def all_inputs():
+        disc_inputs, gen_inputs = trainer.inputs(3)
+        return [x for inputs in (*disc_inputs, gen_inputs) for x in inputs]
+
+    stream = data.random_stream
+    before, again = all_inputs(), all_inputs()
+    monkeypatch.setattr(data, "random_stream", lambda purpose, seed, *n: stream(purpose, seed + (purpose == "step"), *n))
+    for a, b, other in zip(before, again, all_inputs(), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert (a != other).any()
 
 
 @on_cpu
@@ -3123,6 +3163,18 @@ def test_a_run_writes_samples_log_and_checkpoint(small, tmp_path, capsys):
         assert json.loads(str(saved["options"]))["steps"] == 4
     for prefix in ("generator/", "discriminator/", "average/", "generator/adam.v/", "discriminator/adam.v/"):
         assert any(name.startswith(prefix) for name in names)
+
+
+@pytest.mark.parametrize("decay", [0, 1 - 1e-12])
+def test_a_runs_grids_and_distance_are_of_the_averaged_generator(decay, small, tmp_path):
+    """They stay as they were at first if the average does, whatever became of the weights in training."""
+    flags = ("--sample-every", 4, "--learning-rate", 0.01, "--sr-weight", 1, "--ema-decay", decay)
+    assert run_main(*TRAIN, "--out", tmp_path / "run", *flags) == 0
+    for kind in ("step", "restored"):
+        first, last = ((tmp_path / "run" / "samples" / f"{kind}-00000{step}.png").read_bytes() for step in (0, 4))
+        assert (first == last) == (decay > 0)
+    rows = read_log(tmp_path / "run")
+    assert (rows[0]["distance"] == rows[4]["distance"]) == (decay > 0)
 
 
 def test_long_steps_are_sampled_and_saved_by_the_clock(small, tmp_path, monkeypatch):
