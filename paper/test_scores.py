@@ -1,7 +1,10 @@
 """The promises of paper/scores.py and paper/classifier.py, as properties."""
 
 import decimal
+import itertools
 import json
+import sys
+import types
 
 import test_transgan as base  # first: it imports transgan before NumPy
 from test_transgan import no_proxy, rehearsed_gpu, small  # noqa: F401 (fixtures)
@@ -402,6 +405,16 @@ def test_scores_are_logged_while_training(quick, tmp_path, capsys):
     with np.load(out / "checkpoint.npz") as a, np.load(plain / "checkpoint.npz") as b:
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_how_long_the_look_will_take_is_said(monkeypatch, capsys):
+    """Ten of forty pictures took five seconds."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(scores, "time", types.SimpleNamespace(monotonic=itertools.count(100, 5).__next__))
+    scores.look(np.split(data.draw_shapes(40, 8), 4), 40, Eye(), "pictures")
+    assert "pictures: 10 of 40 pictures, 0:00:15 left" in capsys.readouterr().err
 
 
 def test_what_is_given_at_once_follows_from_memory(monkeypatch):
