@@ -1395,6 +1395,8 @@ def test_what_augmentation_draws():
         assert low <= draws[:, column].min() < draws[:, column].max() <= high
         assert draws[:, column].mean() == pytest.approx((low + high) / 2, abs=0.02)
     assert set(draws[:, 3]) == set(draws[:, 4]) == set(range(-6, 7))
+    for side, furthest in ((7, 1), (8, 2)):  # a fifth of the side, rounded
+        assert np.abs(transgan.draw_augmentation((100,), side, rng)[:, 3:5]).max() == furthest
     centres = [transgan.draw_augmentation((2,), 32, rng)[..., 5:] for _ in range(3000)]
     cut = [centre for centre in centres if (centre >= 0).all()]
     assert len(cut) / len(centres) == pytest.approx(0.3, abs=0.03)
@@ -1747,7 +1749,9 @@ def test_sliced_wasserstein_distance(seed, n):
     assert transgan.sliced_wasserstein(a, b) == pytest.approx(np.abs(np.sort(a, 0) - np.sort(b, 0)).mean(), rel=1e-5)
     pictures = normal(seed, (n, 3, 2, 2))[0].astype(np.float32)
     assert transgan.sliced_wasserstein(pictures, pictures[::-1]) < 1e-6
-    assert transgan.sliced_wasserstein(pictures, pictures + 1) > 0.1
+    moved = transgan.sliced_wasserstein(pictures, pictures + 1)  # by sqrt(12); of that a direction sees its mean |cos|
+    assert moved == pytest.approx(12**0.5 * math.gamma(6) / math.gamma(6.5) / math.pi**0.5, rel=0.1)
+    assert moved == transgan.sliced_wasserstein(pictures, pictures + 1)
 
 
 @given(side=st.integers(1, 6), half_width=st.integers(1, 6))
