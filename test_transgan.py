@@ -1401,6 +1401,8 @@ def test_what_augmentation_draws():
     cut = [centre for centre in centres if (centre >= 0).all()]
     assert len(cut) / len(centres) == pytest.approx(0.3, abs=0.03)
     assert set(np.ravel(cut)) == set(range(33))
+    for columns in (draws[:, :5], np.concatenate(cut)):  # no two numbers of a picture follow from each other
+        assert np.abs(np.corrcoef(columns.T) - np.eye(columns.shape[1])).max() < 0.1
     assert all((centre == -64).all() for centre in centres if (centre < 0).any())
     several = transgan.draw_augmentation((4, 3000), 32, rng)[..., 5:]  # 3000 batches of 4
     assert (several >= 0).all(axis=(0, 2)).mean() == pytest.approx(0.3, abs=0.03)
@@ -1796,6 +1798,8 @@ def test_the_generator_looks_only_as_far_as_its_window():
         assert changed[~near].any() == (half_width is None)
     generator.attend_within(2, 2)
     assert [mask is None for mask in generator.masks] == [True, False, False]
+    generator.attend_within(2, 3)
+    assert [mask.shape for mask in generator.masks] == [(16, 16), (64, 64), (256, 256)]
     generator.attend_within(100, 3)
     assert generator.masks == [None] * 3
 
