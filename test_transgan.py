@@ -286,8 +286,14 @@ def test_extreme_values_stay_finite_and_right(dtype):
         (lambda t: ag.concatenate([t(2, 3), t(2, 4)]), r"concatenate of shapes \(2, 3\), \(2, 4\)"),
         (lambda t: ag.broadcast_to(t(2), (3,)), r"broadcast_to of shapes \(2,\)"),
         (lambda t: ag.linear(t(2, 3), t(4, 5)), r"linear of shapes \(2, 3\), \(4, 5\)"),
+        (lambda t: ag.linear(t(2, 3), t(3, 4), t(1)), r"linear of shapes \(2, 3\), \(3, 4\), \(1,\)"),
+        (lambda t: ag.linear(t(2, 3), t(3, 4), t(2, 4)), r"linear of shapes \(2, 3\), \(3, 4\), \(2, 4\)"),
         (lambda t: ag.softmax(t(2, 3), ag.xp.ones((2, 4), bool)), r"softmax of shapes \(2, 3\), \(2, 4\)"),
+        (lambda t: ag.softmax(t(2, 3), ag.xp.ones((4, 2, 3), bool)), r"\(4, 2, 3\): the mask, .* must broadcast to x"),
+        (lambda t: ag.softmax(t(2, 1), ag.xp.ones(3, bool)), r"\(2, 1\), \(3,\): the mask, .* must broadcast to x"),
         (lambda t: ag.layer_norm(t(2, 3), t(2), t(3)), r"layer_norm of shapes \(2, 3\), \(2,\), \(3,\)"),
+        (lambda t: ag.layer_norm(t(2, 3), t(3), t(1)), r"layer_norm of shapes \(2, 3\), \(3,\), \(1,\)"),
+        (lambda t: ag.layer_norm(t(2, 3), t(3), t(2, 3)), r"layer_norm of shapes \(2, 3\), \(3,\), \(2, 3\)"),
         (lambda t: ag.attention(t(1, 2, 9), 2), r"attention of shapes \(1, 2, 9\).*2 heads"),
         (lambda t: ag.attention(t(1, 2, 6), 2, ag.xp.ones((3, 3), bool)), r"attention .*\(3, 3\), must be \(2, 2\)"),
         (lambda t: ag.pixel_shuffle(t(1, 6, 2, 2), 2), r"pixel_shuffle of shapes \(1, 6, 2, 2\).*6 channels"),
@@ -489,6 +495,7 @@ def test_no_grad_and_detach_remember_nothing():
         assert not (x * x).requires_grad
         with ag.recording(True):
             assert (x * x).requires_grad
+        assert not (x * x).requires_grad  # as it was before, not as it is at first
     assert (x * x).requires_grad
     close(grad(x * x.detach(), [x])[0], [3.0])
 
@@ -741,6 +748,15 @@ def test_super_resolution_error_derivatives():
     check(*as_function(small_generator(co_training=True), call, seed=4), coordinates=2)
 
 
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_what_is_restored_comes_from_the_second_stages_resolution(stages):
+    generator = transgan.Generator(8, 128, (1,) * stages, np.random.default_rng(0), 2, np.float64, co_training=True)
+    real, side = ag.xp.asarray(normal(3, (2, 3, 8, 8))[0]), 2 * generator.start
+    small = real.reshape(2, 3, side, 8 // side, side, 8 // side).mean(axis=(3, 5))
+    restored = generator.super_resolve(Tensor(small)).data
+    close(transgan.super_resolution_error(generator, real), ((restored - real) ** 2).mean(axis=(1, 2, 3)))
+
+
 def test_discriminator_derivatives():
     x = Tensor(ag.xp.asarray(normal(3, (2, 3, 8, 8))[0]))
     check(*as_function(small_discriminator(), lambda d: d(x), seed=4), coordinates=2)
@@ -788,6 +804,24 @@ def test_losses_are_their_formulas():
     close(transgan.gradient_penalty(Tensor(ag.xp.asarray(norms)), target=2.0), 2.5 * np.mean((norms - 2) ** 2))
     with pytest.raises(ValueError, match="loss must be one of wgangp-eps, hinge, standard"):
         transgan.discriminator_loss(tensor, "mse")
+
+
+@given(seed=seeds, batch=st.integers(1, 3))
+def test_what_is_asked_of_a_discriminator_that_is_known(seed, batch):
+    """Of D(x) = |x|^2 / 2, whose slope is x itself, when every picture of row r comes in r + 2 times as bright."""
+    real, fake, mix = normal(seed, (batch, 3, 2, 2), (batch, 3, 2, 2), (batch, 1, 1, 1))
+
+    def discriminator(x):
+        return (x * x).sum(axis=(1, 2, 3)) * 0.5
+
+    def brighter(x, row):
+        return x * (row + 2)
+
+    arrays = map(ag.xp.asarray, (real, fake, mix))
+    found = transgan.discriminator_scores(discriminator, *arrays, "wgangp-eps", brighter)
+    between = mix * real + (1 - mix) * fake
+    squares = [(x**2).sum(axis=(1, 2, 3)) for x in (real, fake, between)]
+    close(found, np.stack([2**2 * squares[0] / 2, 3**2 * squares[1] / 2, 4**2 * np.sqrt(squares[2])]))
 
 
 def test_a_flat_discriminator_has_a_finite_penalty_gradient():
@@ -1038,10 +1072,14 @@ def test_what_augmentation_draws():
         assert low <= draws[:, column].min() < draws[:, column].max() <= high
         assert draws[:, column].mean() == pytest.approx((low + high) / 2, abs=0.02)
     assert set(draws[:, 3]) == set(draws[:, 4]) == set(range(-6, 7))
+    for side, furthest in ((7, 1), (8, 2)):  # a fifth of the side, rounded
+        assert np.abs(transgan.draw_augmentation((100,), side, rng)[:, 3:5]).max() == furthest
     centres = [transgan.draw_augmentation((2,), 32, rng)[..., 5:] for _ in range(3000)]
     cut = [centre for centre in centres if (centre >= 0).all()]
     assert len(cut) / len(centres) == pytest.approx(0.3, abs=0.03)
     assert set(np.ravel(cut)) == set(range(33))
+    for columns in (draws[:, :5], np.concatenate(cut)):  # no two numbers of a picture follow from each other
+        assert np.abs(np.corrcoef(columns.T) - np.eye(columns.shape[1])).max() < 0.1
     assert all((centre == -64).all() for centre in centres if (centre < 0).any())
     several = transgan.draw_augmentation((4, 3000), 32, rng)[..., 5:]  # 3000 batches of 4
     assert (several >= 0).all(axis=(0, 2)).mean() == pytest.approx(0.3, abs=0.03)
@@ -1168,6 +1206,43 @@ def test_a_steps_draws_follow_from_the_seed(small, monkeypatch):
     trainer.prepared[1].result()  # what the third step will need
     assert [key for key in drawn if "order" not in key[0]] == own
     assert {("order", 3, 0), ("co-training order", 3, 0)} <= set(drawn)
+
+
+def test_about_every_second_picture_is_mirrored():
+    pictures = np.arange(2000 * 3 * 2 * 3, dtype=np.float32).reshape(2000, 3, 2, 3)
+    given = pictures.copy()
+    made = transgan.flip(given, np.random.default_rng(0))
+    assert made is given
+    mirrored = (made == pictures[..., ::-1]).all(axis=(1, 2, 3))
+    np.testing.assert_array_equal(made[~mirrored], pictures[~mirrored])
+    assert mirrored.mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_each_picture_of_a_step_has_its_own_random_numbers(small, monkeypatch):
+    """Noise, mixing weights, draws and mirrors: none is one for a whole batch, and all come from the step's own stream."""
+    trainer = small_trainer(batch_size=20, gen_batch_size=20, diff_aug="color", sr_weight=1.0)
+    disc_inputs, gen_inputs = trainer.inputs(3)
+    (real, *first), (_, *second), (*last, restored) = *disc_inputs, gen_inputs
+    assert [x.shape for x in first] == [(20, 64), (20, 1, 1, 1), (20, 3, transgan.DRAWS)]
+    assert [x.shape for x in last] == [(20, 64), (20, transgan.DRAWS)]
+    numbers = np.concatenate([x[..., :3].ravel() for x in (*first, *second, *last)])
+    assert len(np.unique(numbers)) == len(numbers)
+    assert 0 <= first[1].min() < 0.2 < 0.8 < first[1].max() <= 1
+    for made, whole in ((real, trainer.batches[6]), (restored, trainer.co_batches[3])):
+        kept = (made == whole).all(axis=(1, 2, 3))
+        np.testing.assert_array_equal(made, np.where(kept[:, None, None, None], whole, whole[..., ::-1]))
+        assert 0 < kept.sum() < len(kept)
+
+    def all_inputs():
+        disc_inputs, gen_inputs = trainer.inputs(3)
+        return [x for inputs in (*disc_inputs, gen_inputs) for x in inputs]
+
+    stream = data.random_stream
+    before, again = all_inputs(), all_inputs()
+    monkeypatch.setattr(data, "random_stream", lambda purpose, seed, *n: stream(purpose, seed + (purpose == "step"), *n))
+    for a, b, other in zip(before, again, all_inputs(), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert (a != other).any()
 
 
 @on_cpu
@@ -1353,7 +1428,9 @@ def test_sliced_wasserstein_distance(seed, n):
     assert transgan.sliced_wasserstein(a, b) == pytest.approx(np.abs(np.sort(a, 0) - np.sort(b, 0)).mean(), rel=1e-5)
     pictures = normal(seed, (n, 3, 2, 2))[0].astype(np.float32)
     assert transgan.sliced_wasserstein(pictures, pictures[::-1]) < 1e-6
-    assert transgan.sliced_wasserstein(pictures, pictures + 1) > 0.1
+    moved = transgan.sliced_wasserstein(pictures, pictures + 1)  # by sqrt(12); of that a direction sees its mean |cos|
+    assert moved == pytest.approx(12**0.5 * math.gamma(6) / math.gamma(6.5) / math.pi**0.5, rel=0.1)
+    assert moved == transgan.sliced_wasserstein(pictures, pictures + 1)
 
 
 @given(side=st.integers(1, 6), half_width=st.integers(1, 6))
@@ -1398,6 +1475,8 @@ def test_the_generator_looks_only_as_far_as_its_window():
         assert changed[~near].any() == (half_width is None)
     generator.attend_within(2, 2)
     assert [mask is None for mask in generator.masks] == [True, False, False]
+    generator.attend_within(2, 3)
+    assert [mask.shape for mask in generator.masks] == [(16, 16), (64, 64), (256, 256)]
     generator.attend_within(100, 3)
     assert generator.masks == [None] * 3
 
@@ -1583,6 +1662,18 @@ def test_a_run_writes_samples_log_and_checkpoint(small, tmp_path, capsys):
         assert json.loads(str(saved["options"]))["steps"] == 4
     for prefix in ("generator/", "discriminator/", "average/", "generator/adam.v/", "discriminator/adam.v/"):
         assert any(name.startswith(prefix) for name in names)
+
+
+@pytest.mark.parametrize("decay", [0, 1 - 1e-12])
+def test_a_runs_grids_and_distance_are_of_the_averaged_generator(decay, small, tmp_path):
+    """They stay as they were at first if the average does, whatever became of the weights in training."""
+    flags = ("--sample-every", 4, "--learning-rate", 0.01, "--sr-weight", 1, "--ema-decay", decay)
+    assert run_main(*TRAIN, "--out", tmp_path / "run", *flags) == 0
+    for kind in ("step", "restored"):
+        first, last = ((tmp_path / "run" / "samples" / f"{kind}-00000{step}.png").read_bytes() for step in (0, 4))
+        assert (first == last) == (decay > 0)
+    rows = read_log(tmp_path / "run")
+    assert (rows[0]["distance"] == rows[4]["distance"]) == (decay > 0)
 
 
 def test_long_steps_are_sampled_and_saved_by_the_clock(small, tmp_path, monkeypatch):

@@ -93,7 +93,8 @@ def test_unfold_and_fold_are_each_others_derivative(drawn, seed):
 @given(drawn=windowed(), seed=seeds, count_padding=st.booleans())
 def test_pooling_derivatives(drawn, seed, count_padding):
     shape, kernel, stride, padding = drawn
-    x = np.random.default_rng(seed).permutation(math.prod(shape)).reshape(shape) / 10.0  # no two pixels are near each other
+    # No two pixels are near each other, and all are below the 0 of a margin that counts.
+    x = np.random.default_rng(seed).permutation(math.prod(shape)).reshape(shape) / -10.0 - 0.1
     check(lambda x: max_pool2d(x, kernel, stride, padding), [x])
     check(lambda x: avg_pool2d(x, kernel, stride, padding, count_padding), [x])
     (tensor,) = tensors(x)
@@ -110,6 +111,9 @@ def test_max_pooling_shares_its_gradient_among_equals():
     (x,) = tensors(np.ones((1, 1, 2, 3)))
     (g,) = grad(max_pool2d(x, 2, 1).sum(), [x])
     close(g, np.array([[[[0.25, 0.5, 0.25], [0.25, 0.5, 0.25]]]]))
+    (x,) = tensors(np.zeros((1, 1, 2, 2)))  # and a margin has no part in it
+    (g,) = grad(max_pool2d(x, 2, 1, 1).sum(), [x])
+    close(g, np.full((1, 1, 2, 2), 1 + 0.5 + 0.5 + 0.25))
 
 
 @settings(max_examples=30)
