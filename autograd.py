@@ -789,12 +789,22 @@ class Init:
         weight = self.rng.uniform(-bound, bound, (inputs, outputs))
         return self.parameter(weight), self.parameter(self.rng.uniform(-bound, bound, outputs))
 
+    def patches(self, inputs: int, outputs: int, pixels: int) -> tuple[Tensor, Tensor]:
+        """The same of a layer that is a convolution in the authors' code, over squares of so many pixels, side by side.
+
+        Weights as Glorot and Bengio (2010, eq. 16) have them, U(-b, b) with b^2 = 6 / (fan_in + fan_out): what a number is
+        made of, `inputs`, and what it goes into, pixels * outputs. Biases from U(-1/sqrt(inputs), 1/sqrt(inputs)).
+        """
+        bound = math.sqrt(6 / (inputs + pixels * outputs))
+        weight = self.rng.uniform(-bound, bound, (inputs, outputs))
+        return self.parameter(weight), self.parameter(self.rng.uniform(-1, 1, outputs) * inputs**-0.5)
+
 
 class Linear(Module):
-    """x W + b: (..., inputs) -> (..., outputs)."""
+    """x W + b: (..., inputs) -> (..., outputs). pixels: of each token, if its first weights are to be `Init.patches`."""
 
-    def __init__(self, inputs: int, outputs: int, init: Init, bias: bool = True):
-        self.weight, drawn = init.linear(inputs, outputs)
+    def __init__(self, inputs: int, outputs: int, init: Init, bias: bool = True, pixels: int = 0):
+        self.weight, drawn = init.patches(inputs, outputs, pixels) if pixels else init.linear(inputs, outputs)
         self.bias = drawn if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:

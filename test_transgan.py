@@ -949,6 +949,47 @@ def test_initial_values(seed):
         assert x.std() == pytest.approx(0.05 / math.sqrt(3), rel=tolerance)
 
 
+@pytest.mark.parametrize(("width", "published"), [(384, 0.245), (1024, 0.166)])
+def test_first_weights_of_the_layer_to_rgb(width, published):
+    """Glorot's: the deviation that the published code showed, of one seed, is among those of a hundred seeds here."""
+    layers = [transgan.Generator(4, width, (0, 0, 0), np.random.default_rng(seed)).to_rgb for seed in range(100)]
+    weights, biases = (np.stack([ag.to_numpy(getattr(x, name).data) for x in layers]) for name in ("weight", "bias"))
+    bound = math.sqrt(6 / (width / 16 + 3))
+    assert 0.97 * bound < np.abs(weights).max() <= bound
+    assert weights.std() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert weights.std(axis=(1, 2)).min() < published < weights.std(axis=(1, 2)).max()
+    assert 0.97 * (width / 16) ** -0.5 < np.abs(biases).max() <= (width / 16) ** -0.5
+
+
+@pytest.mark.parametrize("patch", [4, 8])
+def test_first_weights_of_the_patches(patch):
+    """Glorot's for a convolution: at the paper's 4 pixels, deviations of 0.018 and, of the biases, 0.083 as published."""
+    layers = [transgan.Discriminator(32, patch, 384, 0, np.random.default_rng(seed)).embed for seed in range(5)]
+    weights, biases = (np.stack([ag.to_numpy(getattr(x, name).data) for x in layers]) for name in ("weight", "bias"))
+    bound, bias = math.sqrt(6 / (patch**2 * (3 + 384))), (3 * patch**2) ** -0.5
+    assert 0.99 * bound < np.abs(weights).max() <= bound * (1 + 1e-6)
+    assert 0.99 * bias < np.abs(biases).max() <= bias * (1 + 1e-6)
+    assert weights.std() == pytest.approx(bound / math.sqrt(3), rel=0.01)
+    assert biases.std() == pytest.approx(bias / math.sqrt(3), rel=0.04)
+    if patch == 4:
+        assert (round(float(weights.std()), 3), biases.std()) == (0.018, pytest.approx(0.083, rel=0.04))
+
+
+def test_first_pictures_and_scores_spread_as_the_published_networks_do():
+    """Size S: pictures of deviation 1.18 (that of other weights was 0.5), scores of random pictures 0.035 (and 0.2)."""
+    spreads = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        generator = transgan.Generator(32, 384, (5, 2, 2), rng)
+        discriminator = transgan.Discriminator(32, 4, 384, 7, rng)
+        z, x = (x.astype(np.float32) for x in normal(seed, (8, 384), (16, 3, 32, 32)))
+        with ag.no_grad():
+            pictures = generator(Tensor(ag.xp.asarray(z))).data
+            scores = discriminator(Tensor(ag.xp.asarray(np.clip(x / 2, -1, 1)))).data
+        spreads.append([float(pictures.std()), float(scores.std())])
+    assert np.mean(spreads, axis=0) == pytest.approx([1.18, 0.035], rel=0.25)
+
+
 def test_networks_refuse_pictures_they_cannot_make_or_cut():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="picture of 30 pixels cannot be doubled up to in 3 stages"):
