@@ -3,8 +3,6 @@
 import json
 
 import test_transgan as base  # first: it imports transgan before NumPy
-from fast.rehearsal import rehearsed_gpu  # noqa: F401 (a fixture)
-from test_transgan import small  # noqa: F401 (fixtures)
 
 import numpy as np  # isort: skip
 import pytest
@@ -245,7 +243,7 @@ def pair_trainer(generator, discriminator, threads=None, dtype=np.float32, **opt
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_resuming_is_exact_to_the_bit(pair, small, tmp_path):  # noqa: F811
+def test_resuming_is_exact_to_the_bit(pair, small, tmp_path):
     loss = "hinge" if pair[1] == "autogan" else "wgangp-eps"
     unbroken, first = (pair_trainer(*pair, loss=loss, diff_aug=base.POLICY) for _ in range(2))
     for _ in range(4):
@@ -266,7 +264,7 @@ def test_resuming_is_exact_to_the_bit(pair, small, tmp_path):  # noqa: F811
 @base.on_cpu
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("loss", transgan.LOSSES)
-def test_threads_share_a_batch_without_changing_the_step(pair, loss, small):  # noqa: F811
+def test_threads_share_a_batch_without_changing_the_step(pair, loss, small):
     """Batch norm sees the whole batch, however many threads there are."""
     runs = []
     for threads in (1, 2):
@@ -279,7 +277,7 @@ def test_threads_share_a_batch_without_changing_the_step(pair, loss, small):  # 
 
 @base.on_cpu
 @pytest.mark.parametrize("pair", PAIRS)
-def test_rehearsal_of_training_on_a_gpu(pair, small, rehearsed_gpu):  # noqa: F811
+def test_rehearsal_of_training_on_a_gpu(pair, small, rehearsed_gpu):
     def trained():
         trainer = pair_trainer(*pair, 1, np.float64)
         trainer.train_step()
@@ -292,7 +290,7 @@ def test_rehearsal_of_training_on_a_gpu(pair, small, rehearsed_gpu):  # noqa: F8
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_pairs_train_from_the_command_line(pair, small, tmp_path, capsys):  # noqa: F811
+def test_pairs_train_from_the_command_line(pair, small, tmp_path, capsys):
     out = tmp_path / "run"
     assert base.run_main(*base.TRAIN, "--generator", pair[0], "--discriminator", pair[1], "--out", out) == 0
     assert [row["step"] for row in base.read_log(out)] == list("01234")
@@ -314,7 +312,7 @@ def test_each_pair_has_a_folder_of_its_own():
         assert out.as_posix() == f"runs/{name}"
 
 
-def test_options_that_do_not_go_together(small, tmp_path, capsys):  # noqa: F811
+def test_options_that_do_not_go_together(small, tmp_path, capsys):
     for args, message in (
         (["--generator", "autogan", "--sr-weight", "1"], "wants --sr-weight 0 and --locality none"),
         (["--generator", "resnet", "--locality", "4:22"], "wants --sr-weight 0 and --locality none"),
