@@ -186,44 +186,21 @@ class Tensor:
     def __repr__(self) -> str:
         return f"Tensor({self.data!r}{', requires_grad=True' if self.node else ''})"
 
-    def __add__(self, b: Operand) -> Tensor:
-        return add(self, b)
-
-    def __radd__(self, a: Operand) -> Tensor:  # a + b, where a is a number or an array
-        return add(a, self)
-
-    def __sub__(self, b: Operand) -> Tensor:
-        return subtract(self, b)
-
-    def __rsub__(self, a: Operand) -> Tensor:
-        return subtract(a, self)
-
-    def __mul__(self, b: Operand) -> Tensor:
-        return multiply(self, b)
-
-    def __rmul__(self, a: Operand) -> Tensor:
-        return multiply(a, self)
-
-    def __truediv__(self, b: Operand) -> Tensor:
-        return divide(self, b)
-
-    def __rtruediv__(self, a: Operand) -> Tensor:
-        return divide(a, self)
-
-    def __matmul__(self, b: Operand) -> Tensor:
-        return matmul(self, b)
-
-    def __rmatmul__(self, a: Operand) -> Tensor:
-        return matmul(a, self)
-
-    def __neg__(self) -> Tensor:
-        return negative(self)
-
-    def __pow__(self, exponent: float) -> Tensor:
-        return power(self, exponent)
-
-    def __getitem__(self, index: Index | tuple[Index, ...]) -> Tensor:
-        return getitem(self, index)
+    # fmt: off
+    def __add__(self, b: Operand) -> Tensor: return add(self, b)
+    def __radd__(self, a: Operand) -> Tensor: return add(a, self)  # a + self, where a is a number or an array
+    def __sub__(self, b: Operand) -> Tensor: return subtract(self, b)
+    def __rsub__(self, a: Operand) -> Tensor: return subtract(a, self)
+    def __mul__(self, b: Operand) -> Tensor: return multiply(self, b)
+    def __rmul__(self, a: Operand) -> Tensor: return multiply(a, self)
+    def __truediv__(self, b: Operand) -> Tensor: return divide(self, b)
+    def __rtruediv__(self, a: Operand) -> Tensor: return divide(a, self)
+    def __matmul__(self, b: Operand) -> Tensor: return matmul(self, b)
+    def __rmatmul__(self, a: Operand) -> Tensor: return matmul(a, self)
+    def __neg__(self) -> Tensor: return negative(self)
+    def __pow__(self, exponent: float) -> Tensor: return power(self, exponent)
+    def __getitem__(self, index: Index | tuple[Index, ...]) -> Tensor: return getitem(self, index)
+    # fmt: on
 
     def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
         return reduce_sum(self, axis, keepdims)
@@ -262,7 +239,7 @@ def result(data: Array | float, *edges: tuple[Operand | None, Vjp]) -> Tensor:
 
 
 faster: dict[Callable[..., Any], Callable[..., Any]] = {}  # an operation -> a form of it that runs in its place
-hook: Callable[..., Any] | None = None  # a profiler's: hook(function, "forward" or "backward", *arguments) calls it
+hook: Callable[..., Any] | None = None  # for a profiler: hook(operation's name, direction, function, *arguments) runs it
 
 
 def operation(definition: Callable[P, R]) -> Callable[P, R]:
@@ -276,7 +253,9 @@ def operation(definition: Callable[P, R]) -> Callable[P, R]:
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
         form: Callable[P, R] = faster.get(named, definition)
         try:
-            made: R = hook(form, "forward", *args, **kwargs) if hook else form(*args, **kwargs)
+            if hook is None:
+                return form(*args, **kwargs)
+            made: R = hook(definition.__name__, "forward", form, *args, **kwargs)
             return made
         except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:  # the last: of shapes with a 0
             if getattr(error, "is_clear", False):
@@ -336,7 +315,7 @@ def grad(
                 wanted[node] = gradient
             for operand, shape, vjp in node.edges or ():
                 if operand in useful:
-                    piece = unbroadcast(hook(vjp, "backward", gradient) if hook else vjp(gradient), shape)
+                    piece = _pull(vjp, gradient, shape)
                     if operand in gradients:
                         gradients[operand] = gradients[operand] + piece
                     else:
@@ -346,6 +325,17 @@ def grad(
                 node.edges = None
     found = [wanted[node] for node in nodes]
     return [Tensor(xp.zeros_like(x.data)) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def _pull(vjp: Vjp, gradient: Tensor, shape: Shape) -> Tensor:
+    """The gradient of an operand, of its `shape`, from that of the result."""
+
+    def pull() -> Tensor:
+        return unbroadcast(vjp(gradient), shape)
+
+    return (
+        hook(vjp.__qualname__.partition(".")[0], "backward", pull) if hook else pull()
+    )  # a vjp is named after its operation
 
 
 def _between(start: Node | None, wanted: Iterable[Node]) -> set[Node]:
@@ -799,12 +789,22 @@ class Init:
         weight = self.rng.uniform(-bound, bound, (inputs, outputs))
         return self.parameter(weight), self.parameter(self.rng.uniform(-bound, bound, outputs))
 
+    def patches(self, inputs: int, outputs: int, pixels: int) -> tuple[Tensor, Tensor]:
+        """The same of a layer that is a convolution in the authors' code, over squares of so many pixels, side by side.
+
+        Weights as Glorot and Bengio (2010, eq. 16) have them, U(-b, b) with b^2 = 6 / (fan_in + fan_out): what a number is
+        made of, `inputs`, and what it goes into, pixels * outputs. Biases from U(-1/sqrt(inputs), 1/sqrt(inputs)).
+        """
+        bound = math.sqrt(6 / (inputs + pixels * outputs))
+        weight = self.rng.uniform(-bound, bound, (inputs, outputs))
+        return self.parameter(weight), self.parameter(self.rng.uniform(-1, 1, outputs) * inputs**-0.5)
+
 
 class Linear(Module):
-    """x W + b: (..., inputs) -> (..., outputs)."""
+    """x W + b: (..., inputs) -> (..., outputs). pixels: of each token, if its first weights are to be `Init.patches`."""
 
-    def __init__(self, inputs: int, outputs: int, init: Init, bias: bool = True):
-        self.weight, drawn = init.linear(inputs, outputs)
+    def __init__(self, inputs: int, outputs: int, init: Init, bias: bool = True, pixels: int = 0):
+        self.weight, drawn = init.patches(inputs, outputs, pixels) if pixels else init.linear(inputs, outputs)
         self.bias = drawn if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -190,9 +190,9 @@ class Generator(Module):
         self.stages = []
         for k, depth in enumerate(depths):
             self.stages.append(Stage(self.start * 2**k, embed_dim // 4**k, depth, num_heads, init))
-        self.to_rgb = Linear(embed_dim // 4 ** (stages - 1), 3, init)
+        self.to_rgb = Linear(embed_dim // 4 ** (stages - 1), 3, init, pixels=1)
         if co_training:
-            self.from_rgb = Linear(3, embed_dim // 4, init)
+            self.from_rgb = Linear(3, embed_dim // 4, init)  # ours, first weights too: the code has none
         self.masks: list[Array | None] = [None] * stages
 
     def attend_within(self, half_width: int | None, stages: int) -> None:
@@ -261,7 +261,7 @@ class Discriminator(Module):
             raise ValueError(f"patches of {patch_size} pixels do not tile a picture of {image_size}")
         self.patch_size = patch_size
         init = Init(rng, "normal", dtype)
-        self.embed = Linear(3 * patch_size**2, embed_dim, init)
+        self.embed = Linear(3 * patch_size**2, embed_dim, init, pixels=patch_size**2)
         self.cls = init.normal(1, 1, embed_dim)
         self.position = init.normal(1, 1 + (image_size // patch_size) ** 2, embed_dim)
         self.blocks = [Block(embed_dim, num_heads, init) for _ in range(depth)]

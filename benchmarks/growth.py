@@ -24,12 +24,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import transgan  # first: it decides how many threads NumPy's matrix products use
+import fast  # first: it decides how many threads NumPy's matrix products use
 
 import numpy as np  # isort: skip
 
 import autograd as ag
+import transgan
 from autograd import Tensor, grad
+from program.profile import profile
 
 BASE = {"batch": 16, "tokens": 256, "width": 96}
 SWEEPS = {"batch": (4, 16, 64), "tokens": (64, 256, 1024, 2304), "width": (24, 96, 384, 768)}
@@ -57,7 +59,7 @@ def measure(batch, tokens, width, rounds):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
-    with ag.profile() as operations:
+    with profile() as operations:
         run()
     row = {"batch": batch, "tokens": tokens, "width": width, "seconds": statistics.median(seconds[1:])}
     if ag.xp is np:
@@ -79,7 +81,7 @@ def main():
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     args = parser.parse_args()
     device = ag.use_device(args.device)
-    ag.keep_freed_memory()
+    fast.install()
     rows, form = [], "{:>9.3f}" if device == "cpu" else "{:>9.5f}"
     print(f"{device}, medians of {args.rounds}")
     print("grows     batch tokens  width   seconds   peak MB    linear attention  moved MB")

@@ -14,11 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import transgan  # first: it decides how many threads NumPy's matrix products use
+import fast  # first: it decides how many threads NumPy's matrix products use
 
 import numpy as np  # isort: skip
 
-import autograd as ag
 from paper import inception
 
 
@@ -34,8 +33,8 @@ def main():
         parser.error("PyTorch is missing: pip install -e '.[test,parity]'")
     from paper import test_inception  # which needs it too
 
-    torch.set_num_threads(transgan.CORES)
-    ag.keep_freed_memory()
+    torch.set_num_threads(fast.CORES)
+    fast.install()
     pictures = np.random.default_rng(0).integers(0, 256, (args.pictures, 3, 32, 32), dtype=np.uint8)
     theirs = test_inception.Reference()
     theirs(pictures[:1])  # draws the weights
@@ -49,7 +48,7 @@ def main():
                 times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(x) for name, x in times.items()}
     apart = np.abs(features["ours"] - features["PyTorch"]).max() / np.abs(features["PyTorch"]).max()
-    print(f"{args.pictures} pictures, {transgan.CORES} cores, medians of {args.rounds}: ours {medians['ours']:.2f} s, "
+    print(f"{args.pictures} pictures, {fast.CORES} cores, medians of {args.rounds}: ours {medians['ours']:.2f} s, "
           f"PyTorch {medians['PyTorch']:.2f} s, ratio {medians['ours'] / medians['PyTorch']:.2f}; features agree to "
           f"{apart:.0e}")  # fmt: skip
 

@@ -13,42 +13,31 @@ import statistics
 import step
 
 import autograd as ag
+import fast
 import transgan
-
-
-def linear_composed(x, weight, bias=None):
-    return x @ weight if bias is None else x @ weight + bias
+from fast import cpu, forms
 
 
 def without(name):
-    """Take the speed-up `name` away from this process; what takes its place is mostly what the tests compare it with."""
-    composed = {"attention": ag.attention_composed, "layer_norm": ag.layer_norm_composed, "softmax": ag.softmax_composed,
-                "linear": linear_composed, "linear_gelu": ag.linear_gelu_composed}  # fmt: skip
-    if name in composed:
-        replacement = composed[name]
-        setattr(ag, name, (lambda x, mask=None: replacement(x)) if name == "softmax" else replacement)
-    elif name == "gelu":
-        ag.linear_gelu = lambda x, weight, bias: ag.gelu_composed(ag.linear(x, weight, bias))
+    """Take the speed-up `name` away from this process: a fast form gives way to its definition."""
+    if name in OPERATIONS:
+        del forms.FORMS[getattr(ag, name)]
     elif name == "few tokens' scores held":
-        ag._FEW_TOKENS = 0
+        cpu.FEW_TOKENS = 0
     elif name == "cache-sized pieces":
-        ag._CACHE = 1 << 40
+        cpu.CACHE = 1 << 40
     elif name == "kept memory":
-        ag.keep_freed_memory = lambda: None
+        cpu.keep_freed_memory = lambda: None
     elif name == "threads":
-        transgan.Trainer = functools.partial(transgan.Trainer, threads=1)
+        step.trainer_of = functools.partial(step.trainer_of, threads=1)
     elif name == "[cls] alone in the last block":
         call = transgan.Block.__call__
         transgan.Block.__call__ = lambda self, x, mask=None, n=None: transgan.first_tokens(call(self, x, mask), n)
-    elif name == "no keys and values for [cls]":
-        transgan.Attention.of_first = lambda self, x, n, mask: ag.attention(self.qkv(x), self.num_heads, mask)[:, :n]
-    elif name == "sums in place":
-        ag._accumulate = lambda total, piece: (total[0] + piece[0], False)
 
 
-SPEEDUPS = ("attention", "few tokens' scores held", "gelu", "linear_gelu", "layer_norm", "softmax", "linear",
-            "cache-sized pieces", "kept memory", "threads", "[cls] alone in the last block",
-            "no keys and values for [cls]", "sums in place")  # fmt: skip
+OPERATIONS = ("attention", "gelu", "layer_norm", "adam_update")
+SPEEDUPS = (*OPERATIONS, "few tokens' scores held", "cache-sized pieces", "kept memory", "threads",
+            "[cls] alone in the last block")  # fmt: skip
 
 
 def work(name, size, batch_size, pipe):
@@ -64,7 +53,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds after one that is not (default 7)")
     args = parser.parse_args()
-    print(f"size {args.size}, batch {args.batch_size}, {transgan.CORES} cores, medians of {args.rounds} rounds")
+    print(f"size {args.size}, batch {args.batch_size}, {fast.CORES} cores, medians of {args.rounds} rounds")
     print(f"{'without':32}" + "".join(f"{name:>22}" for name in step.STEPS))
     for name in SPEEDUPS:
         sides = {"everything": (work, None), name: (work, name)}

@@ -23,12 +23,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import transgan  # first: it decides how many threads NumPy's matrix products use
+import fast  # first: it decides how many threads NumPy's matrix products use
 
 import numpy as np  # isort: skip
 
 import autograd as ag
-import test_transgan as reference
+import transgan
+from program.trainer import make_trainer as trainer_of
 
 STEPS = ("discriminator step", "generator step")
 SIDES = ("ours", "eager", "fused", "compiled")
@@ -39,12 +40,12 @@ def make_trainer(size, batch_size):
     plain = {"diff_aug": "none", "sr_weight": 0.0, "locality": "none"}  # as the step in PyTorch is
     options = transgan.Options(size=size, batch_size=batch_size, gen_batch_size=batch_size, **plain)
     pictures = np.random.default_rng(0).integers(0, 256, (batch_size, 3, 32, 32), dtype=np.uint8)
-    return transgan.Trainer(options, pictures)
+    return trainer_of(options, pictures)
 
 
 def our_steps(size, batch_size):
     """Our two steps on random pictures: functions that return when their results are there, in the order of STEPS."""
-    ag.keep_freed_memory()
+    fast.install()
     trainer = make_trainer(size, batch_size)
     (disc_inputs, *_), gen_inputs = trainer.inputs(0)
 
@@ -58,16 +59,18 @@ def torch_steps(side, size, batch_size):
     """The same two steps in PyTorch."""
     import torch
 
-    torch.set_num_threads(transgan.CORES)  # which importing transgan had made one
-    peer = reference.TorchTrainer(make_trainer(size, batch_size))
+    from benchmarks import reference
+
+    torch.set_num_threads(fast.CORES)  # which importing fast had made one
+    peer = reference.Trainer(make_trainer(size, batch_size))
     dimensions, device, fused = peer.size, "cuda" if ag.xp is not np else "cpu", side == "fused"
     real = peer.tensor(peer.batches[0])
 
     def generate(z):
-        return reference.torch_generator(peer.g, z, dimensions.depths, fused=fused)
+        return reference.generator(peer.g, z, dimensions.depths, fused=fused)
 
     def judge(x):
-        return reference.torch_discriminator(peer.d, x, dimensions.disc_depth, 4, fused=fused)
+        return reference.discriminator(peer.d, x, dimensions.disc_depth, 4, fused=fused)
 
     if side == "compiled":
         generate, judge = torch.compile(generate), torch.compile(judge)
@@ -79,11 +82,11 @@ def torch_steps(side, size, batch_size):
         with torch.no_grad():
             fake = generate(noise())
         mix = torch.rand(batch_size, 1, 1, 1, device=device)
-        loss = reference.torch_discriminator_loss(peer.discriminate, real, fake, "wgangp-eps", mix)
+        loss = reference.discriminator_loss(peer.discriminate, real, fake, "wgangp-eps", mix)
         return peer.update(loss, peer.d, peer.adams[1])
 
     def generator_step():
-        loss = reference.torch_generator_loss(judge(generate(noise())), "wgangp-eps")
+        loss = reference.generator_loss(judge(generate(noise())), "wgangp-eps")
         return peer.update(loss, peer.g, peer.adams[0])
 
     return discriminator_step, generator_step
@@ -173,7 +176,7 @@ def main():
     if not set(sides) <= set(SIDES) or not set(sizes) <= set(transgan.SIZES):
         parser.error(f"sides are {', '.join(SIDES)}, sizes {', '.join(transgan.SIZES)}")
     device = ag.use_device(args.device)
-    print(f"{device}, {transgan.CORES} cores, medians of {args.rounds} rounds; in brackets ours divided by theirs")
+    print(f"{device}, {fast.CORES} cores, medians of {args.rounds} rounds; in brackets ours divided by theirs")
     print(f"{'size':5}{'batch':>5}  {'':20}" + "".join(f"{side:>18}" for side in SIDES))
     results = []
     for size in sizes:

@@ -12,7 +12,7 @@ for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"
 import autograd as ag
 from fast import cpu, forms
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = cpu.CORES
 PRECISIONS = tuple(cpu.PRECISIONS)
 
 

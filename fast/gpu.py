@@ -24,11 +24,6 @@ def start(precision):
     linalg.set_compute_type(np.float32, getattr(linalg, f"COMPUTE_TYPE_{kind}"))
 
 
-def product(a, b):
-    """a @ b of arrays, in the precision that is chosen."""
-    return ag.xp.matmul(a, b)
-
-
 # --- Launching --------------------------------------------------------------------------------------------------------
 
 

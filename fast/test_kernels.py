@@ -6,6 +6,7 @@ kernels' sources against NVIDIA's own compiler, where that is installed.
 
 import operator
 import re
+import types
 from pathlib import Path
 
 import transgan  # before NumPy: it decides how many threads NumPy's matrix products use
@@ -43,6 +44,19 @@ FUNCTIONS = {  # of fast/cpu.py and fast/gpu.py, and their arguments: shapes of 
 }
 
 
+def softmax(x, mask):
+    x = x if mask is None else np.where(mask, x, -np.inf).astype(x.dtype)
+    weights = np.exp(x - np.maximum(x.max(axis=-1, keepdims=True), np.finfo(x.dtype).min))
+    return weights / np.maximum(weights.sum(axis=-1, keepdims=True), np.finfo(x.dtype).tiny)
+
+
+def softmax_vjp(p, g):
+    return (g - (g * p).sum(axis=-1, keepdims=True)) * p
+
+
+NUMPY_FORMS = types.SimpleNamespace(**vars(cpu), softmax=softmax, softmax_vjp=softmax_vjp)  # for a CPU these are composed
+
+
 def called(module, name, arguments):
     """What a function of fast.cpu or fast.gpu returns, and what it leaves of its arguments, as a list of NumPy arrays."""
     own = [ag.xp.asarray(x.copy()) if isinstance(x, np.ndarray) else x for x in arguments]
@@ -56,7 +70,7 @@ def by_both(name, arguments):
     with rehearsal():
         ag.use_device("gpu")
         found = called(gpu, name, arguments)
-    return list(zip(found, called(cpu, name, arguments), strict=True))
+    return list(zip(found, called(NUMPY_FORMS, name, arguments), strict=True))
 
 
 def agree(found, expected):
@@ -68,7 +82,7 @@ def agree(found, expected):
 @pytest.mark.parametrize("name", FUNCTIONS)
 @settings(max_examples=20)
 @given(rows=st.integers(1, 9), width=st.sampled_from([1, 2, 31, 32, 33, 70, 300]), seed=seeds,
-       scale=st.sampled_from([1e-3, 1.0, 30.0]), dtype=dtypes)  # fmt: skip
+       scale=st.sampled_from([1e-3, 1.0, 1e3]), dtype=dtypes)  # fmt: skip
 def test_kernels_equal_their_numpy_forms(name, rows, width, seed, scale, dtype):
     drawn = FUNCTIONS[name](rows, width)
     arguments = [normal(seed + i, x, scale=scale)[0].astype(dtype) if isinstance(x, tuple) else x

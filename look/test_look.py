@@ -201,11 +201,10 @@ def test_a_long_log_is_thinned_but_keeps_every_measurement(tmp_path, monkeypatch
     log = report.read_log(tmp_path / "log.csv")
     assert log["distance"][0].tolist() == log["distance"][1].tolist() == list(range(3, 5000, 50))
     assert 300 < log["disc_loss"].shape[1] < 1500
-    steps, values, spread = report.averaged(np.arange(1000.0), np.arange(1000.0) % 10)
-    assert len(steps) == len(values) == report.POINTS
-    np.testing.assert_allclose(values.mean(), 4.5)
-    assert (spread[:, 0] < values).all()
-    assert (spread[:, 1] > values).all()
+    steps, values, spread = report.averaged(np.arange(1250.0), np.arange(1250.0) % 10)
+    np.testing.assert_allclose(steps, 10 * np.arange(report.POINTS) + 4.5)
+    np.testing.assert_allclose(values, 4.5)
+    np.testing.assert_allclose(spread, [(0.9, 8.1)] * report.POINTS)  # a tenth of 0 to 9 from either end
 
 
 def test_few_numbers_are_dots_and_many_have_a_band(tmp_path):
@@ -248,6 +247,9 @@ def test_limits_hold_all_but_what_is_far_out():
     assert low < -3 < 5 < high
     assert (low, high) == (pytest.approx(-3.48), pytest.approx(5.48))
     assert report.limits(np.append(values, [1e12, -1e30])) == (low, high)
+    for far in (3 + 7 * 4, 3 + 9 * 4, -1 - 7 * 4, -1 - 9 * 4):  # the middle half goes from -1 to 3, a fence 8 times that
+        low, high = report.limits(np.append(values, far))
+        assert (low < far < high) == (abs(far - 1) < 34)
     for same in (0.0, 7.0, -7.0):
         low, high = report.limits(np.full(9, same))
         assert low < same < high
@@ -496,7 +498,11 @@ def test_the_figure_shows_the_neighbours(run, texts, tmp_path):
     row = 38 + 64 + 26
     np.testing.assert_array_equal(figure[row : row + 64, 16:80], figure[row : row + 64, 104:168])
     assert texts.count("0.0 m") == 1
-    assert len([words for words in texts if re.fullmatch(r"\d+\.\d( m)?", words)]) == 3 * pictures.NEIGHBOURS
+    distances = [float(words.split()[0]) for words in texts if re.fullmatch(r"\d+\.\d( m)?", words)]
+    assert len(distances) == 3 * pictures.NEIGHBOURS
+    middle = sorted(distances[:: pictures.NEIGHBOURS])[1]
+    apart = sorted(pictures.nearest_pictures(known, known, 2)[2][:, 1])[19:21]  # the middle two of 40
+    assert f"samples {middle:.1f}, training pictures among themselves {np.mean(apart):.1f}" in texts[-1]
 
 
 # --- 7. Command line --------------------------------------------------------------------------------------------------

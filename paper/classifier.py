@@ -21,9 +21,10 @@ import numpy as np
 import autograd as ag
 import data
 import transgan
-from autograd import Init, Linear, Module, Tensor, grad
+from autograd import Linear, Module, Tensor, grad
 from fast import CORES
-from paper.networks import Conv2d
+from paper.convolutions import max_pool2d
+from paper.networks import Conv2d, PeerInit
 from store import datasets, files, output
 
 # --- 1. The network ---------------------------------------------------------------------------------------------------
@@ -38,13 +39,13 @@ class Classifier(Module):
     """
 
     def __init__(self, classes, rng, dtype=np.float32):
-        init = Init(rng, "uniform", dtype)
+        init = PeerInit(rng, "glorot", dtype)
         self.convs = [Conv2d(inputs, outputs, 3, init) for inputs, outputs in ((3, 32), (32, 64), (64, FEATURES))]
         self.head = Linear(FEATURES, classes, init)
 
     def __call__(self, x):
         for i, conv in enumerate(self.convs):
-            x = ag.relu(conv(ag.max_pool2d(x, 2, 2) if i else x))  # (B, 32, S, S), (B, 64, S/2, S/2), (B, 128, S/4, S/4)
+            x = ag.relu(conv(max_pool2d(x, 2, 2) if i else x))  # (B, 32, S, S), (B, 64, S/2, S/2), (B, 128, S/4, S/4)
         features = x.mean(axis=(2, 3))
         return features, self.head(features)
 

@@ -26,6 +26,7 @@ import autograd as ag
 from autograd import Tensor
 from data import UserError
 from fast import CORES
+from paper import convolutions
 from paper.weights import read_weights
 from store import downloads, files, output
 
@@ -64,9 +65,9 @@ def valid(name, outputs, *kernel, stride=1):
 
 # Pooling over 3x3: one that halves, (B, C, H, W) -> (B, C, (H - 1) // 2, (W - 1) // 2), and two that keep the shape. The
 # mean is that of the pixels inside the picture; torchvision's counts the zeros around it too.
-HALVE = functools.partial(ag.max_pool2d, kernel=3, stride=2)
-MAX = functools.partial(ag.max_pool2d, kernel=3, stride=1, padding=1)
-MEAN = functools.partial(ag.avg_pool2d, kernel=3, stride=1, padding=1, count_padding=False)
+HALVE = functools.partial(convolutions.max_pool2d, kernel=3, stride=2)
+MAX = functools.partial(convolutions.max_pool2d, kernel=3, stride=1, padding=1)
+MEAN = functools.partial(convolutions.avg_pool2d, kernel=3, stride=1, padding=1, count_padding=False)
 
 
 def inception_a(name, pool):
@@ -228,7 +229,7 @@ class Inception:
         """
         with ag.no_grad():
             x = Tensor(pictures, dtype=self.dtype) / 255  # (B, 3, H, W) in [0, 1]
-            x = ag.resize_bilinear(x, SIDE, SIDE) * 2 - 1  # (B, 3, 299, 299) in [-1, 1]
+            x = convolutions.resize_bilinear(x, SIDE, SIDE) * 2 - 1  # (B, 3, 299, 299) in [-1, 1]
             features = self.run(NETWORK, x).mean(axis=(2, 3))  # (B, 2048, 8, 8) -> (B, 2048)
             return ag.to_numpy(features), ag.to_numpy(features @ self.classifier.T)
 
@@ -237,7 +238,7 @@ class Inception:
         for step in chain:
             if isinstance(step, Conv):
                 weight, bias = self.layers[prefix + step.name]
-                x = ag.conv2d(x, weight, bias, step.stride, step.padding)
+                x = convolutions.conv2d(x, weight, bias, step.stride, step.padding)
                 ag.xp.maximum(x.data, 0, out=x.data)  # in place: nobody else has seen this array
             elif isinstance(step, Fork):
                 x = ag.concatenate([self.run(inner, x, prefix + step.name) for inner in step.chains], axis=1)

@@ -18,7 +18,18 @@ import math
 import numpy as np
 
 import autograd as ag
-from autograd import Init, Linear, Module, Tensor
+from autograd import Init, Linear, Tensor
+from paper.convolutions import (
+    Stateful,
+    avg_pool2d,
+    batch_norm,
+    batch_statistics,
+    conv2d,
+    power_iteration,
+    resize_bilinear,
+    spectral_norm,
+    upsample_nearest,
+)
 
 NAMES = {"transgan": "TransGAN", "autogan": "AutoGAN", "resnet": "ResNet"}  # of either network; the last is WGAN-GP's
 LATENT_DIM = 128
@@ -26,34 +37,58 @@ LATENT_DIM = 128
 # --- 1. Layers --------------------------------------------------------------------------------------------------------
 
 
-class Conv2d(Module):
-    """Convolution that keeps the picture's size: (B, inputs, H, W) -> (B, outputs, H, W), for an odd kernel.
+class PeerInit(Init):
+    """First weights of convolutions, drawn from U(-b, b) as each network's authors have it, by the rule `convolution`:
 
-    Weights are drawn from U(-b, b) with b = sqrt(6 / ((inputs + outputs) kernel^2)) (Glorot and Bengio 2010, eq. 16, as the
-    authors' scripts ask for), biases from U(-1/sqrt(k), 1/sqrt(k)) for k = inputs * kernel^2. spectral=True divides the
-    weight by its largest singular value, as `u`, an array (outputs,), sees it.
+    glorot   b^2 = 6 / (fan_in + fan_out), biases from U(-1/sqrt(fan_in), 1/sqrt(fan_in)): AutoGAN's generator
+    default  b^2 = 1 / fan_in, biases likewise, PyTorch's own: AutoGAN's discriminator, for which Glorot's was meant
+    he       b^2 = 12 / (fan_in + fan_out), biases 0, and as Glorot's in a shortcut and the layer to RGB: WGAN-GP
+
+    with fan_in = inputs * kernel^2, fan_out = outputs * kernel^2. Under he, linear layers are Glorot's with biases of 0.
     """
 
-    def __init__(self, inputs, outputs, kernel, init, spectral=False):
-        shape = (outputs, inputs, kernel, kernel)
-        bound = math.sqrt(6 / ((inputs + outputs) * kernel**2))
-        self.weight = init.parameter(init.rng.uniform(-bound, bound, shape))
-        bound = (inputs * kernel**2) ** -0.5
-        self.bias = init.parameter(init.rng.uniform(-bound, bound, (outputs,)))
+    def __init__(self, rng, convolution, dtype=np.float32):
+        super().__init__(rng, "uniform", dtype)
+        self.convolution_rule = convolution
+
+    def convolution(self, inputs, outputs, kernel, plain=False):
+        """The weight (outputs, inputs, kernel, kernel) and bias (outputs,); plain: of a shortcut or the layer to RGB."""
+        fan_in, fan_out, rule = inputs * kernel**2, outputs * kernel**2, self.convolution_rule
+        square = {"glorot": 6 / (fan_in + fan_out), "default": 1 / fan_in, "he": (6 if plain else 12) / (fan_in + fan_out)}
+        bound, bias = math.sqrt(square[rule]), 0 if rule == "he" else fan_in**-0.5
+        weight = self.rng.uniform(-bound, bound, (outputs, inputs, kernel, kernel))
+        return self.parameter(weight), self.parameter(self.rng.uniform(-bias, bias, outputs))
+
+    def linear(self, inputs, outputs):
+        if self.convolution_rule != "he":
+            return super().linear(inputs, outputs)
+        bound = math.sqrt(6 / (inputs + outputs))
+        return self.parameter(self.rng.uniform(-bound, bound, (inputs, outputs))), self.parameter(np.zeros(outputs))
+
+
+class Conv2d(Stateful):
+    """Convolution that keeps the picture's size: (B, inputs, H, W) -> (B, outputs, H, W), for an odd kernel.
+
+    spectral=True divides the weight by its largest singular value, as `u`, an array (outputs,), sees it. plain: see
+    `PeerInit.convolution`.
+    """
+
+    def __init__(self, inputs, outputs, kernel, init, spectral=False, plain=False):
+        self.weight, self.bias = init.convolution(inputs, outputs, kernel, plain)
         self.padding = kernel // 2
         if spectral:
             self.u = start_of_power_iteration(self.weight, init)
 
     def __call__(self, x):
-        weight = ag.spectral_norm(self.weight, self.u) if hasattr(self, "u") else self.weight
-        return ag.conv2d(x, weight, self.bias, padding=self.padding)
+        weight = spectral_norm(self.weight, self.u) if hasattr(self, "u") else self.weight
+        return conv2d(x, weight, self.bias, padding=self.padding)
 
     def prepare(self):
         if hasattr(self, "u"):
-            self.u[...] = ag.power_iteration(self.weight.data, self.u)
+            self.u[...] = power_iteration(self.weight.data, self.u)
 
 
-class SpectralLinear(Module):
+class SpectralLinear(Stateful):
     """A linear layer without bias to one number, its weight as `Conv2d`'s with spectral=True: (B, inputs) -> (B, 1)."""
 
     def __init__(self, inputs, init):
@@ -61,7 +96,7 @@ class SpectralLinear(Module):
         self.u = start_of_power_iteration(self.weight, init)
 
     def __call__(self, x):
-        return x @ ag.spectral_norm(self.weight, self.u)
+        return x @ spectral_norm(self.weight, self.u)
 
     prepare = Conv2d.prepare
 
@@ -70,16 +105,18 @@ def start_of_power_iteration(weight, init):
     """A direction (outputs,) of unit length, turned towards the first singular vector of `weight`."""
     u = ag.xp.asarray(init.rng.standard_normal(len(weight)).astype(weight.dtype))
     for _ in range(15):  # as PyTorch starts it
-        u = ag.power_iteration(weight.data, u)
+        u = power_iteration(weight.data, u)
     return u
 
 
-class BatchNorm(Module):
+class BatchNorm(Stateful):
     """Batch normalization, eps 1e-5: (B, C, H, W) -> the same. While `training`, by the batch's own mean and variance, of
-    which running averages are kept (a tenth of the new one each time); else by these averages."""
+    which running averages are kept (a tenth of the new one each time); else by these averages. First weights are 1, or
+    with deviation > 0 from N(1, deviation^2), as AutoGAN's are."""
 
-    def __init__(self, channels, init):
-        self.weight, self.bias = init.parameter(np.ones(channels)), init.parameter(np.zeros(channels))
+    def __init__(self, channels, init, deviation=0.0):
+        self.weight = init.parameter(1 + deviation * init.rng.standard_normal(channels))
+        self.bias = init.parameter(np.zeros(channels))
         self.mean = ag.xp.zeros((1, channels, 1, 1), init.dtype)
         self.variance = ag.xp.ones((1, channels, 1, 1), init.dtype)
         self.training = True
@@ -87,12 +124,12 @@ class BatchNorm(Module):
     def __call__(self, x):
         mean, variance = Tensor(self.mean), Tensor(self.variance)
         if self.training:
-            mean, variance = ag.batch_statistics(x)
+            mean, variance = batch_statistics(x)
             count = x.size // x.shape[1]
             for running, new in ((self.mean, mean.data), (self.variance, variance.data * (count / max(count - 1, 1)))):
                 running *= 0.9
                 running += 0.1 * new
-        return ag.batch_norm(x, mean, variance, self.weight, self.bias)
+        return batch_norm(x, mean, variance, self.weight, self.bias)
 
 
 # --- 2. Generators ----------------------------------------------------------------------------------------------------
@@ -105,11 +142,11 @@ def _start(image_size):
     return image_size // 8
 
 
-class Cell(Module):
+class Cell(Stateful):
     """A cell of AutoGAN: (B, C, H, W) -> skip feature and result, both (B, C, 2H, 2W).
 
-    h = conv(upsample(relu(x))), the skip feature; h += conv1x1(upsampled skip feature) for each of the cells before;
-    the result is conv(relu(h)), plus conv1x1(upsample(x)) where there is a shortcut.
+    h = conv(upsample(relu(x))), plus conv1x1(upsampled skip feature) for each of the cells before: with what was added, it
+    is the skip feature of this one. The result is conv(relu(h)), plus conv1x1(upsample(x)) where there is a shortcut.
     """
 
     def __init__(self, channels, upsample, skips, shortcut, init):
@@ -120,22 +157,22 @@ class Cell(Module):
 
     def __call__(self, x, earlier):
         side = 2 * x.shape[2]
-        skip = h = self.conv1(self.upsample(ag.relu(x), side))  # (B, C, 2H, 2W)
+        h = self.conv1(self.upsample(ag.relu(x), side))  # (B, C, 2H, 2W)
         for conv, feature in zip(self.skips, earlier, strict=True):
             h = h + conv(self.upsample(feature, side))
         out = self.conv2(ag.relu(h))
-        return skip, out if self.shortcut is None else out + self.shortcut(self.upsample(x, side))
+        return h, out if self.shortcut is None else out + self.shortcut(self.upsample(x, side))
 
 
 def nearest(x, side):
-    return ag.upsample_nearest(x, side // x.shape[2])
+    return upsample_nearest(x, side // x.shape[2])
 
 
 def bilinear(x, side):
-    return ag.resize_bilinear(x, side, side)
+    return resize_bilinear(x, side, side)
 
 
-class AutoGANGenerator(Module):
+class AutoGANGenerator(Stateful):
     """The generator that AutoGAN's search found for CIFAR-10 (Gong et al. 2019): (B, Z) -> (B, 3, S, S) in [-1, 1].
 
     Raises ValueError if image_size S does not divide by 8.
@@ -146,7 +183,7 @@ class AutoGANGenerator(Module):
         self.project = Linear(LATENT_DIM, self.start**2 * channels, init)
         self.cells = [Cell(channels, nearest, 0, True, init), Cell(channels, bilinear, 1, True, init),
                       Cell(channels, nearest, 2, False, init)]  # fmt: skip
-        self.norm = BatchNorm(channels, init)
+        self.norm = BatchNorm(channels, init, deviation=0.02)
         self.to_rgb = Conv2d(channels, 3, 3, init)
 
     def __call__(self, z):
@@ -158,21 +195,21 @@ class AutoGANGenerator(Module):
         return ag.tanh(self.to_rgb(ag.relu(self.norm(x))))  # (B, 3, S, S)
 
 
-class UpBlock(Module):
+class UpBlock(Stateful):
     """(B, C, H, W) -> (B, C, 2H, 2W): upsample(x) through a 1x1 convolution, plus norm, relu, upsample, conv, norm, relu,
     conv."""
 
     def __init__(self, channels, init):
         self.norm1, self.norm2 = BatchNorm(channels, init), BatchNorm(channels, init)
         self.conv1, self.conv2 = Conv2d(channels, channels, 3, init), Conv2d(channels, channels, 3, init)
-        self.shortcut = Conv2d(channels, channels, 1, init)
+        self.shortcut = Conv2d(channels, channels, 1, init, plain=True)
 
     def __call__(self, x):
-        h = self.conv1(ag.upsample_nearest(ag.relu(self.norm1(x)), 2))
-        return self.shortcut(ag.upsample_nearest(x, 2)) + self.conv2(ag.relu(self.norm2(h)))
+        h = self.conv1(upsample_nearest(ag.relu(self.norm1(x)), 2))
+        return self.shortcut(upsample_nearest(x, 2)) + self.conv2(ag.relu(self.norm2(h)))
 
 
-class ResNetGenerator(Module):
+class ResNetGenerator(Stateful):
     """WGAN-GP's residual generator for CIFAR-10 (Gulrajani et al. 2017, appendix): (B, Z) -> (B, 3, S, S) in [-1, 1].
 
     Raises ValueError if image_size S does not divide by 8.
@@ -183,7 +220,7 @@ class ResNetGenerator(Module):
         self.project = Linear(LATENT_DIM, self.start**2 * channels, init)
         self.blocks = [UpBlock(channels, init) for _ in range(3)]
         self.norm = BatchNorm(channels, init)
-        self.to_rgb = Conv2d(channels, 3, 3, init)
+        self.to_rgb = Conv2d(channels, 3, 3, init, plain=True)
 
     def __call__(self, z):
         x = self.project(z).reshape(len(z), self.channels, self.start, self.start)  # (B, C, S/8, S/8)
@@ -195,24 +232,24 @@ class ResNetGenerator(Module):
 # --- 3. Discriminators ------------------------------------------------------------------------------------------------
 
 
-class DownBlock(Module):
+class DownBlock(Stateful):
     """A residual block: relu, conv, relu, conv and, with halve, the mean of 2x2 pixels; plus x, with halve through a 1x1
     convolution and the same mean. The first block of a network sees pixels, which want no relu."""
 
     def __init__(self, inputs, outputs, halve, init, spectral, first=False):
         self.conv1 = Conv2d(inputs, outputs, 3, init, spectral)
         self.conv2 = Conv2d(outputs, outputs, 3, init, spectral)
-        self.shortcut = Conv2d(inputs, outputs, 1, init, spectral) if halve else None
+        self.shortcut = Conv2d(inputs, outputs, 1, init, spectral, plain=True) if halve else None
         self.first = first
 
     def __call__(self, x):
         h = self.conv2(ag.relu(self.conv1(x if self.first else ag.relu(x))))
         if self.shortcut is None:
             return h + x
-        return ag.avg_pool2d(h, 2, 2) + self.shortcut(ag.avg_pool2d(x, 2, 2))
+        return avg_pool2d(h, 2, 2) + self.shortcut(avg_pool2d(x, 2, 2))
 
 
-class ResidualDiscriminator(Module):
+class ResidualDiscriminator(Stateful):
     """Four residual blocks, of which two halve, then relu, a sum or mean over places, and a score: (B, 3, S, S) -> (B,).
 
     spectral=True, pool="sum": AutoGAN's discriminator (Gong et al. 2019). spectral=False, pool="mean": WGAN-GP's critic
@@ -244,11 +281,11 @@ def make_generator(name, size, image_size, rng, dtype=np.float32):
     """The generator `name`, autogan or resnet, for pictures of image_size. Raises ValueError."""
     channels = CHANNELS.get(size, PUBLISHED)[name][0]
     kind = {"autogan": AutoGANGenerator, "resnet": ResNetGenerator}[name]
-    return kind(image_size, channels, Init(rng, "uniform", dtype))
+    return kind(image_size, channels, PeerInit(rng, {"autogan": "glorot", "resnet": "he"}[name], dtype))
 
 
 def make_discriminator(name, size, image_size, rng, dtype=np.float32):
     """The discriminator `name`, autogan or resnet, for pictures of image_size. Raises ValueError."""
     channels = CHANNELS.get(size, PUBLISHED)[name][1]
-    init = Init(rng, "uniform", dtype)
+    init = PeerInit(rng, {"autogan": "default", "resnet": "he"}[name], dtype)
     return ResidualDiscriminator(image_size, channels, init, name == "autogan", "sum" if name == "autogan" else "mean")

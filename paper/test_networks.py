@@ -13,7 +13,7 @@ from hypothesis import given, settings
 import autograd as ag
 import transgan
 from autograd import Tensor, grad
-from paper import networks
+from paper import convolutions, networks
 
 PEERS = ("autogan", "resnet")
 PAIRS = [("autogan", "autogan"), ("resnet", "resnet"), ("transgan", "autogan"), ("autogan", "transgan")]
@@ -78,7 +78,7 @@ def test_spectral_norm_makes_every_weight_of_autogan_one_in_norm():
     used = [m for m in discriminator.modules() if hasattr(m, "u")]
     assert len(used) == 4 * 2 + 2 + 1  # two convolutions a block, two shortcuts, the score
     for module in used:
-        weight = ag.to_numpy(ag.spectral_norm(module.weight, module.u))
+        weight = ag.to_numpy(convolutions.spectral_norm(module.weight, module.u))
         values = np.linalg.svd(weight.reshape(len(weight), -1), compute_uv=False)
         assert values[0] == pytest.approx(1, abs=1e-3)
     _, plain = small_pair("resnet")

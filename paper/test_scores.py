@@ -1,7 +1,10 @@
 """The promises of paper/scores.py and paper/classifier.py, as properties."""
 
 import decimal
+import itertools
 import json
+import sys
+import types
 
 import test_transgan as base  # first: it imports transgan before NumPy
 from fast.rehearsal import rehearsed_gpu  # noqa: F401 (a fixture)
@@ -368,12 +371,15 @@ def test_what_is_wrong_is_said_before_the_work(quick, tmp_path, capsys):
 
 
 def test_scores_do_not_depend_on_the_memory_that_is_free(small, monkeypatch):  # noqa: F811
-    trainer, found = base.small_trainer(), []
+    trainer, found, drawn = base.small_trainer(), [], []
+    noise = trainer.noise
+    monkeypatch.setattr(trainer, "noise", lambda count, rng: drawn.append(count) or noise(count, rng))
     for step in (16, 100, 1024):
         monkeypatch.setattr(scores, "at_once", lambda extractor, step=step: step)
         found.append(scores.score_generator(trainer, 300, Eye(), (np.zeros(3), np.eye(3))))
     assert found[0] == pytest.approx(found[1], rel=1e-9)
     assert found[0] == pytest.approx(found[2], rel=1e-9)
+    assert drawn == 3 * [256, 44]
 
 
 def test_scores_are_logged_while_training(quick, tmp_path, capsys):
@@ -390,11 +396,22 @@ def test_scores_are_logged_while_training(quick, tmp_path, capsys):
             np.testing.assert_array_equal(a[name], b[name])
 
 
+def test_how_long_the_look_will_take_is_said(monkeypatch, capsys):
+    """Ten of forty pictures took five seconds."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(scores, "time", types.SimpleNamespace(monotonic=itertools.count(100, 5).__next__))
+    scores.look(np.split(data.draw_shapes(40, 8), 4), 40, Eye(), "pictures")
+    assert "pictures: 10 of 40 pictures, 0:00:15 left" in capsys.readouterr().err
+
+
 def test_what_is_given_at_once_follows_from_memory(monkeypatch):
     eye = Eye()
     if base.DEVICE == "cpu" and transgan.os.name == "posix":
-        for free, expected in ((0, 16), (1 << 32, 32), (1 << 40, 1024)):
-            monkeypatch.setattr(scores.os, "sysconf", lambda name, free=free: free if name == "SC_AVPHYS_PAGES" else 1)
+        for pages, expected in ((0, 16), (1 << 20, 32), (1 << 28, 1024)):
+            sizes = {"SC_AVPHYS_PAGES": pages, "SC_PAGE_SIZE": 4096}
+            monkeypatch.setattr(scores.os, "sysconf", sizes.__getitem__)
             assert scores.at_once(eye) == expected
 
 

@@ -19,7 +19,7 @@ def profile():
     """
     times, thread, lock = {}, threading.local(), threading.Lock()
 
-    def timed(function, direction, *args, **kwargs):
+    def timed(name, direction, function, *args, **kwargs):
         if getattr(thread, "busy", False):  # within an operation that is being timed: this one is part of it
             return function(*args, **kwargs)
         thread.busy = True
@@ -32,8 +32,7 @@ def profile():
             thread.busy = False
         seconds = time.perf_counter() - start
         with lock:
-            # the function of a step back is defined within its operation, and named after it
-            entry = times.setdefault((function.__qualname__.partition(".")[0], direction), [0.0, 0, 0])
+            entry = times.setdefault((name, direction), [0.0, 0, 0])
             entry[0] += seconds
             entry[1] += 1
             entry[2] += made.data.nbytes if made is not None else 0  # Adam's works in place

@@ -1,0 +1,192 @@
+"""TransGAN and its training in PyTorch, as functions of our parameters' names: a second reading of the same facts.
+
+Ours is held against it by benchmarks/test_parity.py, and timed beside it by benchmarks/step.py.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import autograd as ag
+import data
+import transgan
+
+
+def parameters(parameters):
+    """Our parameters as PyTorch leaves on the same device; linear weights in PyTorch's (outputs, inputs)."""
+    device = "cpu" if ag.xp is np else "cuda"
+    leaves = {}
+    for name, p in parameters.items():
+        array = ag.to_numpy(p)
+        array = array.T if is_matrix(name, array) else array
+        leaves[name] = torch.tensor(np.ascontiguousarray(array), device=device, requires_grad=True)
+    return leaves
+
+
+def is_matrix(name, array):
+    return name.endswith("weight") and array.ndim == 2
+
+
+def linear(p, name, x):
+    return F.linear(x, p[name + ".weight"], p.get(name + ".bias"))
+
+
+def norm(p, name, x):
+    return F.layer_norm(x, x.shape[-1:], p[name + ".weight"], p[name + ".bias"], 1e-5)
+
+
+def block(p, name, x, num_heads, fused=False, mask=None):
+    batch, tokens, width = x.shape
+    qkv = linear(p, name + ".attention.qkv", norm(p, name + ".norm1", x))
+    q, k, v = qkv.reshape(batch, tokens, 3, num_heads, width // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+    if fused:
+        out = F.scaled_dot_product_attention(q, k, v)
+    else:
+        scores = (q @ k.transpose(-2, -1)) * (width // num_heads) ** -0.5
+        out = (scores if mask is None else scores.masked_fill(~mask, -1e9)).softmax(dim=-1) @ v
+    x = x + linear(p, name + ".attention.projection", out.transpose(1, 2).reshape(batch, tokens, width))
+    hidden = F.gelu(linear(p, name + ".mlp.expand", norm(p, name + ".norm2", x)))
+    return x + linear(p, name + ".mlp.reduce", hidden)
+
+
+def generator(p, z, depths, num_heads=4, fused=False, small=None, mask=None):
+    """Pictures from noise, or, of three stages, from small pictures through the last two; the mask is for the last."""
+    first = 0 if small is None else 1
+    if first:
+        x = linear(p, "from_rgb", small.flatten(2).transpose(1, 2))
+    else:
+        x = linear(p, "project", z).reshape(len(z), -1, z.shape[1])
+    for k, depth in list(enumerate(depths))[first:]:
+        if k > first:
+            batch, tokens, width = x.shape
+            side = math.isqrt(tokens)
+            x = F.pixel_shuffle(x.transpose(1, 2).reshape(batch, width, side, side), 2).flatten(2).transpose(1, 2)
+        x = x + p[f"stages.{k}.position"]
+        for i in range(depth):
+            x = block(p, f"stages.{k}.blocks.{i}", x, num_heads, fused, mask if k == len(depths) - 1 else None)
+    x = linear(p, "to_rgb", x)
+    side = math.isqrt(x.shape[1])
+    return x.transpose(1, 2).reshape(len(x), 3, side, side)
+
+
+def discriminator(p, pictures, depth, patch_size, num_heads=4, fused=False):
+    x = F.unfold(pictures, patch_size, stride=patch_size).transpose(1, 2)  # (B, N, 3pp), channel by channel as ours
+    x = linear(p, "embed", x)
+    x = torch.cat([p["cls"].expand(len(x), -1, -1), x], dim=1) + p["position"]
+    for i in range(depth):
+        x = block(p, f"blocks.{i}", x, num_heads, fused)
+    return linear(p, "head", norm(p, "norm", x)[:, 0])[:, 0]
+
+
+def diff_augment(x, policy, draws):
+    """Picture by picture, by padding and slicing, in the order of `policy`."""
+    side, pictures = x.shape[-1], []
+    for picture, (brightness, saturation, contrast, down, right, row, column) in zip(x, draws.tolist(), strict=True):
+        for name in policy.split(","):
+            if name == "color":
+                picture = picture + brightness
+                picture = torch.lerp(picture.mean(dim=0, keepdim=True).expand_as(picture), picture, saturation)
+                picture = torch.lerp(picture.mean().expand_as(picture), picture, contrast)
+            elif name == "translation":
+                picture = F.pad(picture, [side] * 4)[:, side - int(down) :, side - int(right) :][:, :side, :side]
+            else:
+                size = (side + 1) // 2
+                keep = torch.ones_like(picture)
+                top, left = int(row) - size // 2, int(column) - size // 2
+                keep[:, max(0, top) : max(0, top + size), max(0, left) : max(0, left + size)] = 0
+                picture = picture * keep
+        pictures.append(picture)
+    return torch.stack(pictures)
+
+
+def discriminator_loss(discriminate, real, fake, loss, mix):
+    on_real, on_fake = discriminate(real), discriminate(fake)
+    if loss == "hinge":
+        return F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
+    if loss == "standard":
+        one = torch.ones_like(on_real)
+        cross_entropy = F.binary_cross_entropy_with_logits
+        return cross_entropy(on_real, one) + cross_entropy(on_fake, 0 * one)
+    x = (mix * real + (1 - mix) * fake).requires_grad_()
+    (slope,) = torch.autograd.grad(discriminate(x).sum(), x, create_graph=True)
+    penalty = 10 * ((slope.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
+    return on_fake.mean() - on_real.mean() + penalty + 1e-3 * on_real.mean() ** 2
+
+
+def generator_loss(on_fake, loss):
+    if loss == "standard":
+        return F.binary_cross_entropy_with_logits(on_fake, torch.ones_like(on_fake))
+    return -on_fake.mean()
+
+
+class Trainer:
+    """transgan.Trainer's steps in PyTorch, from the same first weights and with the same draws."""
+
+    def __init__(self, trainer):
+        self.batches, self.options, self.size = trainer.batches, trainer.options, transgan.SIZES[trainer.options.size]
+        self.co_batches = trainer.co_batches if trainer.options.sr_weight else None
+        self.draws = trainer.draws
+        self.g, self.d = parameters(trainer.gen_parameters), parameters(trainer.disc_parameters)
+        self.average = {name: p.detach().clone() for name, p in self.g.items()}
+        self.adams = [torch.optim.Adam(p.values(), betas=(0.0, 0.99)) for p in (self.g, self.d)]
+        self.step, self.largest_norm = 0, 0.0
+
+    def tensor(self, array):
+        return torch.as_tensor(array, dtype=self.g["to_rgb.bias"].dtype, device=self.g["to_rgb.bias"].device)
+
+    def generate(self, z, small=None):
+        """With the window of 2 that small_trainer's schedule has in the first half of a run."""
+        mask, side = None, self.options.image_size
+        if self.options.locality == "2:800" and self.step < self.options.steps / 2:
+            place = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).flatten(1).double()
+            mask = (torch.cdist(place.T, place.T, p=math.inf) <= 2).to(self.g["to_rgb.bias"].device)
+        return generator(self.g, z, self.size.depths, small=small, mask=mask)
+
+    def discriminate(self, x, draws=None):
+        if self.options.diff_aug != "none":
+            x = diff_augment(x, self.options.diff_aug, draws)
+        return discriminator(self.d, x, self.size.disc_depth, self.options.patch_size)
+
+    def update(self, loss, parameters, adam):
+        for p, gradient in zip(parameters.values(), torch.autograd.grad(loss, parameters.values()), strict=True):
+            p.grad = gradient
+        self.largest_norm = max(self.largest_norm, torch.nn.utils.clip_grad_norm_(parameters.values(), 5.0).item())
+        adam.param_groups[0]["lr"] = self.options.learning_rate * (
+            1 - self.step / self.options.steps if self.options.decay == "linear" else 1
+        )
+        adam.step()
+        adam.zero_grad()
+        return loss.item()
+
+    def train_step(self):
+        options, rng = self.options, data.random_stream("step", self.options.seed, self.step)
+        for i in range(options.disc_steps):
+            real = self.batches[self.step * options.disc_steps + i]
+            flipped = rng.random(len(real)) < 0.5
+            real[flipped] = real[flipped, :, :, ::-1]
+            mix = self.tensor(rng.random((len(real), 1, 1, 1)))
+            z = self.tensor(rng.standard_normal((len(real), self.size.embed_dim)))
+            fake, draws = self.generate(z).detach(), iter(self.draws((len(real), 3), rng).swapaxes(0, 1))
+            loss = discriminator_loss(
+                lambda x, draws=draws: self.discriminate(x, next(draws)), self.tensor(real), fake, options.loss, mix
+            )
+            disc_loss = self.update(loss, self.d, self.adams[1])
+        z = self.tensor(rng.standard_normal((options.gen_batch_size, self.size.embed_dim)))
+        on_fake = self.discriminate(self.generate(z), self.draws((options.gen_batch_size,), rng))
+        loss = generator_loss(on_fake, options.loss)
+        if options.sr_weight:
+            real = self.co_batches[self.step]
+            flipped = rng.random(len(real)) < 0.5
+            real[flipped] = real[flipped, :, :, ::-1]
+            real = self.tensor(real)
+            small = torch.nn.functional.avg_pool2d(real, 2)
+            restored = self.generate(None, small)
+            loss = loss + options.sr_weight * torch.nn.functional.mse_loss(restored, real)
+        gen_loss = self.update(loss, self.g, self.adams[0])
+        with torch.no_grad():
+            for name, p in self.g.items():
+                self.average[name].lerp_(p, 1 - options.ema_decay)
+        self.step += 1
+        return {"disc_loss": disc_loss, "gen_loss": gen_loss}

@@ -1,0 +1,250 @@
+"""What convolutional networks are made of, as operations of the engine: TransGAN needs none of this, its peers do.
+
+Pictures are (B, C, H, W); kernel, stride and padding are numbers, or pairs of one for the rows and one for the columns.
+Errors are those of autograd.py's operations.
+
+Contents
+    1. Operations    unfold, fold, conv2d, max_pool2d, avg_pool2d, upsample_nearest, resize_bilinear
+    2. Normalization batch_norm, spectral_norm, and Stateful, a module with more than parameters
+"""
+
+import itertools
+import math
+
+import numpy as np
+
+import autograd as ag
+from autograd import Module, Tensor, operation, result
+
+# --- 1. Operations ----------------------------------------------------------------------------------------------------
+
+
+def _pair(n):
+    return n if isinstance(n, tuple) else (n, n)
+
+
+def _padded(x, padding, fill):
+    """An array (B, C, H, W) with `padding` rows and columns of `fill` around it; itself where there are none."""
+    (rows, columns), (batch, channels, height, width) = padding, x.shape
+    if not rows and not columns:
+        return x
+    data = ag.xp.full((batch, channels, height + 2 * rows, width + 2 * columns), fill, x.dtype)
+    data[:, :, rows : rows + height, columns : columns + width] = x
+    return data
+
+
+def _windows(x, kernel, stride):
+    """A view of an array (B, C, H, W) as its windows, (B, C, kh, kw, H', W'), all of them in the same memory."""
+    (kh, kw), (down, right), (batch, channels, height, width) = kernel, stride, x.shape
+    rows, columns = (height - kh) // down + 1, (width - kw) // right + 1
+    if min(rows, columns) < 1:
+        raise ValueError(f"windows of {kh}x{kw} do not fit into {height}x{width}")
+    strides = (*x.strides, x.strides[2] * down, x.strides[3] * right)
+    return ag.xp.lib.stride_tricks.as_strided(x, (batch, channels, kh, kw, rows, columns), strides)
+
+
+@operation
+def unfold(x, kernel, stride=1, padding=0, fill=0.0):
+    """All windows of a picture: (B, C, H, W) -> (B, C, kh, kw, H', W'), H' = (H + 2 padding - kh) // stride + 1.
+
+    out[b, c, i, j, y, x] is pixel (i, j) of the window whose corner lies at (y, x) * stride, in the picture with a margin
+    of `fill`. An element lies in several windows, so its gradient is a sum: `fold`.
+    """
+    kernel, stride, padding = _pair(kernel), _pair(stride), _pair(padding)
+    data = _windows(_padded(x.data, padding, fill), kernel, stride)
+    return result(data, (x, lambda g: fold(g, x.shape, stride, padding)))
+
+
+@operation
+def fold(x, shape, stride=1, padding=0):
+    """Add windows (B, C, kh, kw, H', W') up where `unfold` took them from: a picture of `shape` (B, C, H, W)."""
+    kernel, stride, padding = x.shape[2:4], _pair(stride), _pair(padding)
+    (down, right), (top, left), (rows, columns) = stride, padding, x.shape[4:]
+    total = _padded(ag.xp.zeros(shape, x.dtype), padding, 0)
+    for i, j in itertools.product(*map(range, kernel)):
+        total[:, :, i : i + down * rows : down, j : j + right * columns : right] += x.data[:, :, i, j]
+    data = total[:, :, top : top + shape[2], left : left + shape[3]]
+    return result(data, (x, lambda g: unfold(g, kernel, stride, padding)))
+
+
+_COLUMNS = 1 << 18  # numbers in the windows that a CPU lays out at once: a megabyte, which stays in a core's cache
+
+
+@operation
+def conv2d(x, weight, bias=None, stride=1, padding=0):
+    """Convolution (cross-correlation, as all frameworks have it): (B, C, H, W), (O, C, kh, kw), (O,) -> (B, O, H', W').
+
+    out[b, o, y, x] = bias[o] + sum over c, i, j of weight[o, c, i, j] in[b, c, y stride + i, x stride + j]: one matrix
+    product for each block of windows, which are laid out as columns of C kh kw numbers. A product is linear in both its
+    factors, so each gradient is a product again: of the weights, g times the columns; of the columns, the weights times
+    g, and these are then folded.
+    """
+    kernel, stride, padding = weight.shape[2:], _pair(stride), _pair(padding)
+    if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1]:
+        raise ValueError("expected (B, C, H, W) and (O, C, kh, kw)")
+    outputs, inner = weight.shape[0], math.prod(weight.shape[1:])
+    windows = _windows(_padded(x.data, padding, 0), kernel, stride)  # (B, C, kh, kw, H', W')
+    batch, *_, rows, columns = windows.shape
+    data, matrix = ag.xp.empty((batch, outputs, rows, columns), x.dtype), Tensor(weight.data.reshape(outputs, inner))
+    for images, lines in _picture_blocks(batch, rows, inner * columns):
+        block = windows[images, :, :, :, lines].reshape(-1, inner, (lines.stop - lines.start) * columns)  # the only copy
+        data[images, :, lines] = (matrix @ Tensor(block)).data.reshape(len(block), outputs, -1, columns)
+    if bias is not None:
+        data += bias.data.reshape(-1, 1, 1)
+
+    def vjp_x(g):
+        spread = ag.matmul(ag.reshape(weight, outputs, inner).T, ag.reshape(g, batch, outputs, -1))  # (B, C kh kw, H'W')
+        return fold(ag.reshape(spread, windows.shape), x.shape, stride, padding)
+
+    def vjp_weight(g):
+        laid_out = ag.reshape(unfold(x, kernel, stride, padding), batch, inner, -1)  # (B, C kh kw, H'W')
+        product = ag.matmul(ag.reshape(g, batch, outputs, -1), ag.swap_last(laid_out))  # (B, O, C kh kw)
+        return ag.reshape(ag.reduce_sum(product, 0), weight.shape)
+
+    return result(data, (x, vjp_x), (weight, vjp_weight), (bias, lambda g: ag.reduce_sum(g, (0, 2, 3))))
+
+
+def _picture_blocks(batch, rows, size):
+    """Slices (pictures, rows of the result) that cover them all, when a row of the result needs `size` numbers."""
+    budget = _COLUMNS if ag.xp is np else 1 << 28  # a GPU wants large products: a gigabyte of float32
+    lines = min(rows, max(1, budget // size))
+    images = max(1, budget // (size * rows))
+    for b in range(0, batch, images):
+        for r in range(0, rows, lines):
+            yield slice(b, min(b + images, batch)), slice(r, min(r + lines, rows))
+
+
+def _over_windows(function, windows):
+    """A ufunc of two arguments applied over the pixels of each window: array (B, C, kh, kw, H', W') -> (B, C, H', W')."""
+    first, *others = (windows[:, :, i, j] for i, j in itertools.product(*map(range, windows.shape[2:4])))
+    total = first.copy()
+    for x in others:
+        function(total, x, out=total)
+    return total
+
+
+@operation
+def max_pool2d(x, kernel, stride, padding=0):
+    """The largest pixel of each window: (B, C, H, W) -> (B, C, H', W'). Equal ones share its gradient, which is folded."""
+    kernel, stride, padding = _pair(kernel), _pair(stride), _pair(padding)
+    data = _over_windows(ag.xp.maximum, _windows(_padded(x.data, padding, -ag.xp.inf), kernel, stride))
+
+    def vjp(g):
+        is_top = _windows(_padded(x.data, padding, -ag.xp.inf), kernel, stride) == data[:, :, None, None]
+        share = is_top / is_top.sum(axis=(2, 3), keepdims=True).astype(x.dtype)
+        return fold(g[:, :, None, None] * share, x.shape, stride, padding)
+
+    return result(data, (x, vjp))
+
+
+@operation
+def avg_pool2d(x, kernel, stride, padding=0, count_padding=True):
+    """The mean of each window: (B, C, H, W) -> (B, C, H', W'); with count_padding=False of its pixels in the picture."""
+    kernel, stride, padding = _pair(kernel), _pair(stride), _pair(padding)
+    data = _over_windows(ag.xp.add, _windows(_padded(x.data, padding, 0), kernel, stride))
+    inside = _padded(ag.xp.ones((1, 1, *x.shape[2:]), x.dtype), padding, 1 if count_padding else 0)
+    share = 1 / _over_windows(ag.xp.add, _windows(inside, kernel, stride))  # (1, 1, H', W')
+    data *= share
+
+    def vjp(g):
+        spread = ag.broadcast_to((g * share)[:, :, None, None], (*x.shape[:2], *kernel, *data.shape[2:]))
+        return fold(spread, x.shape, stride, padding)
+
+    return result(data, (x, vjp))
+
+
+@operation
+def upsample_nearest(x, factor):
+    """Each pixel becomes factor*factor of them: (B, C, H, W) -> (B, C, H factor, W factor)."""
+    batch, channels, height, width = x.shape
+    x = ag.reshape(x, batch, channels, height, 1, width, 1)
+    x = ag.broadcast_to(x, (batch, channels, height, factor, width, factor))
+    return ag.reshape(x, batch, channels, height * factor, width * factor)
+
+
+@operation
+def resize_bilinear(x, height, width):
+    """Bilinear interpolation between the centres of pixels: (B, C, H, W) -> (B, C, height, width).
+
+    A product with a matrix from the left for the rows and from the right for the columns. As PyTorch's interpolate with
+    align_corners=False has it, without smoothing where a picture shrinks.
+    """
+    rows, columns = (_interpolation(new, old, x.dtype) for new, old in zip((height, width), x.shape[2:], strict=True))
+    return ag.matmul(ag.matmul(Tensor(rows), x), Tensor(columns).T)
+
+
+def _interpolation(new, old, dtype):
+    """The array (new, old) that interpolates `old` numbers in a line at `new` places, evenly."""
+    at = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
+    distance = np.abs(at[:, None] - np.arange(old))
+    return ag.xp.asarray(np.maximum(1 - distance, 0).astype(dtype))
+
+
+# --- 2. Normalization -------------------------------------------------------------------------------------------------
+
+
+class Stateful(Module):
+    """A module of which training changes more than parameters: batch norm's averages, spectral norm's direction."""
+
+    training = True  # of interest to batch normalization alone
+
+    def parts(self):
+        """The modules among its attributes and in lists there, by name: {"blocks.0": module, ...}."""
+        found = {}
+        for name, value in vars(self).items():
+            parts = {f"{name}.{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
+            found |= {name: x for name, x in parts.items() if isinstance(x, Module)}
+        return found
+
+    def modules(self):
+        """This module and all stateful ones that are part of it, one after another."""
+        yield self
+        for part in self.parts().values():
+            if isinstance(part, Stateful):
+                yield from part.modules()
+
+    def buffers(self):
+        """All plain arrays by name: what training changes otherwise than by a gradient."""
+        found = {name: x for name, x in vars(self).items() if isinstance(x, ag.xp.ndarray)}
+        for name, part in self.parts().items():
+            if isinstance(part, Stateful):
+                found |= {f"{name}.{inner}": x for inner, x in part.buffers().items()}
+        return found
+
+    def prepare(self):
+        """What a module does before each of its updates: see `spectral_norm`."""
+
+
+def batch_statistics(x):
+    """Mean and variance of each channel over a batch of pictures: (B, C, H, W) -> (1, C, 1, 1) each."""
+    mean = x.mean(axis=(0, 2, 3), keepdims=True)
+    return mean, ((x - mean) ** 2).mean(axis=(0, 2, 3), keepdims=True)
+
+
+def batch_norm(x, mean, variance, weight, bias, eps=1e-5):
+    """Batch normalization (Ioffe and Szegedy 2015): (x - mean) / sqrt(variance + eps) * weight + bias, a channel each.
+
+    x (B, C, H, W); mean and variance (1, C, 1, 1) of `batch_statistics` while training, later of their running averages;
+    weight and bias (C,).
+    """
+    return (x - mean) * (weight.reshape(1, -1, 1, 1) / ag.sqrt(variance + eps)) + bias.reshape(1, -1, 1, 1)
+
+
+def spectral_norm(weight, u):
+    """weight / s, with s its largest singular value as a matrix W (O, -1), as u sees it (Miyato et al. 2018).
+
+    u: an array (O,), the direction that `power_iteration` improves; it counts as a constant. s = |W^T u|, which is their
+    u^T W v for v = W^T u / |W^T u|, and so is its gradient: ds = u^T dW v.
+    """
+    product = Tensor(u[None]) @ weight.reshape(len(weight), -1)  # (1, -1)
+    return weight / ag.sqrt((product * product).sum() + 1e-24)  # W^T u may be 0
+
+
+def power_iteration(weight, u):
+    """One step of the power method, u <- W W^T u / |...|, towards the first left singular vector of an array (O, ...)."""
+    matrix = weight.reshape(len(weight), -1)
+    return _unit(matrix @ _unit(matrix.T @ u))
+
+
+def _unit(x):
+    return x / (ag.xp.linalg.norm(x) + 1e-12)

@@ -1,0 +1,170 @@
+"""What the published code itself computes, number by number: a reference that cannot drift together with ours."""
+
+import transgan  # first: it decides how many threads NumPy's matrix products use
+
+import numpy as np  # isort: skip
+import pytest
+
+import autograd as ag
+from autograd import Tensor, grad
+from paper import convolutions, scores
+from paper import networks as peers
+from paper.golden import assert_probes, fill, published, stream
+
+POLICIES = ("translation", "cutout", "color", "translation,cutout,color", "color,translation,cutout")
+RUNS = (("wgangp-eps", "none"), ("wgangp-eps", "translation,cutout,color"), ("hinge", "none"))
+
+
+def networks(width, depths, disc_width, disc_depth):
+    """Both networks for pictures of 32x32, in float64, with the published runs' weights."""
+    rng = np.random.default_rng(0)
+    generator = transgan.Generator(32, width, depths, rng, dtype=np.float64)
+    discriminator = transgan.Discriminator(32, 4, disc_width, disc_depth, rng, dtype=np.float64)
+    fill(generator, 0)
+    fill(discriminator, 500)
+    return generator, discriminator
+
+
+def noise(i, count, width):
+    return np.sqrt(3) * stream(i, count, width)
+
+
+def mixing_weights(i, count):
+    return (1 + stream(i, count, 1, 1, 1)) / 2
+
+
+@pytest.fixture(scope="module")
+def size_s():
+    return networks(384, (5, 2, 2), 384, 7)
+
+
+def test_transgans_generator(size_s):
+    numbers, (generator, discriminator) = published("transgan"), size_s
+    pictures = generator(Tensor(noise(1000, 2, 384)))
+    assert_probes(pictures.data, numbers["pictures"], 1e-10)
+    loss = transgan.generator_loss(discriminator(pictures).reshape(1, -1), "wgangp-eps")
+    np.testing.assert_allclose(loss.data, numbers["generator_loss"], rtol=1e-10)
+    gradients = grad(loss, list(generator.parameters().values()))
+    assert_probes([g.data for g in gradients], numbers["generator_gradients"], 1e-9)
+
+
+@pytest.mark.parametrize("name", ["wgangp", "hinge"])
+def test_transgans_discriminator(name, size_s):
+    numbers, (_, discriminator) = published("transgan"), size_s
+    real, fake, mix = stream(1001, 3, 3, 32, 32), stream(1002, 3, 3, 32, 32), mixing_weights(1003, 3)
+    option = {"wgangp": "wgangp-eps"}.get(name, name)
+    judged = transgan.discriminator_scores(discriminator, real, fake, mix, option)
+    np.testing.assert_allclose(judged.data[:2], numbers["scores"], rtol=1e-10)
+    loss, penalty = transgan.discriminator_loss(judged, option)
+    np.testing.assert_allclose(loss.data, numbers[f"{name}_loss"], rtol=1e-10)
+    if penalty is not None:
+        np.testing.assert_allclose(penalty.data, numbers["penalty"], rtol=1e-10)
+    gradients = grad(loss, list(discriminator.parameters().values()))
+    assert_probes([g.data for g in gradients], numbers[f"{name}_gradients"], 1e-9)
+
+
+@pytest.fixture
+def autogan():
+    """Both of AutoGAN's networks, narrow, in float64, with the published runs' weights."""
+    rng = np.random.default_rng(0)
+    generator = peers.AutoGANGenerator(32, 32, peers.PeerInit(rng, "glorot", np.float64))
+    discriminator = peers.ResidualDiscriminator(32, 16, peers.PeerInit(rng, "default", np.float64), True, "sum")
+    fill(generator, 0)
+    fill(discriminator, 500)
+    return generator, discriminator
+
+
+def test_autogans_generator(autogan):
+    numbers, (generator, _) = published("autogan"), autogan
+    z = Tensor(noise(1000, 3, 128))
+    pictures = generator(z)
+    assert_probes(pictures.data, numbers["training_pictures"], 1e-10)
+    gradients = grad((pictures * stream(1004, *pictures.shape)).sum(), list(generator.parameters().values()))
+    assert_probes([g.data for g in gradients], numbers["generator_gradients"], 1e-9)
+    averages = generator.buffers()
+    assert_probes([averages["norm.mean"], averages["norm.variance"]], numbers["running_averages"], 1e-10)
+    for module in generator.modules():
+        module.training = False
+    assert_probes(generator(z).data, numbers["evaluating_pictures"], 1e-10)
+
+
+def test_autogans_discriminator(autogan):
+    numbers, (_, discriminator) = published("autogan"), autogan
+    normalized = [module for module in discriminator.modules() if hasattr(module, "u")]
+    for layer, module in enumerate(normalized):  # the last has one output in theirs, and any direction leads to its own
+        u = stream(1100 + layer, len(module.u))
+        module.u = convolutions.power_iteration(module.weight.data, u / np.linalg.norm(u))
+    np.testing.assert_allclose(np.concatenate([x.u for x in normalized[:-1]]), numbers["directions"], atol=1e-10)
+    lengths = [np.linalg.norm(x.weight.data.reshape(len(x.u), -1).T @ x.u) for x in normalized]
+    np.testing.assert_allclose(lengths, numbers["singular_values"], rtol=1e-10)
+    parameters = list(discriminator.parameters().values())
+    on_real, on_fake = (discriminator(Tensor(stream(i, 3, 3, 32, 32))) for i in (1001, 1002))
+    np.testing.assert_allclose([on_real.data, on_fake.data], numbers["scores"], rtol=1e-10)
+    loss, _ = transgan.discriminator_loss(ag.concatenate([x.reshape(1, 3) for x in (on_real, on_fake)]), "hinge")
+    np.testing.assert_allclose(loss.data, numbers["hinge_loss"], rtol=1e-10)
+    assert_probes([g.data for g in grad(loss, parameters, create_graph=True)], numbers["hinge_gradients"], 1e-9)
+    weights = stream(1004, 2, 3)
+    weighted = (on_real * weights[0] + on_fake * weights[1]).sum()
+    assert_probes([g.data for g in grad(weighted, parameters)], numbers["weighted_gradients"], 1e-9)
+
+
+@pytest.mark.parametrize("side", [8, 9, 32])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_augmentation(side, policy):
+    numbers, k = published("augmentation"), POLICIES.index(policy)
+    x = Tensor(stream(1001, 4, 3, side, side), requires_grad=True)
+    made = transgan.diff_augment(x, policy, np.array(numbers[f"draws_{side}"]))
+    (gradient,) = grad((made * stream(1004, *made.shape)).sum(), [x])
+    assert_probes(made.data, numbers[f"pictures_{side}_{k}"], 1e-10)
+    assert_probes(gradient.data, numbers[f"gradients_{side}_{k}"], 1e-10)
+
+
+@pytest.mark.parametrize("run", range(3))
+def test_two_rounds_of_training(run, monkeypatch):
+    """Two updates of the discriminator and one of the generator, twice, from the published runs' weights and inputs."""
+    numbers, (generator, discriminator) = published("training"), networks(128, (2, 2, 2), 128, 3)
+    monkeypatch.setattr(transgan, "make_generator", lambda *_, **__: generator)
+    monkeypatch.setattr(transgan, "make_discriminator", lambda *_, **__: discriminator)
+    loss, policy = RUNS[run]
+    options = transgan.Options(loss=loss, diff_aug=policy, batch_size=2, gen_batch_size=3, sr_weight=0, locality="none")
+    trainer = transgan.Trainer(options, np.zeros((4, 3, 32, 32), np.uint8), threads=1, dtype=np.float64)
+    start = {name: p.data.copy() for network in (generator, discriminator) for name, p in network.parameters().items()}
+    losses = []
+    for d, draws in enumerate(np.reshape(numbers["draws"], (4, 9, -1))):
+        i = 2000 + 10 * d
+        inputs = [stream(i, 2, 3, 32, 32), noise(i + 1, 2, 128), mixing_weights(i + 2, 2),
+                  draws[:6].reshape(3, 2, -1).swapaxes(0, 1)]  # fmt: skip
+        losses.append(trainer.discriminator_step(inputs, rate=1e-4)["disc_loss"])
+        if d % 2:  # D, D, G, D, D, G
+            losses.append(trainer.generator_step([noise(i + 3, 3, 128), draws[6:]], rate=1e-4)["gen_loss"])
+    np.testing.assert_allclose(losses, numbers[f"losses_{run}"], rtol=1e-10)
+    for kind, arrays, rtol in (
+        ("discriminator", {name: p.data for name, p in discriminator.parameters().items()}, 1e-7),
+        ("generator", {name: p.data for name, p in generator.parameters().items()}, 1e-7),
+        ("average", trainer.average, 1e-6),  # of a change of 1e-7 fewer digits are left
+    ):
+        for (name, x), (total, squares, entry) in zip(arrays.items(), numbers[f"{kind}_{run}"], strict=True):
+            change, size = (x - start[name]).ravel(), np.sqrt(squares)
+            np.testing.assert_allclose((change**2).sum(), squares, rtol=2 * rtol, err_msg=name)
+            np.testing.assert_allclose(change.sum(), total, atol=rtol * size * np.sqrt(x.size), rtol=0, err_msg=name)
+            np.testing.assert_allclose(change[(x.size - 1) // 4], entry, atol=rtol * size, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("i, dims, counts", [(0, 16, (60, 80)), (1, 48, (200, 150)), (2, 24, (13, 100)), (3, 24, (13, 17))])
+def test_fid(i, dims, counts):
+    numbers, gaussians = published("scores"), []
+    for a, count in zip((2 * i, 2 * i + 1), counts, strict=True):
+        features = stream(3000 + 3 * a, count, dims) @ stream(3001 + 3 * a, dims, dims) + stream(3002 + 3 * a, dims)
+        statistics = scores.Statistics(dims)
+        statistics.add(features)
+        gaussians += [statistics.mean, statistics.covariance]
+    found, singular = scores.frechet_distance(*gaussians), min(counts) <= dims
+    np.testing.assert_allclose(found, numbers["fid"][i], rtol=1e-7 if singular else 1e-12)
+    np.testing.assert_allclose(found, numbers["fid_exact"][i], rtol=1e-8 if singular else 1e-12)
+
+
+@pytest.mark.parametrize("i, count, parts", [(0, 500, 10), (1, 503, 10), (2, 97, 7)])
+def test_inception_score(i, count, parts):
+    score = scores.InceptionScore(count, parts)
+    score.add(4 * stream(4000 + i, count, 20))
+    np.testing.assert_allclose(score.result(), published("scores")["inception_score"][i], rtol=1e-12)
