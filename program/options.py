@@ -29,6 +29,12 @@ class Options(transgan.Options):
     accumulate: int = 1  # parts in which each batch is worked through
     precision: str = "float32"  # of matrix products, see fast.install
 
+    @property
+    def pair(self):
+        """The networks in words: TransGAN-S, or AutoGAN-S against TransGAN."""
+        against = f" against {NAMES[self.discriminator]}" if self.discriminator != self.generator else ""
+        return f"{NAMES[self.generator]}-{self.size}{against}"
+
 
 def policy(text):
     """An argument type: names of augmentations, separated by commas, or none."""

@@ -14,8 +14,8 @@ from store import output
 def profile():
     """Within this context every operation is timed; yields {(name, direction): [seconds, calls, bytes]}.
 
-    Seconds are summed over threads; the bytes are those of the results. An operation made of others is one. On a GPU each is
-    waited for, which makes the whole slower.
+    Seconds are summed over threads; the bytes are those of the results. An operation made of others is one. On a GPU each
+    is waited for, which makes the whole slower.
     """
     times, thread, lock = {}, threading.local(), threading.Lock()
 
