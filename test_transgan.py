@@ -1695,7 +1695,7 @@ def test_rate_decays_in_a_line_and_the_average_follows(small, monkeypatch):
     np.testing.assert_allclose(rates, np.repeat(1e-3 * (1 - np.arange(3) / 6), 3))
     for name, x in trainer.average.items():
         close(x, average[name], 1e-6)
-    z = trainer.noise(3, np.random.default_rng(0))
+    z = trainer.noise(70, np.random.default_rng(0))  # more than are made at a time
     own = trainer.generator(Tensor(trainer.array(z))).data
     for name, p in trainer.gen_parameters.items():
         p.data = trainer.average[name]
