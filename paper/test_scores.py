@@ -369,15 +369,27 @@ def test_what_is_wrong_is_said_before_the_work(quick, tmp_path, capsys):
 
 
 def test_scores_do_not_depend_on_the_memory_that_is_free(small, monkeypatch):
+    """Nor does the noise that they are of: a block of 256 after another, each with its own, as the seed says."""
     trainer, found, drawn = base.small_trainer(), [], []
     noise = trainer.noise
-    monkeypatch.setattr(trainer, "noise", lambda count, rng: drawn.append(count) or noise(count, rng))
+    monkeypatch.setattr(trainer, "noise", lambda count, rng: drawn.append(noise(count, rng)) or drawn[-1])
     for step in (16, 100, 1024):
         monkeypatch.setattr(scores, "at_once", lambda extractor, step=step: step)
         found.append(scores.score_generator(trainer, 300, Eye(), (np.zeros(3), np.eye(3))))
     assert found[0] == pytest.approx(found[1], rel=1e-9)
     assert found[0] == pytest.approx(found[2], rel=1e-9)
-    assert drawn == 3 * [256, 44]
+    assert [len(block) for block in drawn] == 3 * [256, 44]
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    assert (drawn[0][:44] != drawn[1]).all()
+    trainer.options.seed = 1
+    scores.score_generator(trainer, 300, Eye(), (np.zeros(3), np.eye(3)))
+    assert (drawn[0] != drawn[-2]).all()
+
+
+def test_a_log_tells_the_distance_from_the_score(monkeypatch, tmp_path):
+    monkeypatch.setattr(scores, "load_extractor", lambda *_: Eye())
+    monkeypatch.setattr(scores, "score_generator", lambda *_: {"fid": 1.0, "is": 2.0, "is_deviation": 3.0})
+    assert scores.own_scores(base.small_trainer(), 20, tmp_path)() == {"fid_own": 1.0, "is_own": 2.0}
 
 
 def test_scores_are_logged_while_training(quick, tmp_path, capsys):
