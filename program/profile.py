@@ -1,16 +1,70 @@
-"""Where a training's time goes: every operation of the engine is timed through the hook that it has for this."""
+"""Where the time goes: every operation of the engine is timed through the one hook that it has for this."""
+
+import contextlib
+import threading
+import time
+
+import numpy as np
 
 import autograd as ag
 from store import output
 
-measured = ag.profile  # until branch `engine`
+
+@contextlib.contextmanager
+def profile():
+    """Within this context every operation is timed; yields {(operation, "forward" or "backward"): [seconds, calls, bytes]}.
+
+    Seconds are summed over threads; the bytes are those of the results. An operation made of others is one. On a GPU each is
+    waited for, which makes the whole slower.
+    """
+    times, thread, lock = {}, threading.local(), threading.Lock()
+
+    def timed(name, direction, function, *args, **kwargs):
+        if getattr(thread, "busy", False):  # within an operation that is being timed: this one is part of it
+            return function(*args, **kwargs)
+        thread.busy = True
+        wait()
+        start = time.perf_counter()
+        try:
+            made = function(*args, **kwargs)
+            wait()
+        finally:
+            thread.busy = False
+        seconds = time.perf_counter() - start
+        with lock:
+            entry = times.setdefault((name, direction), [0.0, 0, 0])
+            entry[0] += seconds
+            entry[1] += 1
+            entry[2] += made.data.nbytes if made is not None else 0  # Adam's works in place
+        return made
+
+    ag.hook = timed
+    try:
+        yield times
+    finally:
+        ag.hook = None
 
 
-def tell(times, waited, total):
+def wait():
+    """Let a GPU finish."""
+    if ag.xp is not np:
+        ag.xp.cuda.Device().synchronize()
+
+
+def profile_table(times):
+    """What `profile` found, as text: the operations in falling order of the time they took."""
+    rows, total = [("operation", "direction", "seconds", "share", "calls", "MB")], sum(x[0] for x in times.values())
+    for (name, direction), (seconds, calls, size) in sorted(times.items(), key=lambda item: -item[1][0]):
+        share = f"{100 * seconds / max(total, 1e-12):.1f}%"
+        rows.append((name, direction, f"{seconds:.3f}", share, f"{calls:,}", f"{size / 1e6:,.1f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    align = "<<>>>>"
+    return "\n".join("  ".join(f"{x:{a}{w}}" for x, a, w in zip(row, align, widths, strict=True)) for row in rows)
+
+
+def tell_profile(times, waited, total):
     """Print which operations took how long of `total` seconds, and how many of these were waited for data."""
-    operations = [(*key, *entry) for key, entry in times.items()]
     names = ("operation", "direction", "seconds", "calls", "bytes")
-    output.tell(f"{ag.profile_table(times)}\n"
-                f"waiting for data: {waited:.3f} s of {total:.1f} s, {100 * waited / total:.2f}%",
-                event="profile", operations=[dict(zip(names, row, strict=True)) for row in operations], waited=waited,
-                seconds=total)  # fmt: skip
+    operations = [dict(zip(names, (*key, *entry), strict=True)) for key, entry in times.items()]
+    text = f"{profile_table(times)}\nwaiting for data: {waited:.3f} s of {total:.1f} s, {100 * waited / total:.2f}%"
+    output.tell(text, event="profile", operations=operations, waited=waited, seconds=total)

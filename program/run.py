@@ -21,14 +21,16 @@ import data
 import fast
 import transgan
 from data import UserError
+from fast import augment
 from look import pictures as looks
 from look import summary
 from look.report import Report
 from paper import scores
 from paper.networks import NAMES
-from program import checkpoints, options, profile
+from program import checkpoints, options
 from program.checkpoints import NotFinite, quoted
 from program.log import Log
+from program.profile import profile, tell_profile
 from program.signals import stop_signals
 from program.trainer import make_networks, make_trainer
 from program.update import Group
@@ -206,11 +208,13 @@ def refuse_idle_options(args):
 def choose_forms(args, options):
     """Enter the fast forms of the engine's operations, or none with --plain; returns which are in use, in a word or two."""
     if not args.plain:
-        return f"fast on the {fast.install(options.precision)}"
+        device = fast.install(options.precision)
+        augment.install()
+        return f"fast forms for the {device.upper()}"
     fast.uninstall()
     if options.precision != "float32":
         raise UserError(f"--plain has no --precision {options.precision}: its products are NumPy's; leave out one of them")
-    return "plain"
+    return "plain forms"
 
 
 def go_on(trainer, args, checkpoint, out):
@@ -276,11 +280,11 @@ def run(args, parser):
                 threads=trainer.update.threads, forms=forms, out=str(out))  # fmt: skip
     start = time.monotonic()
     measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
-    with profile.measured() if args.profile else contextlib.nullcontext() as times:
+    with profile() if args.profile else contextlib.nullcontext() as times:
         asked = train_on(trainer, out, args.sample_every, args.save_every, out == args.resume, args.evaluate_every, measure,
                          args.on_nan)  # fmt: skip
     if times is not None:
-        profile.tell(times, trainer.inputs.waited, time.monotonic() - start)
+        tell_profile(times, trainer.inputs.waited, time.monotonic() - start)
     if asked:
         command = resume_command(args, parser, out)
         print(f"stopped after step {trainer.step}, and saved; go on with: {command}", file=sys.stderr)
