@@ -1369,5 +1369,3 @@ def test_scaling_and_grids_keep_every_pixel(tmp_path):
     data.save_grid(np.zeros((1, 3, 97, 97)), tmp_path / "large.png", columns=1)
     assert Image.open(tmp_path / "large.png").size == (99, 99)
     assert leftovers(tmp_path) == ["bright.png", "grid.png", "large.png"]
-
-
