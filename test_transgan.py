@@ -1167,8 +1167,9 @@ def test_each_picture_of_a_step_has_its_own_random_numbers(small, monkeypatch):
         assert (a != other).any()
 
 
-def test_rate_decays_in_a_line_and_the_average_follows(small, monkeypatch):
-    trainer, rates = small_trainer(ema_decay=0.9), []
+@pytest.mark.parametrize("decay", transgan.DECAYS)
+def test_rate_stays_or_decays_in_a_line_and_the_average_follows(decay, small, monkeypatch):
+    trainer, rates = small_trainer(ema_decay=0.9, decay=decay), []
     step = ag.Adam.step
     monkeypatch.setattr(ag.Adam, "step", lambda self, rate, *rest: rates.append(rate) or step(self, rate, *rest))
     average = {name: x.copy() for name, x in trainer.average.items()}
@@ -1176,7 +1177,7 @@ def test_rate_decays_in_a_line_and_the_average_follows(small, monkeypatch):
         trainer.train_step()
         for name, p in trainer.gen_parameters.items():
             average[name] = 0.9 * average[name] + 0.1 * p.data
-    np.testing.assert_allclose(rates, np.repeat(1e-3 * (1 - np.arange(3) / 6), 3))
+    np.testing.assert_allclose(rates, np.repeat(1e-3 * (1 - np.arange(3) / 6 * (decay == "linear")), 3))
     for name, x in trainer.average.items():
         close(x, average[name], 1e-6)
     z = trainer.noise(70, np.random.default_rng(0))  # more than are made at a time
@@ -1245,6 +1246,32 @@ def test_a_window_reaches_as_far_in_rows_as_in_columns(side, half_width):
     mask = transgan.window_mask(side, half_width)
     for i, j, k, m in np.ndindex(side, side, side, side):
         assert mask[i * side + j, k * side + m] == (max(abs(i - k), abs(j - m)) <= half_width)
+
+
+@given(side=st.integers(1, 6), half_width=st.integers(1, 40))
+def test_a_band_reaches_over_the_pictures_edge(side, half_width):
+    mask = transgan.window_mask(side, half_width, "band")
+    assert [[abs(i - j) <= half_width for j in range(side**2)] for i in range(side**2)] == mask.tolist()
+
+
+def test_windows_and_bands_have_as_many_keys_as_published():
+    for shape, least, most in (("window", 25, 441), ("band", 5, 21)):
+        counts = [transgan.window_mask(32, half_width, shape).sum(1) for half_width in (4, 6, 8, 10)]
+        assert (counts[0].min(), counts[-1].max()) == (least, most)
+
+
+def test_a_band_is_for_the_last_block_of_the_last_stage():
+    """One block: what a token changes ends at the band. One more before it, which sees all: it ends nowhere."""
+    x = normal(0, (1, 256, 4))[0]
+    moved = x.copy()
+    moved[0, 5 * 16 + 15, 0] += 1.0
+    for depth in (1, 2):
+        generator = transgan.Generator(16, 64, (1, 1, depth), np.random.default_rng(0), dtype=np.float64)
+        generator.attend_within(2, 1, "band")
+        assert [mask is None for mask in generator.masks] == [True, True, False]
+        a, b = (ag.to_numpy(generator.grow(Tensor(ag.xp.asarray(y)), first=2)) for y in (x, moved))
+        (changed,) = np.nonzero((a != b).any(axis=(0, 1)).ravel())
+        assert changed.tolist() == (list(range(93, 98)) if depth == 1 else list(range(256)))
 
 
 def test_the_generator_looks_only_as_far_as_its_window():

@@ -150,11 +150,24 @@ def upscale(x: Tensor) -> Tensor:
     return x.reshape(batch, width // 4, 4 * tokens).transpose(0, 2, 1)  # (B, 4HW, C/4)
 
 
-def window_mask(side: int, half_width: int) -> NDArray[np.bool_]:
-    """Which of side*side tokens a query may see: NumPy booleans (N, N), N = side^2, True where both row and column of the
-    key are within half_width of the query's. The paper's third trick, locality-aware initialization: while it is young, the
-    generator may only look around; natural pictures are smooth, so that is where to start."""
-    row, column = np.divmod(np.arange(side * side), side)
+LOCALITY_SHAPES = ("window", "band")
+
+
+def window_mask(side: int, half_width: int, shape: str = "window") -> NDArray[np.bool_]:
+    """Which of side*side tokens a query may see: NumPy booleans (N, N), N = side^2. The paper's third trick, locality-aware
+    initialization: while it is young, the generator may only look around; natural pictures are smooth, so that is where
+    to start.
+
+    window: True where both row and column of the key are within half_width of the query's, as the paper's figure shows it.
+    band: as the authors' code has it, where the key's number is within half_width of the query's, tokens being numbered row
+    by row: some of the query's row, over the picture's edge into the next. From 4 to 10, these are 5 (in a corner) to 21
+    keys, and 25 to 441 of a window. The figure is no picture of the mask, their author says (issue 20 of the published
+    code), and one of two dimensions does about as well.
+    """
+    token = np.arange(side * side)
+    if shape == "band":
+        return abs(token[:, None] - token) <= half_width
+    row, column = np.divmod(token, side)
     return (abs(row[:, None] - row) <= half_width) & (abs(column[:, None] - column) <= half_width)
 
 
@@ -194,14 +207,20 @@ class Generator(Module):
         if co_training:
             self.from_rgb = Linear(3, embed_dim // 4, init)  # ours, first weights too: the code has none
         self.masks: list[Array | None] = [None] * stages
+        self.last_alone = False  # of a stage's blocks, whether only the last has the mask
 
-    def attend_within(self, half_width: int | None, stages: int) -> None:
-        """From now on, the last `stages` stages see only so many tokens around each, all of them if half_width is None."""
+    def attend_within(self, half_width: int | None, stages: int, shape: str = "window") -> None:
+        """From now on, the last `stages` stages see only so many tokens around each, all of them if half_width is None.
+
+        See `window_mask` for the shape; a band is for the last block of each of these stages alone, as the authors have it.
+        """
+        self.last_alone = shape == "band"
         for k in range(len(self.stages)):
             side = self.start * 2**k
             self.masks[k] = None
-            if half_width is not None and half_width < side - 1 and k >= len(self.stages) - stages:
-                self.masks[k] = ag.xp.asarray(window_mask(side, half_width))
+            if half_width is not None and k >= len(self.stages) - stages:
+                mask = window_mask(side, half_width, shape)
+                self.masks[k] = None if mask.all() else ag.xp.asarray(mask)
 
     def __call__(self, z: Tensor) -> Tensor:
         x = self.project(z)  # (B, Z) -> (B, N*C), N = 8*8 for CIFAR-10
@@ -220,7 +239,7 @@ class Generator(Module):
         for k in range(first, len(self.stages)):
             if k > first:
                 x = upscale(x)  # (B, HW, C) -> (B, 4HW, C/4)
-            x = self.stages[k](x, self.masks[k])
+            x = self.stages[k](x, self.masks[k], self.last_alone)
         x = self.to_rgb(x)  # (B, HW, C/16) -> (B, HW, 3)
         side = math.isqrt(x.shape[1])
         return x.transpose(0, 2, 1).reshape(len(x), 3, side, side)  # (B, 3, H, W)
@@ -233,11 +252,11 @@ class Stage(Module):
         self.position = init.normal(1, side * side, embed_dim)
         self.blocks = [Block(embed_dim, num_heads, init) for _ in range(depth)]
 
-    def __call__(self, x: Tensor, mask: Array | None = None) -> Tensor:
+    def __call__(self, x: Tensor, mask: Array | None = None, last_alone: bool = False) -> Tensor:
         x = x + self.position  # (B, N, C)
-        for block in self.blocks:
-            x = block(x, mask)
-        return x
+        for block in self.blocks[:-1]:
+            x = block(x, None if last_alone else mask)
+        return self.blocks[-1](x, mask)
 
 
 class Discriminator(Module):
@@ -462,7 +481,8 @@ class Options:
     batch_size: int = 32  # real pictures, and as many generated ones, in a step of the discriminator
     gen_batch_size: int = 64  # generated pictures in a step of the generator
     disc_steps: int = 5  # steps of the discriminator before each of the generator
-    learning_rate: float = 1e-4  # Adam's at the start; it falls to 0 in a line
+    learning_rate: float = 1e-4  # Adam's, at the start
+    decay: str = "none"  # of that rate, one of DECAYS
     beta2: float = 0.99  # how long Adam remembers squares; beta1 is 0
     ema_decay: float = 0.999  # of the generator's moving average, which makes the samples
     seed: int = 0  # of everything random
@@ -470,8 +490,10 @@ class Options:
     sr_weight: float = 50.0  # of co-training in the generator's loss; 0 is without
     locality: str = "4:22,6:32,8:42,10:60"  # half_width:epoch, see `locality_phases`, or "none"
     locality_stages: int = 1  # the last so many stages see no farther
+    locality_shape: str = "window"  # one of LOCALITY_SHAPES
 
 
+DECAYS = ("none", "linear")  # of the learning rate over a run: as it is, in every published command; or to 0 in a line
 EPOCHS = 1600  # of the authors' run: 500,000 steps of 5 batches of 32 of 50,000 pictures
 
 
@@ -567,7 +589,9 @@ class Trainer:
         options = self.options
         self.set_window()
         disc_inputs, gen_inputs = self.inputs(self.step)
-        rate = options.learning_rate * (1 - self.step / options.steps)  # linear decay to 0 over the run
+        rate = options.learning_rate
+        if options.decay == "linear":
+            rate *= 1 - self.step / options.steps
         for inputs in disc_inputs:
             losses = self.discriminator_step(inputs, rate)
         losses |= self.generator_step(gen_inputs, rate)
@@ -597,7 +621,7 @@ class Trainer:
         half_width = next((half_width for half_width, end in phases if self.step < end), None)
         if half_width != self.half_width:
             self.half_width = half_width
-            self.generator.attend_within(half_width, self.options.locality_stages)
+            self.generator.attend_within(half_width, self.options.locality_stages, self.options.locality_shape)
 
     def discriminator_step(self, inputs: Inputs, rate: float) -> Losses:
         """Update the discriminator on real pictures and as many generated ones; for its `inputs` see there."""

@@ -21,6 +21,7 @@ import fast
 from autograd import Tensor, grad
 from fast import augment, compile, cpu, gpu
 from fast.rehearsal import DeviceArray, FakeCuPy, rehearsal
+from program import checkpoints
 from program.support import small_trainer, state_of
 from test_transgan import ELEMENTWISE, check, normal, on_cpu, seeds, tensors
 
@@ -190,9 +191,9 @@ def test_rehearsal_of_training_on_a_gpu(loss, small, tmp_path, rehearsed_gpu):
         augment.install()
         trainer = small_trainer(1, np.float64, loss=loss)
         losses = [trainer.train_step()]
-        trainer.save(path)
+        checkpoints.save(trainer, path)
         trainer = small_trainer(1, np.float64, loss=loss)
-        trainer.load(path)
+        checkpoints.load(trainer, path)
         losses.append(trainer.train_step())
         pictures = trainer.sample(trainer.noise(3, np.random.default_rng(0)))
         numbers = [[float(x) for x in step.values() if x is not None] for step in losses]

@@ -6,6 +6,7 @@ import html.parser
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tracemalloc
@@ -24,8 +25,10 @@ import data
 import transgan
 from autograd import Tensor
 from look import architecture, drawing, pictures, report
+from program import checkpoints, options, support
+from program.log import Log
+from program.support import fails, run_main
 from store.support import holds, leftovers
-from test_transgan import fails, run_main, small  # noqa: F401 (fixtures)
 
 # --- 1. Setting up ----------------------------------------------------------------------------------------------------
 
@@ -37,9 +40,9 @@ def run(tmp_path_factory):
     """The folder of a finished run of four steps, a grid at each, with everything that a report can show."""
     out = tmp_path_factory.mktemp("runs") / "a <run> & more"
     with pytest.MonkeyPatch.context() as patch:
-        base.make_small(patch)
+        support.make_small(patch)
         patch.setattr(report.Report, "SHARE", 1e9)
-        assert run_main(*base.TRAIN, "--image-size", 16, "--sr-weight", 1, "--sample-every", 1, "--out", out) == 0
+        assert run_main(*support.TRAIN, "--image-size", 16, "--sr-weight", 1, "--sample-every", 1, "--out", out) == 0
     return out
 
 
@@ -58,15 +61,16 @@ def texts(monkeypatch):
 
 def trainer_of(run):
     """A trainer of the run's options, with its checkpoint's weights."""
-    trainer = transgan.Trainer(transgan.read_options(run / "checkpoint.npz"), data.draw_shapes(40, 16), 1)
-    trainer.load(run / "checkpoint.npz")
+    path, options = checkpoints.newest_checkpoint(run)
+    trainer = support.make_trainer(options, data.draw_shapes(40, 16), 1)
+    checkpoints.load(trainer, path)
     return trainer
 
 
 def write_log(path, rows):
     """A log.csv of rows {column: text or number}."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, transgan.Log.FIELDS, restval="")
+        writer = csv.DictWriter(file, Log.FIELDS, restval="")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -114,9 +118,9 @@ def test_the_page_holds_all_that_it_shows(run):
     assert "url(" not in content
     assert "@import" not in content
     assert "prefers-color-scheme: dark" in content
-    for name, value in vars(transgan.read_options(run / "checkpoint.npz")).items():
+    for name, value in vars(checkpoints.newest_checkpoint(run)[1]).items():
         assert re.search(rf"<dt>{name.replace('_', ' ')}</dt><dd>{re.escape(str(value))}</dd>", content)
-    last = base.read_log(run)[-1]
+    last = support.read_log(run)[-1]
     assert "Step 4 of 4, finished" in text
     assert f"<dd>{float(last['distance']):.3f}</dd>" in content
     assert f"<dt>elapsed</dt><dd>{transgan.clock(float(last['seconds']))}</dd>" in content
@@ -154,19 +158,19 @@ def test_a_browser_shows_the_page(run, tmp_path):
     ],
 )  # fmt: skip
 def test_the_command_of_a_run_makes_that_run(arguments):
-    options = base.parsed(*arguments)
-    words = transgan.shlex.split(report.command(options))
+    chosen = support.parsed(*arguments)
+    words = shlex.split(options.command(chosen))
     assert words[:2] == ["python", "transgan.py"]
-    assert base.parsed(*words[2:]) == options
+    assert support.parsed(*words[2:]) == chosen
     for i in range(2, len(words), 2):  # and each of its options is needed
         try:
-            assert base.parsed(*words[2:i], *words[i + 2 :]) != options
+            assert support.parsed(*words[2:i], *words[i + 2 :]) != chosen
         except data.UserError as error:
             assert "does not divide" in str(error)
 
 
 def test_the_shortest_command_says_what_differs():
-    assert report.command(base.parsed("--steps", 7)) == "python transgan.py --steps 7"
+    assert options.command(support.parsed("--steps", 7)) == "python transgan.py --steps 7"
 
 
 def colour_rows(path, colour, left, right, near=30):
@@ -309,17 +313,17 @@ def test_a_drawing_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(transgan.Trainer, "save", lambda self, path: done.append(("save", self.step)) or save(self, path))
     monkeypatch.setattr(report.Report, "update", lambda self: done.append(("draw", self.trainer.step)) or update(self))
     out = tmp_path / "run"
-    assert run_main(*base.TRAIN, "--out", out, "--sample-every", 2, "--save-every", 2) == 0
+    assert run_main(*support.TRAIN, "--out", out, "--sample-every", 2, "--save-every", 2) == 0
     message = r"transgan: .*report.html could not be drawn: .*No space left.*; the run goes on\n"
     assert re.match(message, capsys.readouterr().err)
     assert done == [(kind, step) for step in (0, 2, 4) for kind in ("save", "draw")]  # the checkpoint is safe by then
-    assert [row["step"] for row in base.read_log(out)] == list("01234")
+    assert [row["step"] for row in support.read_log(out)] == list("01234")
     assert "report.html" not in leftovers(out)
 
 
 def test_a_folder_whose_name_is_no_text_has_a_report(tmp_path):
     out = tmp_path / os.fsdecode(b"\xff\x80")
-    assert run_main(*base.TRAIN, "--steps", 1, "--out", out) == 0
+    assert run_main(*support.TRAIN, "--steps", 1, "--out", out) == 0
     assert "udcff" in (out / "report.html").read_text("utf-8")
 
 
@@ -334,7 +338,7 @@ def test_drawing_takes_no_more_than_its_share_of_the_time(share, drawn, tmp_path
 
     monkeypatch.setattr(report.Report, "SHARE", share)
     monkeypatch.setattr(report, "page", draw)
-    assert run_main(*base.TRAIN, "--out", tmp_path / "run", "--sample-every", 1) == 0
+    assert run_main(*support.TRAIN, "--out", tmp_path / "run", "--sample-every", 1) == 0
     assert steps == drawn
 
 
@@ -562,7 +566,7 @@ def test_networks_without_attention_have_none_to_show(tmp_path, capsys):
     for discriminator, code in (("autogan", 2), ("transgan", 0)):
         out = tmp_path / discriminator
         pair = ["--generator", "resnet", "--discriminator", discriminator]
-        assert run_main(*base.TRAIN, "--steps", 1, *pair, "--out", out) == 0
+        assert run_main(*support.TRAIN, "--steps", 1, *pair, "--out", out) == 0
         assert run_main("--from", out, "--attention") == code
     assert "leave it out" in capsys.readouterr().err
     assert leftovers(out / "look") == ["attention-000001-seed0.png"]
@@ -600,9 +604,9 @@ def test_the_figure_of_both_networks_has_their_numbers(size, side, texts, tmp_pa
     assert made.min(axis=-1).max() < 255  # a picture, all of it, stands at the end
     assert len(np.unique(made.reshape(-1, 3), axis=0)) > 2
     if size != "XL":
-        options = base.parsed("--dataset", "shapes", "--size", size, "--image-size", side, "--sr-weight", 0)
+        chosen = support.parsed("--dataset", "shapes", "--size", size, "--image-size", side, "--sr-weight", 0)
         for make in (transgan.make_generator, transgan.make_discriminator):
-            network = make(options, np.random.default_rng(0))
+            network = make(chosen, np.random.default_rng(0))
             assert f"{sum(p.size for p in network.parameters().values()):,} parameters" in texts
     for depth in (*transgan.stage_depths(size, side), transgan.SIZES[size].disc_depth):
         assert any(words.startswith(f"{depth} block") for words in texts)

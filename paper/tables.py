@@ -80,7 +80,6 @@ TABLES = {
 DIFFERENCES = {
     "AutoGAN": (
         "real pictures are flipped, gradients clipped to norm 5",
-        "the rate falls to 0 in a line, theirs is constant",
         "spectral norm takes a power iteration an update of the discriminator, theirs one in every pass of it, and divides "
         "by |W^T u| of the new u, theirs by |W v| with the v that made it",
     ),

@@ -24,6 +24,7 @@ import autograd as ag
 from data import UserError
 from paper import inception
 from paper.weights import read_weights
+from program import support
 from store.support import server, slope
 
 try:
@@ -234,7 +235,7 @@ def test_what_comes_out_depends_on_the_picture_alone(plain, monkeypatch):
     """However many there are, in whatever order, and however many threads look at them: to the bit."""
     network, pictures, found = inception.Inception(plain), drawn(4, 16, 16), []
     for cores, chosen in (1, [0, 1, 2]), (3, [3, 2, 1, 0]):
-        monkeypatch.setattr(inception.transgan, "CORES", cores)
+        monkeypatch.setattr(inception, "CORES", cores)
         found.append(network(pictures[chosen]))
     for a, b in zip(*found, strict=True):
         np.testing.assert_array_equal(a, b[:0:-1])
@@ -332,10 +333,10 @@ def test_a_run_is_scored_with_weights_from_a_file(published, small, tmp_path, ca
     """From the command line to the quoted line, though there are far fewer pictures than features."""
     weights, out, where = tmp_path / "random.pth", tmp_path / "run", ("--data-dir", tmp_path / "data")
     torch.save(published[0], weights)
-    assert base.run_main(*base.TRAIN, "--out", out) == 0
+    assert support.run_main(*support.TRAIN, "--out", out) == 0
     capsys.readouterr()
     command = ("--evaluate", out, "--features", "inception", "--inception", weights, "--num-images", 12, *where)
-    assert base.run_main(*command) == 0
+    assert support.run_main(*command) == 0
     weights.unlink()  # 96 MB, which pytest would keep
     line = capsys.readouterr().out
     assert re.match(r"FID \d+\.\d\d, IS \d", line)

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 import autograd as ag
 import transgan
 from autograd import Tensor, grad
+from look import summary
 from paper import convolutions, networks
-from program import options
+from program import checkpoints, main, options, support
 
 PEERS = ("autogan", "resnet")
 PAIRS = [("autogan", "autogan"), ("resnet", "resnet"), ("transgan", "autogan"), ("autogan", "transgan")]
@@ -20,7 +21,7 @@ COUNTS = {"autogan": (4_405_251, 1_053_824), "resnet": (1_204_483, 1_053_825)}  
 
 
 def small_pair(name, dtype=np.float64, seed=0, side=8):
-    init = transgan.Init(np.random.default_rng(seed), "uniform", dtype)
+    init = networks.PeerInit(np.random.default_rng(seed), "glorot", dtype)
     generator = {"autogan": networks.AutoGANGenerator, "resnet": networks.ResNetGenerator}[name](side, 3, init)
     pool = {"autogan": "sum", "resnet": "mean"}[name]
     return generator, networks.ResidualDiscriminator(side, 2, init, name == "autogan", pool)
@@ -56,9 +57,8 @@ def test_parameter_counts_as_the_published_code_has_them(name):
     generator = networks.make_generator(name, "S", 32, rng)
     discriminator = networks.make_discriminator(name, "S", 32, rng)
     assert (base.count(generator), base.count(discriminator)) == COUNTS[name]
-    options = transgan.Options(generator=name, discriminator=name, sr_weight=0, locality="none")
-    totals = [line.split()[-1] for line in transgan.summary(options).splitlines() if " total " in line]
-    assert [int(total.replace(",", "")) for total in totals] == list(COUNTS[name])
+    totals = [row[5] for row in summary.summary_rows(generator, discriminator) if row[1] == "total"]
+    assert totals == list(COUNTS[name])
 
 
 @settings(max_examples=3)
@@ -107,7 +107,7 @@ def test_peers_train_as_their_authors_did():
 
 
 def test_networks_refuse_pictures_that_do_not_halve():
-    init = transgan.Init(np.random.default_rng(0), "uniform")
+    init = networks.PeerInit(np.random.default_rng(0), "glorot")
     for make in (networks.AutoGANGenerator, networks.ResNetGenerator):
         with pytest.raises(ValueError, match="picture of 20 pixels cannot be halved three times"):
             make(20, 4, init)
@@ -135,7 +135,7 @@ def discriminator_prepare(network):
 
 
 def test_batch_norm_keeps_running_averages_and_uses_them_for_samples():
-    init = transgan.Init(np.random.default_rng(0), "uniform", np.float64)
+    init = networks.PeerInit(np.random.default_rng(0), "glorot", np.float64)
     norm, (x,) = networks.BatchNorm(3, init), base.normal(1, (4, 3, 5, 5), scale=2.0)
     y = ag.to_numpy(norm(Tensor(ag.xp.asarray(x))))
     np.testing.assert_allclose(y.mean(axis=(0, 2, 3)), 0, atol=1e-9)
@@ -257,10 +257,10 @@ def test_counts_outputs_and_gradients_agree_with_pytorch(name, monkeypatch):
     rng = np.random.default_rng(1)
     z, x = rng.standard_normal((3, 128)), rng.uniform(-1, 1, (3, 3, 32, 32))
     made, theirs = ours[0](Tensor(ag.xp.asarray(z))), torch_generator(torch, layers[0], name, torch.tensor(z), channels[0])
-    base.assert_close_to_torch(made, theirs, "generator")
+    close_to_torch(made, theirs, "generator")
     scores = ours[1](Tensor(ag.xp.asarray(x)))
     their_scores = torch_discriminator(torch, layers[1], name, torch.tensor(x))
-    base.assert_close_to_torch(scores, their_scores, "discriminator")
+    close_to_torch(scores, their_scores, "discriminator")
     parameters = [mine for _, mine, _, _ in leaves]
     loss, their_loss = (made * made).sum() + (scores * scores).sum(), (theirs**2).sum() + (their_scores**2).sum()
     gradients = torch.autograd.grad(their_loss, [p for _, _, p, _ in leaves])
@@ -283,28 +283,33 @@ def named(network, prefix=""):
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
+def close_to_torch(ours, theirs, name, tolerance=1e-8):
+    ours, theirs = ag.to_numpy(ours), theirs.detach().cpu().numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max(), err_msg=name)
+
+
 def pair_trainer(generator, discriminator, threads=None, dtype=np.float32, **options):
     plain = {} if generator == "transgan" else {"sr_weight": 0.0, "locality": "none"}
-    return base.small_trainer(threads, dtype, generator=generator, discriminator=discriminator, **plain, **options)
+    return support.small_trainer(threads, dtype, generator=generator, discriminator=discriminator, **plain, **options)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_resuming_is_exact_to_the_bit(pair, small, tmp_path):
     loss = "hinge" if pair[1] == "autogan" else "wgangp-eps"
-    unbroken, first = (pair_trainer(*pair, loss=loss, diff_aug=base.POLICY) for _ in range(2))
+    unbroken, first = (pair_trainer(*pair, loss=loss, diff_aug=support.POLICY) for _ in range(2))
     for _ in range(4):
         unbroken.train_step()
     for _ in range(2):
         first.train_step()
     first.sample(first.noise(3, np.random.default_rng(0)))  # looking changes nothing
-    first.save(tmp_path / "checkpoint.npz")
-    second = pair_trainer(*pair, loss=loss, diff_aug=base.POLICY)
-    second.load(tmp_path / "checkpoint.npz")
+    checkpoints.save(first, tmp_path / "checkpoint.npz")
+    second = pair_trainer(*pair, loss=loss, diff_aug=support.POLICY)
+    checkpoints.load(second, tmp_path / "checkpoint.npz")
     for _ in range(2):
         second.train_step()
-    base.assert_same_state(base.state_of(second), base.state_of(unbroken))
-    before = base.state_of(pair_trainer(*pair, loss=loss))
-    assert [name for name, value in base.state_of(unbroken).items() if (value == before[name]).all()] == []
+    support.assert_same_state(support.state_of(second), support.state_of(unbroken))
+    before = support.state_of(pair_trainer(*pair, loss=loss))
+    assert [name for name, value in support.state_of(unbroken).items() if (value == before[name]).all()] == []
 
 
 @base.on_cpu
@@ -317,8 +322,8 @@ def test_threads_share_a_batch_without_changing_the_step(pair, loss, small):
         trainer = pair_trainer(*pair, threads, np.float64, loss=loss)
         for _ in range(2):
             trainer.train_step()
-        runs.append(base.state_of(trainer))
-    base.assert_same_state(*runs, 1e-8)
+        runs.append(support.state_of(trainer))
+    support.assert_same_state(*runs, 1e-8)
 
 
 @base.on_cpu
@@ -327,7 +332,7 @@ def test_rehearsal_of_training_on_a_gpu(pair, small, rehearsed_gpu):
     def trained():
         trainer = pair_trainer(*pair, 1, np.float64)
         trainer.train_step()
-        return [trainer.sample(trainer.noise(3, np.random.default_rng(0))), *base.state_of(trainer).values()]
+        return [trainer.sample(trainer.noise(3, np.random.default_rng(0))), *support.state_of(trainer).values()]
 
     expected = trained()
     assert ag.use_device("auto") == "a rehearsed GPU"
@@ -338,15 +343,15 @@ def test_rehearsal_of_training_on_a_gpu(pair, small, rehearsed_gpu):
 @pytest.mark.parametrize("pair", PAIRS)
 def test_pairs_train_from_the_command_line(pair, small, tmp_path, capsys):
     out = tmp_path / "run"
-    assert base.run_main(*base.TRAIN, "--generator", pair[0], "--discriminator", pair[1], "--out", out) == 0
-    assert [row["step"] for row in base.read_log(out)] == list("01234")
+    assert support.run_main(*support.TRAIN, "--generator", pair[0], "--discriminator", pair[1], "--out", out) == 0
+    assert [row["step"] for row in support.read_log(out)] == list("01234")
     with np.load(out / "checkpoint.npz") as saved:
         options = json.loads(str(saved["options"]))
     assert (options["generator"], options["discriminator"]) == pair
     assert (options["loss"], options["beta2"]) == (("hinge", 0.9) if pair[1] == "autogan" else
                                                    ("wgangp-eps", 0.9 if pair[1] == "resnet" else 0.99))  # fmt: skip
-    assert base.run_main("--resume", out, "--steps", 5) == 0
-    assert "leave out --generator" in base.fails(capsys, "--resume", out, "--steps", 6, "--generator",
+    assert support.run_main("--resume", out, "--steps", 5) == 0
+    assert "leave out --generator" in support.fails(capsys, "--resume", out, "--steps", 6, "--generator",
                                                  "resnet" if pair[0] == "autogan" else "autogan")  # fmt: skip
 
 
@@ -354,7 +359,7 @@ def test_each_pair_has_a_folder_of_its_own():
     for pair, name in ((PAIRS[0], "shapes-S-autogan-autogan"), (PAIRS[2], "shapes-S-transgan-autogan"),
                        (("transgan", "transgan"), "shapes-S")):  # fmt: skip
         arguments = ["--size", "S", "--generator", pair[0], "--discriminator", pair[1]]
-        _, out = transgan.choose_options(transgan.make_parser().parse_args(arguments))
+        _, out = options.choose_options(main.make_parser().parse_args(arguments))
         assert out.as_posix() == f"runs/{name}"
 
 
@@ -366,4 +371,4 @@ def test_options_that_do_not_go_together(small, tmp_path, capsys):
         (["--generator", "autogan", "--image-size", "20"], "must divide by 8"),
         (["--generator", "biggan"], "invalid choice: 'biggan'"),
     ):
-        assert message in base.fails(capsys, *args, "--out", tmp_path / "run"), args
+        assert message in support.fails(capsys, *args, "--out", tmp_path / "run"), args

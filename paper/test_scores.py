@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import autograd as ag
 import data
-import transgan
 from autograd import Tensor
 from data import UserError
 from paper import classifier, scores
+from program import support
 from store import datasets, files
 from store.support import encoded, fuzz, fuzzed, holds, one_line_at_most, slope
 
@@ -276,7 +276,7 @@ def test_fuzzed_statistics_only_ever_raise_our_own_error(seed, tmp_path):
 
 
 def test_real_pictures_score_better_than_noise(small, monkeypatch):
-    trainer, eye = base.small_trainer(), Eye()
+    trainer, eye = support.small_trainer(), Eye()
     real = trainer.batches.pictures
     statistics, _ = scores.look([real], len(real), eye, "real", splits=1)
     reference = statistics.mean, statistics.covariance
@@ -292,12 +292,12 @@ def test_real_pictures_score_better_than_noise(small, monkeypatch):
 
 def test_evaluating_a_run(quick, tmp_path, capsys):
     out, where = tmp_path / "run", ("--data-dir", tmp_path / "data")
-    assert base.run_main(*base.TRAIN, "--out", out) == 0
+    assert support.run_main(*support.TRAIN, "--out", out) == 0
     before = (out / "checkpoint.npz").read_bytes()
     capsys.readouterr()
     lines = []
     for _ in range(2):
-        assert base.run_main("--evaluate", out, "--num-images", 30, *where) == 0
+        assert support.run_main("--evaluate", out, "--num-images", 30, *where) == 0
         lines.append(capsys.readouterr().out)
     assert lines[0] == lines[1]
     assert lines[0].startswith("FID-own ")
@@ -313,10 +313,10 @@ def test_evaluating_a_run(quick, tmp_path, capsys):
     assert len(quick) == 1
     assert holds(out / "checkpoint.npz", before)
     stats = next((tmp_path / "data").glob("fid-stats-own-*.npz"))
-    assert base.run_main("--evaluate", out, "--num-images", 30, "--fid-stats", stats, *where) == 0
+    assert support.run_main("--evaluate", out, "--num-images", 30, "--fid-stats", stats, *where) == 0
     assert f"against the statistics in {stats.name}" in capsys.readouterr().out
     (out / "checkpoint.npz").replace(out / "checkpoint-previous.npz")
-    assert base.run_main("--evaluate", out, "--num-images", 30, *where) == 0
+    assert support.run_main("--evaluate", out, "--num-images", 30, *where) == 0
     printed = capsys.readouterr()
     assert (printed.out, printed.err.count("going on from checkpoint-previous.npz\n")) == (lines[0], 1)
     (out / "checkpoint-previous.npz").replace(out / "checkpoint.npz")
@@ -329,21 +329,21 @@ def test_evaluating_a_run(quick, tmp_path, capsys):
         (["--features", "inception"], "is not the file expected"),
     ):
         (tmp_path / "data" / "pt_inception-2015-12-05-6726825d.pth").write_text("not its weights")
-        assert message in base.fails(capsys, "--evaluate", out, *where, *args), args
-    assert "cannot read" in base.fails(capsys, "--evaluate", tmp_path / "nowhere")
+        assert message in support.fails(capsys, "--evaluate", out, *where, *args), args
+    assert "cannot read" in support.fails(capsys, "--evaluate", tmp_path / "nowhere")
     (out / "scores.json").write_text("[1")
-    assert "scores.json is not a list" in base.fails(capsys, "--evaluate", out, "--num-images", 30, *where)
+    assert "scores.json is not a list" in support.fails(capsys, "--evaluate", out, "--num-images", 30, *where)
 
 
 def test_what_is_wrong_is_said_before_the_work(quick, tmp_path, capsys):
     out, where = tmp_path / "run", ("--data-dir", tmp_path / "data")
-    assert base.run_main(*base.TRAIN, "--out", out) == 0
+    assert support.run_main(*support.TRAIN, "--out", out) == 0
     (tmp_path / "file").write_text("")
-    assert "choose another --out" in base.fails(capsys, "--evaluate", out, "--out", tmp_path / "file" / "x", *where)
+    assert "choose another --out" in support.fails(capsys, "--evaluate", out, "--out", tmp_path / "file" / "x", *where)
     (tmp_path / "other").mkdir()
     for text in ("{", '{"a": 1}', '[{"step": 1}]', "[1]", "null"):
         (tmp_path / "other" / "scores.json").write_text(text)
-        assert "is not a list" in base.fails(capsys, "--evaluate", out, "--out", tmp_path / "other", *where), text
+        assert "is not a list" in support.fails(capsys, "--evaluate", out, "--out", tmp_path / "other", *where), text
     assert quick == []
     folder = tmp_path / "one"
     folder.mkdir()
@@ -363,14 +363,16 @@ def test_what_is_wrong_is_said_before_the_work(quick, tmp_path, capsys):
         1,
     )
     run = (*alone, "--out", tmp_path / "alone", *where)
-    assert "two real pictures or more" in base.fails(capsys, *run, "--evaluate-every", 1)
-    assert base.run_main(*alone, "--out", tmp_path / "again", *where) == 0
-    assert "two real pictures or more" in base.fails(capsys, "--evaluate", tmp_path / "again", "--features", "own", *where)
+    assert "two real pictures or more" in support.fails(capsys, *run, "--evaluate-every", 1)
+    assert support.run_main(*alone, "--out", tmp_path / "again", *where) == 0
+    assert "two real pictures or more" in support.fails(
+        capsys, "--evaluate", tmp_path / "again", "--features", "own", *where
+    )
 
 
 def test_scores_do_not_depend_on_the_memory_that_is_free(small, monkeypatch):
     """Nor does the noise that they are of: a block of 256 after another, each with its own, as the seed says."""
-    trainer, found, drawn = base.small_trainer(), [], []
+    trainer, found, drawn = support.small_trainer(), [], []
     noise = trainer.noise
     monkeypatch.setattr(trainer, "noise", lambda count, rng: drawn.append(noise(count, rng)) or drawn[-1])
     for step in (16, 100, 1024):
@@ -389,18 +391,18 @@ def test_scores_do_not_depend_on_the_memory_that_is_free(small, monkeypatch):
 def test_a_log_tells_the_distance_from_the_score(monkeypatch, tmp_path):
     monkeypatch.setattr(scores, "load_extractor", lambda *_: Eye())
     monkeypatch.setattr(scores, "score_generator", lambda *_: {"fid": 1.0, "is": 2.0, "is_deviation": 3.0})
-    assert scores.own_scores(base.small_trainer(), 20, tmp_path)() == {"fid_own": 1.0, "is_own": 2.0}
+    assert scores.own_scores(support.small_trainer(), 20, tmp_path)() == {"fid_own": 1.0, "is_own": 2.0}
 
 
 def test_scores_are_logged_while_training(quick, tmp_path, capsys):
     out = tmp_path / "run"
-    arguments = (*base.TRAIN, "--evaluate-every", 2, "--num-images", 20, "--data-dir", tmp_path / "data")
-    assert base.run_main(*arguments, "--out", out) == 0
-    rows = base.read_log(out)
+    arguments = (*support.TRAIN, "--evaluate-every", 2, "--num-images", 20, "--data-dir", tmp_path / "data")
+    assert support.run_main(*arguments, "--out", out) == 0
+    rows = support.read_log(out)
     assert [bool(row["fid_own"]) and bool(row["is_own"]) for row in rows] == [True, False, True, False, True]
     assert "FID-own" in capsys.readouterr().out
     plain = tmp_path / "plain"
-    assert base.run_main(*base.TRAIN, "--out", plain) == 0  # looking changes nothing
+    assert support.run_main(*support.TRAIN, "--out", plain) == 0  # looking changes nothing
     with np.load(out / "checkpoint.npz") as a, np.load(plain / "checkpoint.npz") as b:
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
@@ -418,7 +420,7 @@ def test_how_long_the_look_will_take_is_said(monkeypatch, capsys):
 
 def test_what_is_given_at_once_follows_from_memory(monkeypatch):
     eye = Eye()
-    if base.DEVICE == "cpu" and transgan.os.name == "posix":
+    if base.DEVICE == "cpu" and scores.os.name == "posix":
         for pages, expected in ((0, 16), (1 << 20, 32), (1 << 28, 1024)):
             sizes = {"SC_AVPHYS_PAGES": pages, "SC_PAGE_SIZE": 4096}
             monkeypatch.setattr(scores.os, "sysconf", sizes.__getitem__)
@@ -435,7 +437,7 @@ def test_rehearsal_of_scores_on_a_gpu(quick, tmp_path, rehearsed_gpu):
         again = classifier.load_classifier(pictures, "shapes", folder)
         assert again.digest == extractor.digest
         reference = scores.reference_statistics(pictures, "shapes", extractor, folder)
-        return [*scores.score_generator(base.small_trainer(1), 20, extractor, reference).values()]
+        return [*scores.score_generator(support.small_trainer(1), 20, extractor, reference).values()]
 
     expected = scored(tmp_path / "cpu")
     assert ag.use_device("auto") == "a rehearsed GPU"

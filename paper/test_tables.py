@@ -1,14 +1,17 @@
 """The promises of paper/tables.py: every row is the run that it says it is, and is run once."""
 
+import json
 import re
-
-import test_transgan as base  # first: it imports transgan before NumPy
 
 import pytest  # isort: skip
 
 import transgan
 from paper import tables
+from paper.networks import NAMES
+from program import support
+from program.checkpoints import newest_checkpoint
 from store import datasets
+from store.files import CHECKPOINTS
 
 PUBLISHED = transgan.Options()
 QUICK = ["--dataset", "shapes", "--size", "tiny", "--steps", "1", "--seeds", "1", "--num-images", "20", "--jobs", "2",
@@ -38,7 +41,7 @@ def test_the_table_of_tricks(tmp_path, data_dir, capsys):
     assert tables.main([*command, "--", "--batch-size", "4", "--gen-batch-size", "4"]) == 0
     printed = capsys.readouterr().out
     (folder,) = tmp_path.iterdir()
-    runs = {path.name: transgan.read_options(path / "checkpoint.npz") for path in folder.iterdir()}
+    runs = {path.name: newest_checkpoint(path)[1] for path in folder.iterdir()}
     assert {name: (run.diff_aug, run.sr_weight, run.locality) for name, run in runs.items()} == {
         "baseline-0": ("none", 0, "none"),
         "augmentation-0": (PUBLISHED.diff_aug, 0, "none"),
@@ -53,14 +56,14 @@ def test_the_table_of_tricks(tmp_path, data_dir, capsys):
     published = tables.TABLES[3][1]
     for row, (name, ((score, fid), _)) in zip(printed_rows(printed), published.items(), strict=True):
         run = folder / f"{name.strip('+ ')}-0"
-        (entry,) = transgan.json.loads((run / "scores.json").read_text())
+        (entry,) = json.loads((run / "scores.json").read_text())
         assert row[:3] == [name, f"{score:.2f}", f"{fid:.2f}"]
         assert row[3:] == [f"{entry['is_own']:.3f}", f"{entry['fid_own']:.3f}",
-                           f"{float(base.read_log(run)[-1]['distance']):.3f}"]  # fmt: skip
+                           f"{float(support.read_log(run)[-1]['distance']):.3f}"]  # fmt: skip
     (folder / "baseline-0" / "log.csv").write_text("step,distance\nx,y\n")
     assert tables.main([*command, "--", "--batch-size", "4", "--gen-batch-size", "4"]) == 2
     assert "log.csv is damaged" in capsys.readouterr().err
-    for name in transgan.CHECKPOINTS:
+    for name in CHECKPOINTS:
         (folder / "baseline-0" / name).write_text("no checkpoint")
     assert tables.main([*command, "--", "--batch-size", "4", "--gen-batch-size", "4"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -74,10 +77,10 @@ def test_rows_are_the_papers_pairs(number):
         if options is None:
             assert name.startswith("StyleGAN")
             continue
-        chosen = base.parsed("--dataset", "cifar10", "--size", "tiny", *options)
+        chosen = support.parsed("--dataset", "cifar10", "--size", "tiny", *options)
         assert ("augmentation" in name or number == 4 or name[0] == "+") == (chosen.diff_aug == PUBLISHED.diff_aug)
         if number == 1:
-            names = {value: key for key, value in transgan.NAMES.items()}
+            names = {value: key for key, value in NAMES.items()}
             assert (chosen.generator, chosen.discriminator) == tuple(names[part] for part in name.split(" x "))
         if number == 2:
             kind = {"WGAN-GP": "resnet", "AutoGAN": "autogan", "TransGAN": "transgan"}[name.split(" +")[0]]

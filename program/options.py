@@ -94,8 +94,10 @@ TRAINING = {
     "gen_batch_size": Option(WHOLE, "N", "generated pictures a generator step (default: 64; 128 for other "
                              "discriminators; for shapes 16)"),
     "disc_steps": Option(WHOLE, "N", "discriminator steps a generator step (default: 5; for shapes 2)"),
-    "learning_rate": Option(number(float, 0, 1), "R", "Adam's rate at the start; it falls to 0 in a line (default: 1e-4; "
-                            "for tiny 5e-4)"),
+    "learning_rate": Option(number(float, 0, 1), "R", "Adam's rate at the start (default: 1e-4; for tiny 5e-4)"),
+    "decay": Option(transgan.DECAYS, None, "of that rate: none, as in every published command of TransGAN and AutoGAN; "
+                    "linear, to 0 over the run, as WGAN-GP's authors had it (default: none; for the discriminator resnet "
+                    "linear)"),
     "beta2": Option(number(float, 0, 1 - 1e-6), "R", "how long Adam remembers squares (default: 0.99; 0.9 for other "
                     "discriminators)"),
     "precision": Option(fast.PRECISIONS, None, "of matrix products: a GPU is faster with tf32 or bfloat16, a CPU rounds as "
@@ -107,9 +109,12 @@ TRAINING = {
                        f"none (default: {Options.diff_aug}; for shapes none)"),
     "sr_weight": Option(number(float, 0), "W", "weight of co-training with super-resolution in the generator's loss; 0 is "
                         "without (default: 50; for tiny 0)"),
-    "locality": Option(schedule, "LIST", "how far a token of the generator sees, in rows and columns, until which epoch of "
+    "locality": Option(schedule, "LIST", "how far a token of the generator sees, until which epoch of "
                        f"{transgan.EPOCHS}, scaled to the run, or none (default: {Options.locality}; for tiny none)"),
     "locality_stages": Option(number(int, 1, 4), "N", "the last N stages are so limited (default: 1)"),
+    "locality_shape": Option(transgan.LOCALITY_SHAPES, None, "window: tokens near in rows and columns, in all blocks of a "
+                             "stage, as the paper's figure shows it; band: tokens near in number, row by row, in the last "
+                             "block alone, as in the authors' code (default: window)"),
 }  # fmt: skip
 OPTIONS = NETWORKS | TRAINING
 
@@ -124,16 +129,16 @@ DEFAULTS = {
 # What stays different is printed below their tables: DIFFERENCES of paper/tables.py.
 PEER_DEFAULTS = {
     "autogan": {"loss": "hinge", "steps": 50_000, "batch_size": 64, "gen_batch_size": 128, "learning_rate": 2e-4,
-                "beta2": 0.9, "diff_aug": "none"},
+                "beta2": 0.9, "diff_aug": "none", "decay": "none"},
     "resnet": {"steps": 100_000, "batch_size": 64, "gen_batch_size": 128, "learning_rate": 2e-4, "beta2": 0.9,
-               "ema_decay": 0.0, "diff_aug": "none"},
+               "ema_decay": 0.0, "diff_aug": "none", "decay": "linear"},
 }  # fmt: skip
 # A laptop's run ends long before the paper's average over thousands of steps forgets the first, and has no time to spare.
 TINY_DEFAULTS = {"learning_rate": 5e-4, "ema_decay": 0.99, "sr_weight": 0.0, "locality": "none"}
 # The paper's own runs, with the batches that its text gives (the authors' code has half of these, our default).
 PAPER = {"loss": "wgangp-eps", "steps": 500_000, "batch_size": 64, "gen_batch_size": 128, "disc_steps": 5,
-         "learning_rate": 1e-4, "ema_decay": 0.999, "diff_aug": Options.diff_aug, "sr_weight": 50.0,
-         "locality": Options.locality, "locality_stages": 1}  # fmt: skip
+         "learning_rate": 1e-4, "decay": "none", "ema_decay": 0.999, "diff_aug": Options.diff_aug, "sr_weight": 50.0,
+         "locality": Options.locality, "locality_stages": 1, "locality_shape": "window"}  # fmt: skip
 PRESETS = {f"{dataset}-{size}": PAPER | {"dataset": dataset, "size": size} for dataset, size in
            [*(("cifar10", size) for size in ("S", "M", "L", "XL")), ("stl10", "XL"), ("celeba", "XL")]}  # fmt: skip
 
@@ -171,7 +176,9 @@ def is_valid(name, value):
 def read_options(text, path):
     """The Options that a checkpoint, `path`, says in JSON. Raises UserError if they are not such as this program writes."""
     try:
-        options = Options(**json.loads(text))
+        options = Options(**(found := json.loads(text)))
+        if len(found) < len(dataclasses.fields(Options)):  # another one's default must not stand in
+            raise ValueError("it lacks options")
     except (TypeError, ValueError):
         raise UserError(f"{path} holds options of another version; start a new run") from None
     for name in OPTIONS:
@@ -229,6 +236,8 @@ def check_options(options):
     if peer and (options.sr_weight or options.locality != "none"):
         raise UserError(f"co-training and locality are TransGAN's: --generator {options.generator} wants --sr-weight 0 "
                         "and --locality none, its defaults")  # fmt: skip
+    if options.locality_shape == "band" and options.locality_stages > 1:
+        raise UserError("--locality-shape band is for the last stage alone; leave out --locality-stages")
     if peer and options.accumulate > 1:
         raise UserError(f"--accumulate cannot be: the batch norm of --generator {options.generator} wants whole batches")
     return options

@@ -8,6 +8,7 @@ Contents
 
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import signal
 import socket
@@ -45,15 +46,19 @@ PATIENCE = 600  # seconds that training may go without a sample grid and a check
 
 
 def explain_locality(options, path):
-    """Write a picture of each phase of locality-aware initialization: what the token in the middle may see, then all."""
+    """Write a picture of each phase of locality-aware initialization: what the token in the middle may see, then all.
+
+    Above by windows, below by bands, whichever of them the run has.
+    """
     side, pictures = options.image_size, []
     query = (side + 1) * (side // 2)
-    for half_width, _ in [*transgan.locality_phases(options), (side, None)]:
-        seen = transgan.window_mask(side, half_width)[query].reshape(side, side)
+    half_widths = [*(half_width for half_width, _ in transgan.locality_phases(options)), side**2]
+    for shape, half_width in itertools.product(transgan.LOCALITY_SHAPES, half_widths):
+        seen = transgan.window_mask(side, half_width, shape)[query].reshape(side, side)
         picture = np.where(seen, 0.5, -0.8) * np.ones((3, 1, 1))  # (3, side, side)
         picture[:, side // 2, side // 2] = (1.0, -0.6, -0.6)
         pictures.append(picture)
-    files.save_grid(np.stack(pictures), path, columns=len(pictures))
+    files.save_grid(np.stack(pictures), path, columns=len(half_widths))
 
 
 def look(trainer, noise, real, samples):

@@ -152,7 +152,7 @@ def test_presets_are_the_papers_runs(name, capsys):
     options = parsed("--preset", name)
     assert (options.dataset, options.size, options.loss) == (dataset, size, "wgangp-eps")
     assert (options.batch_size, options.gen_batch_size, options.disc_steps, options.steps) == (64, 128, 5, 500_000)
-    assert (options.learning_rate, options.ema_decay, options.sr_weight) == (1e-4, 0.999, 50)
+    assert (options.learning_rate, options.decay, options.ema_decay, options.sr_weight) == (1e-4, "none", 0.999, 50)
     assert (options.diff_aug, options.locality) == (POLICY, "4:22,6:32,8:42,10:60")
     changed = parsed("--preset", name, "--steps", 7, "--size", "tiny", "--diff-aug", "none", "--accumulate", 4)
     assert changed == dataclasses.replace(options, steps=7, size="tiny", diff_aug="none", accumulate=4)
@@ -161,6 +161,14 @@ def test_presets_are_the_papers_runs(name, capsys):
     assert command[0] == "transgan.py"
     assert parsed(*command[1:]) == dataclasses.replace(options, batch_size=48)
     assert len(command) == 1 + 2 * len(dataclasses.fields(options))
+
+
+def test_the_rate_decays_where_its_authors_had_it_so():
+    """What is said goes before."""
+    peers = ("--generator", "resnet", "--discriminator")
+    authors = ("none", "--dataset", "cifar10"), ("none", *peers, "autogan"), ("linear", *peers, "resnet")
+    for decay, *args in (*authors, ("none",), ("linear", "--decay", "linear"), ("none", *peers, "resnet", "--decay=none")):
+        assert parsed(*args).decay == decay, args
 
 
 def test_a_preset_gives_way_to_another_data_set(tmp_path):
@@ -274,6 +282,7 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
         (["--locality", "4:22,4:32"], "both growing"),
         (["--locality", "4:22,6:1601"], "epochs up to 1600"),
         (["--locality-stages", "5"], "must be from 1 to 4"),
+        (["--locality-shape", "band", "--locality-stages", "2"], "is for the last stage alone"),
         (["--diff-aug", "blur"], "'blur' must be none, or some of translation,cutout,color"),
         (["--diff-aug", "color,color"], "each once"),
         (["--diff-aug", "none,color"], "must be none, or some"),
@@ -348,6 +357,9 @@ def nonsense_checkpoints(good):
     yield "size out of range", options(image_size=2**30), f"its option image_size is {2**30}"
     yield "rate out of range", options(learning_rate=math.inf), "its option learning_rate is inf"
     yield "steps out of range", options(steps=10**400), "its option steps is"
+    yield "options of before", change(options=np.array('{"size": "tiny"}')), "options of another version"
+    yield "unknown decay", options(decay="cosine"), "its option decay is 'cosine'"
+    yield "unknown shape", options(locality_shape="ring"), "its option locality_shape is 'ring'"
     yield "options nested deep", change(options=np.array("[" * 16_000)), "is damaged"
     yield "a step and a half", change(step=np.array(1.5)), "is damaged"
     yield "an endless step", change(step=np.array(math.inf)), "is damaged"
@@ -463,7 +475,8 @@ def test_resuming_refuses_every_other_option(small, tmp_path, capsys):
                         ("--loss", "hinge"), ("--batch-size", 3), ("--gen-batch-size", 3), ("--disc-steps", 3),
                         ("--learning-rate", 0.5), ("--ema-decay", 0.5), ("--diff-aug", "color"),
                         ("--sr-weight", 1.0), ("--locality", "1:1"), ("--locality-stages", 2),
-                        ("--discriminator", "autogan"), ("--beta2", 0.5)):  # fmt: skip
+                        ("--discriminator", "autogan"), ("--beta2", 0.5), ("--decay", "linear"),
+                        ("--locality-shape", "band")):  # fmt: skip
         assert f"leave out {flag} {value}" in fails(capsys, "--resume", out, "--steps", 6, flag, value)
 
 

@@ -80,6 +80,7 @@ def test_summary_counts_multiply_adds_as_a_forward_pass_makes_them(monkeypatch):
         {"sr_weight": 0.0},
         {"locality": "none"},
         {"locality": "1:500,2:1200", "locality_stages": 2},
+        {"locality": "1:500,2:1200", "locality_shape": "band"},
         {"disc_steps": 1, "beta2": 0.9, "ema_decay": 0.5, "seed": 3},
     ],
     ids=str,
@@ -232,10 +233,10 @@ def test_resuming_restores_the_window(small, tmp_path):
 def test_locality_is_explained_by_a_picture(small, tmp_path):
     assert run_main(*TRAIN, "--image-size", 16, "--out", tmp_path / "run", "--locality", "2:22,4:60") == 0
     grid = np.asarray(Image.open(tmp_path / "run" / "locality.png")).astype(int)[::6, ::6]
-    assert grid.shape == (18, 3 * 17 + 1, 3)
-    for i, half_width in enumerate((2, 4, 16)):
-        picture = grid[1:17, 1 + 17 * i : 17 + 17 * i]
-        seen = transgan.window_mask(16, half_width)[8 * 16 + 8].reshape(16, 16)
+    assert grid.shape == (2 * 17 + 1, 3 * 17 + 1, 3)
+    for row, i in np.ndindex(2, 3):
+        picture = grid[1 + 17 * row : 17 + 17 * row, 1 + 17 * i : 17 + 17 * i]
+        seen = transgan.window_mask(16, (2, 4, 256)[i], ("window", "band")[row])[8 * 16 + 8].reshape(16, 16)
         np.testing.assert_array_equal(picture[..., 0] > 100, seen)
         assert picture[8, 8].tolist() == [255, 51, 51]
 
