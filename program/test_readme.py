@@ -66,7 +66,7 @@ def test_links_lead_to_what_they_name():
 def test_files_and_headings_that_are_linked_exist(name):
     titles = re.findall(r"^#+ (.*)", TEXTS[name], re.MULTILINE)
     titles = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}  # as GitHub addresses them
-    for file, heading in re.findall(r"\]\((?!http)([^)#]*)(?:#(?!L\d)([^)]*))?", TEXTS[name]):
+    for file, heading in re.findall(r"\]\((?!http)([^)#]*)(?:#(?!L\d)([^)]*))?", FENCE.sub("", TEXTS[name])):
         assert ((ROOT / name).parent / file).exists(), file
         assert not heading or heading in titles, heading
 
@@ -128,7 +128,7 @@ def test_other_commands_are_known(name, tmp_path):
         if program.endswith("pip"):
             assert rest[0] == "install"
         elif "transgan.py" in words:
-            make_parser().parse_args(rest[1:])
+            assert name == "README.md" or make_parser().parse_args(rest[1:])  # those of the README are run, see above
         elif rest[0] == "-c":
             done = subprocess.run([sys.executable, *rest], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
             assert done.returncode == 0
