@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from program.support import small, small_trainer  # noqa: F401 (a fixture)
 
 import autograd as ag
 import transgan
 from autograd import Tensor, grad
+from program.support import small_trainer
 from test_transgan import normal
 
 POLICY = "translation,cutout,color"

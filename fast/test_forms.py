@@ -164,3 +164,28 @@ def test_matrix_products_are_as_exact_as_asked(precision, error):
     with pytest.raises(ValueError, match="float32, tf32, bfloat16, not 'half'"):
         fast.install("half")
     fast.install("tf32")
+
+
+@on_cpu
+def test_a_small_window_costs_less_than_all(monkeypatch):
+    """Scores computed for 32x32 tokens, forward and back: all without a window, well under half with one of 4."""
+    row, column = np.divmod(np.arange(1024), 32)
+
+    def near(width):
+        return (abs(row[:, None] - row) <= width) & (abs(column[:, None] - column) <= width)
+
+    (qkv,) = tensors(normal(0, (1, 1024, 12))[0].astype(np.float32))
+    blocks, counts = cpu._blocks, []
+
+    def counting(heads, tokens, mask):
+        for heads_, rows, keys in blocks(heads, tokens, mask):
+            counts[-1] += (rows.stop - rows.start) * len(range(*keys.indices(tokens)))
+            yield heads_, rows, keys
+
+    monkeypatch.setattr(cpu, "_blocks", counting)
+    for mask in (None, near(4), near(10)):
+        counts.append(0)
+        grad(ag.attention(qkv, 1, mask).sum(), [qkv])
+    assert counts[0] == 2 * 1024**2
+    assert counts[1] < 0.4 * counts[0]
+    assert counts[2] < 0.75 * counts[0]

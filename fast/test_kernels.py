@@ -20,8 +20,9 @@ import autograd as ag
 import fast
 from autograd import Tensor, grad
 from fast import augment, compile, cpu, gpu
-from fast.rehearsal import DeviceArray, FakeCuPy, rehearsal, rehearsed_gpu  # noqa: F401 (a fixture)
-from test_transgan import ELEMENTWISE, check, normal, on_cpu, seeds, small, small_trainer, state_of, tensors  # noqa: F401
+from fast.rehearsal import DeviceArray, FakeCuPy, rehearsal
+from program.support import small_trainer, state_of
+from test_transgan import ELEMENTWISE, check, normal, on_cpu, seeds, tensors
 
 POLICY = "translation,cutout,color"
 dtypes = st.sampled_from([np.float32, np.float64])
@@ -152,7 +153,7 @@ def test_augmentations_kernel_equals_its_definition(policy, side, batch, seed, c
 
 
 @on_cpu
-def test_rehearsal_of_every_operation_on_a_gpu(rehearsed_gpu):  # noqa: F811
+def test_rehearsal_of_every_operation_on_a_gpu(rehearsed_gpu):
     """What training does not use, too: derivatives of all operations, with masks and plain arrays."""
     assert ag.use_device("gpu") == "a rehearsed GPU"
     assert fast.install() == "gpu"
@@ -181,7 +182,7 @@ def test_rehearsal_of_every_operation_on_a_gpu(rehearsed_gpu):  # noqa: F811
 
 @on_cpu
 @pytest.mark.parametrize("loss", transgan.LOSSES)
-def test_rehearsal_of_training_on_a_gpu(loss, small, tmp_path, rehearsed_gpu):  # noqa: F811
+def test_rehearsal_of_training_on_a_gpu(loss, small, tmp_path, rehearsed_gpu):
     """Training, sampling, saving and resuming on arrays that refuse to meet NumPy's come to the CPU's numbers."""
 
     def trained(path):
@@ -206,7 +207,7 @@ def test_rehearsal_of_training_on_a_gpu(loss, small, tmp_path, rehearsed_gpu):  
 
 
 @on_cpu
-def test_a_step_does_not_wait_for_the_gpu(small, rehearsed_gpu, monkeypatch):  # noqa: F811
+def test_a_step_does_not_wait_for_the_gpu(small, rehearsed_gpu, monkeypatch):
     """Nothing is fetched from the device within a step, so that its operations queue up there without a gap."""
     ag.use_device("gpu")
     fast.install()
@@ -225,7 +226,7 @@ def test_a_step_does_not_wait_for_the_gpu(small, rehearsed_gpu, monkeypatch):  #
 
 
 @on_cpu
-def test_kernels_hide_no_nan(rehearsed_gpu):  # noqa: F811
+def test_kernels_hide_no_nan(rehearsed_gpu):
     """What is not a number must be seen further on, by whoever watches the losses."""
     x = normal(0, (1, 5, 9))[0]
     x[0, 2, 1] = np.nan
@@ -254,7 +255,7 @@ def test_kernels_compile(file):
 
 @on_cpu
 @pytest.mark.parametrize(("precision", "kind"), [("float32", "DEFAULT"), ("tf32", "TF32"), ("bfloat16", "BF16")])
-def test_precision_is_cupys_to_keep(precision, kind, rehearsed_gpu):  # noqa: F811
+def test_precision_is_cupys_to_keep(precision, kind, rehearsed_gpu):
     ag.use_device("gpu")
     fast.install(precision)
     assert rehearsed_gpu.precision == kind
@@ -263,7 +264,7 @@ def test_precision_is_cupys_to_keep(precision, kind, rehearsed_gpu):  # noqa: F8
 
 
 @on_cpu
-def test_a_gpu_that_cannot_compile_is_none(rehearsed_gpu, monkeypatch):  # noqa: F811
+def test_a_gpu_that_cannot_compile_is_none(rehearsed_gpu, monkeypatch):
     def missing(*args):
         raise RuntimeError("==========\nCuPy failed to load libnvrtc\nReinstall it")
 

@@ -27,7 +27,6 @@ import autograd as ag
 from data import first_line
 from look import drawing
 from look.drawing import BLUE, FAINT, GREEN, INK, MUTED, ORANGE, RED, Sheet
-from paper.networks import NAMES
 from store import files
 from store.output import clock, one_line
 
@@ -239,8 +238,6 @@ def key_numbers(log, step, steps):
 def page(trainer, out, log, command, threads):
     """The report of a run in the folder `out`, begun by `command`, as HTML that needs no other file."""
     options, step = trainer.options, trainer.step
-    name = f"{NAMES[options.generator]}-{options.size}"
-    name += f" against {NAMES[options.discriminator]}" if options.discriminator != options.generator else ""
     where = "GPU" if ag.xp is not np else f"CPU, {threads} thread{'s' * (threads > 1)}"
     weights = [sum(p.size for p in network.parameters().values()) for network in (trainer.generator, trainer.discriminator)]
     share, state = 100 * step / options.steps, "finished" if step == options.steps else "training"
@@ -248,7 +245,7 @@ def page(trainer, out, log, command, threads):
     more = f" --steps {2 * options.steps}" if step == options.steps else ""
     grids = [max((out / "samples").glob(f"{kind}-*.png"), default=None) for kind in ("step", "restored")]
     about = [(field.name.replace("_", " "), getattr(options, field.name)) for field in dataclasses.fields(options)]
-    title = html.escape(f"{name} on {Path(options.dataset).name}")
+    title = html.escape(f"{options.pair} on {Path(options.dataset).name}")
     pictures = [embedded(out / "progress.gif", "The same noise, over time", "pixels"),
                 embedded(grids[0], f"Step {step:,}: what the averaged generator makes of it now")]  # fmt: skip
     drawn = embedded(

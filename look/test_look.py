@@ -23,7 +23,6 @@ import autograd as ag
 import data
 import transgan
 from autograd import Tensor
-from fast.rehearsal import rehearsed_gpu  # noqa: F401 (a fixture)
 from look import architecture, drawing, pictures, report
 from store.support import holds, leftovers
 from test_transgan import fails, run_main, small  # noqa: F401 (fixtures)
@@ -570,7 +569,7 @@ def test_networks_without_attention_have_none_to_show(tmp_path, capsys):
 
 
 @base.on_cpu
-def test_rehearsal_of_the_pictures_on_a_gpu(run, tmp_path, rehearsed_gpu):  # noqa: F811
+def test_rehearsal_of_the_pictures_on_a_gpu(run, tmp_path, rehearsed_gpu):
     """On arrays that refuse to meet NumPy's, the walk is the CPU's and so are the maps."""
     trainer = trainer_of(run)
     noise = trainer.noise(2, np.random.default_rng(0))

@@ -76,6 +76,16 @@ TABLES = {
         "TransGAN-XL": ((8.63, 11.89), ("--size", "XL", *LOCAL)),
     }),
 }  # fmt: skip
+# Where a peer's training differs from its authors', for the tables that have it.
+DIFFERENCES = {
+    "AutoGAN": (
+        "real pictures are flipped, gradients clipped to norm 5",
+        "the rate falls to 0 in a line, theirs is constant",
+        "spectral norm takes a power iteration an update of the discriminator, theirs one in every pass of it, and divides "
+        "by |W^T u| of the new u, theirs by |W v| with the v that made it",
+    ),
+    "WGAN-GP": ("gradients are clipped to norm 5", "the loss has the term 0.001 (mean D(real))^2"),
+}
 
 # --- 2. Running -------------------------------------------------------------------------------------------------------
 
@@ -188,8 +198,15 @@ def table(args, results):
     return (
         f"Table {args.number}: {title}. The paper: CIFAR-10, 500,000 steps, 50,000 pictures.\n"
         f"Here: {size}{Path(args.dataset).name}, {args.steps} steps, {args.num_images} pictures, mean ± deviation of "
-        f"{args.seeds} seeds, {where}, {datetime.date.today()}.\n\n" + "\n".join(lines)
+        f"{args.seeds} seeds, {where}, {datetime.date.today()}.\n\n" + "\n".join(lines) + differences(published)
     )
+
+
+def differences(rows):
+    """What to know of the peers among a table's rows, as text below it: how their authors trained them otherwise."""
+    lines = [f"{peer} here: {'; '.join(said)}; every row takes --steps." for peer, said in DIFFERENCES.items()
+             if any(peer in row for row in rows)]  # fmt: skip
+    return "".join(f"\n\n{line}" for line in lines)
 
 
 def spread(numbers):

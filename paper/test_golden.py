@@ -120,14 +120,12 @@ def test_augmentation(side, policy):
 
 
 @pytest.mark.parametrize("run", range(3))
-def test_two_rounds_of_training(run, monkeypatch):
+def test_two_rounds_of_training(run):
     """Two updates of the discriminator and one of the generator, twice, from the published runs' weights and inputs."""
     numbers, (generator, discriminator) = published("training"), networks(128, (2, 2, 2), 128, 3)
-    monkeypatch.setattr(transgan, "make_generator", lambda *_, **__: generator)
-    monkeypatch.setattr(transgan, "make_discriminator", lambda *_, **__: discriminator)
     loss, policy = RUNS[run]
     options = transgan.Options(loss=loss, diff_aug=policy, batch_size=2, gen_batch_size=3, sr_weight=0, locality="none")
-    trainer = transgan.Trainer(options, np.zeros((4, 3, 32, 32), np.uint8), threads=1, dtype=np.float64)
+    trainer = transgan.Trainer(options, np.zeros((4, 3, 32, 32), np.uint8), generator, discriminator)
     start = {name: p.data.copy() for network in (generator, discriminator) for name, p in network.parameters().items()}
     losses = []
     for d, draws in enumerate(np.reshape(numbers["draws"], (4, 9, -1))):

@@ -16,8 +16,6 @@ import hashlib
 import re
 
 import test_transgan as base  # first: it imports transgan before NumPy
-from fast.rehearsal import rehearsed_gpu  # noqa: F401 (a fixture)
-from test_transgan import small  # noqa: F401 (fixtures)
 
 import numpy as np  # isort: skip
 import pytest
@@ -26,7 +24,7 @@ import autograd as ag
 from data import UserError
 from paper import inception
 from paper.weights import read_weights
-from store.support import no_proxy, server, slope  # noqa: F401 (a fixture)
+from store.support import server, slope
 
 try:
     import torch
@@ -244,7 +242,7 @@ def test_what_comes_out_depends_on_the_picture_alone(plain, monkeypatch):
 
 
 @base.on_cpu
-def test_rehearsal_on_a_gpu(plain, rehearsed_gpu, monkeypatch):  # noqa: F811
+def test_rehearsal_on_a_gpu(plain, rehearsed_gpu, monkeypatch):
     monkeypatch.setattr(inception, "GPU_BATCH", 2)  # and one that is left over
     pictures = drawn(3, 16, 16)
     network = inception.Inception(plain)
@@ -330,7 +328,7 @@ def test_weights_from_a_file(tmp_path, capsys):
 
 
 @needs_torch
-def test_a_run_is_scored_with_weights_from_a_file(published, small, tmp_path, capsys):  # noqa: F811
+def test_a_run_is_scored_with_weights_from_a_file(published, small, tmp_path, capsys):
     """From the command line to the quoted line, though there are far fewer pictures than features."""
     weights, out, where = tmp_path / "random.pth", tmp_path / "run", ("--data-dir", tmp_path / "data")
     torch.save(published[0], weights)

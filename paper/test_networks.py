@@ -3,8 +3,6 @@
 import json
 
 import test_transgan as base  # first: it imports transgan before NumPy
-from fast.rehearsal import rehearsed_gpu  # noqa: F401 (a fixture)
-from test_transgan import small  # noqa: F401 (fixtures)
 
 import numpy as np  # isort: skip
 import pytest
@@ -14,6 +12,7 @@ import autograd as ag
 import transgan
 from autograd import Tensor, grad
 from paper import convolutions, networks
+from program import options
 
 PEERS = ("autogan", "resnet")
 PAIRS = [("autogan", "autogan"), ("resnet", "resnet"), ("transgan", "autogan"), ("autogan", "transgan")]
@@ -60,6 +59,51 @@ def test_parameter_counts_as_the_published_code_has_them(name):
     options = transgan.Options(generator=name, discriminator=name, sr_weight=0, locality="none")
     totals = [line.split()[-1] for line in transgan.summary(options).splitlines() if " total " in line]
     assert [int(total.replace(",", "")) for total in totals] == list(COUNTS[name])
+
+
+@settings(max_examples=3)
+@given(seed=base.seeds)
+def test_first_weights_are_as_the_authors_draw_them(seed):
+    """Uniform laws with bound b, so deviation b / sqrt(3); of AutoGAN's batch norm, N(1, 0.02^2)."""
+    rng = np.random.default_rng(seed)
+
+    def drawn(make, name):
+        return {key: ag.to_numpy(p) for key, p in make(name, "S", 32, rng).parameters().items()}
+
+    glorot, he = (drawn(networks.make_generator, name) for name in PEERS)
+    default, critic = (drawn(networks.make_discriminator, name) for name in PEERS)
+    for network, name, bound in (
+        (glorot, "cells.0.conv1.weight", (6 / (512 * 9)) ** 0.5),
+        (glorot, "cells.2.skips.1.weight", (6 / 512) ** 0.5),
+        (glorot, "cells.0.conv1.bias", (256 * 9) ** -0.5),
+        (glorot, "project.weight", 128**-0.5),
+        (default, "blocks.1.conv1.weight", (128 * 9) ** -0.5),  # deviation 0.0170
+        (default, "blocks.1.shortcut.weight", 128**-0.5),
+        (he, "blocks.0.conv1.weight", (12 / (256 * 9)) ** 0.5),
+        (he, "blocks.0.shortcut.weight", (6 / 256) ** 0.5),
+        (he, "to_rgb.weight", (6 / (131 * 9)) ** 0.5),
+        (he, "project.weight", (6 / (128 + 2048)) ** 0.5),
+        (critic, "blocks.1.conv2.weight", (12 / (256 * 9)) ** 0.5),
+    ):
+        values = network[name]
+        assert abs(values).max() <= bound * (1 + 1e-6), name
+        assert values.std() == pytest.approx(bound / 3**0.5, rel=3 * values.size**-0.5), name  # 0.45 a deviation of it
+    for network in (he, critic):
+        assert not any(values.any() for key, values in network.items() if key.endswith("bias"))
+    assert (he["norm.weight"] == 1).all()
+    assert glorot["norm.weight"].mean() == pytest.approx(1, abs=0.008)  # six deviations of the mean of 256
+    assert glorot["norm.weight"].std() == pytest.approx(0.02, rel=0.25)
+
+
+def test_peers_train_as_their_authors_did():
+    for name, expected in (
+        ("autogan", (50_000, 64, 128, 5, 2e-4, 0.9, "hinge", "none", 0.999)),
+        ("resnet", (100_000, 64, 128, 5, 2e-4, 0.9, "wgangp-eps", "none", 0.0)),
+    ):
+        o = options.fill_in({"dataset": "cifar10", "generator": name, "discriminator": name})
+        assert (o.steps, o.batch_size, o.gen_batch_size, o.disc_steps, o.learning_rate, o.beta2, o.loss, o.diff_aug,
+                o.ema_decay) == expected  # fmt: skip
+        assert options.fill_in({"generator": name, "discriminator": name}).steps == 1000  # of shapes, drawn for a laptop
 
 
 def test_networks_refuse_pictures_that_do_not_halve():
@@ -245,7 +289,7 @@ def pair_trainer(generator, discriminator, threads=None, dtype=np.float32, **opt
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_resuming_is_exact_to_the_bit(pair, small, tmp_path):  # noqa: F811
+def test_resuming_is_exact_to_the_bit(pair, small, tmp_path):
     loss = "hinge" if pair[1] == "autogan" else "wgangp-eps"
     unbroken, first = (pair_trainer(*pair, loss=loss, diff_aug=base.POLICY) for _ in range(2))
     for _ in range(4):
@@ -266,7 +310,7 @@ def test_resuming_is_exact_to_the_bit(pair, small, tmp_path):  # noqa: F811
 @base.on_cpu
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("loss", transgan.LOSSES)
-def test_threads_share_a_batch_without_changing_the_step(pair, loss, small):  # noqa: F811
+def test_threads_share_a_batch_without_changing_the_step(pair, loss, small):
     """Batch norm sees the whole batch, however many threads there are."""
     runs = []
     for threads in (1, 2):
@@ -279,7 +323,7 @@ def test_threads_share_a_batch_without_changing_the_step(pair, loss, small):  # 
 
 @base.on_cpu
 @pytest.mark.parametrize("pair", PAIRS)
-def test_rehearsal_of_training_on_a_gpu(pair, small, rehearsed_gpu):  # noqa: F811
+def test_rehearsal_of_training_on_a_gpu(pair, small, rehearsed_gpu):
     def trained():
         trainer = pair_trainer(*pair, 1, np.float64)
         trainer.train_step()
@@ -292,7 +336,7 @@ def test_rehearsal_of_training_on_a_gpu(pair, small, rehearsed_gpu):  # noqa: F8
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_pairs_train_from_the_command_line(pair, small, tmp_path, capsys):  # noqa: F811
+def test_pairs_train_from_the_command_line(pair, small, tmp_path, capsys):
     out = tmp_path / "run"
     assert base.run_main(*base.TRAIN, "--generator", pair[0], "--discriminator", pair[1], "--out", out) == 0
     assert [row["step"] for row in base.read_log(out)] == list("01234")
@@ -314,7 +358,7 @@ def test_each_pair_has_a_folder_of_its_own():
         assert out.as_posix() == f"runs/{name}"
 
 
-def test_options_that_do_not_go_together(small, tmp_path, capsys):  # noqa: F811
+def test_options_that_do_not_go_together(small, tmp_path, capsys):
     for args, message in (
         (["--generator", "autogan", "--sr-weight", "1"], "wants --sr-weight 0 and --locality none"),
         (["--generator", "resnet", "--locality", "4:22"], "wants --sr-weight 0 and --locality none"),

@@ -7,8 +7,6 @@ import sys
 import types
 
 import test_transgan as base  # first: it imports transgan before NumPy
-from fast.rehearsal import rehearsed_gpu  # noqa: F401 (a fixture)
-from test_transgan import small  # noqa: F401 (fixtures)
 
 import numpy as np  # isort: skip
 import pytest
@@ -176,7 +174,7 @@ def test_the_classifier_learns_shapes_and_turns():
 
 
 @pytest.fixture
-def quick(monkeypatch, small):  # noqa: F811
+def quick(monkeypatch, small):
     monkeypatch.setattr(classifier, "STEPS", 3)
     train = classifier.train_classifier
     trained = []
@@ -277,7 +275,7 @@ def test_fuzzed_statistics_only_ever_raise_our_own_error(seed, tmp_path):
             np.testing.assert_array_equal(got, expected)
 
 
-def test_real_pictures_score_better_than_noise(small, monkeypatch):  # noqa: F811
+def test_real_pictures_score_better_than_noise(small, monkeypatch):
     trainer, eye = base.small_trainer(), Eye()
     real = trainer.batches.pictures
     statistics, _ = scores.look([real], len(real), eye, "real", splits=1)
@@ -370,16 +368,28 @@ def test_what_is_wrong_is_said_before_the_work(quick, tmp_path, capsys):
     assert "two real pictures or more" in base.fails(capsys, "--evaluate", tmp_path / "again", "--features", "own", *where)
 
 
-def test_scores_do_not_depend_on_the_memory_that_is_free(small, monkeypatch):  # noqa: F811
+def test_scores_do_not_depend_on_the_memory_that_is_free(small, monkeypatch):
+    """Nor does the noise that they are of: a block of 256 after another, each with its own, as the seed says."""
     trainer, found, drawn = base.small_trainer(), [], []
     noise = trainer.noise
-    monkeypatch.setattr(trainer, "noise", lambda count, rng: drawn.append(count) or noise(count, rng))
+    monkeypatch.setattr(trainer, "noise", lambda count, rng: drawn.append(noise(count, rng)) or drawn[-1])
     for step in (16, 100, 1024):
         monkeypatch.setattr(scores, "at_once", lambda extractor, step=step: step)
         found.append(scores.score_generator(trainer, 300, Eye(), (np.zeros(3), np.eye(3))))
     assert found[0] == pytest.approx(found[1], rel=1e-9)
     assert found[0] == pytest.approx(found[2], rel=1e-9)
-    assert drawn == 3 * [256, 44]
+    assert [len(block) for block in drawn] == 3 * [256, 44]
+    np.testing.assert_array_equal(drawn[0], drawn[2])
+    assert (drawn[0][:44] != drawn[1]).all()
+    trainer.options.seed = 1
+    scores.score_generator(trainer, 300, Eye(), (np.zeros(3), np.eye(3)))
+    assert (drawn[0] != drawn[-2]).all()
+
+
+def test_a_log_tells_the_distance_from_the_score(monkeypatch, tmp_path):
+    monkeypatch.setattr(scores, "load_extractor", lambda *_: Eye())
+    monkeypatch.setattr(scores, "score_generator", lambda *_: {"fid": 1.0, "is": 2.0, "is_deviation": 3.0})
+    assert scores.own_scores(base.small_trainer(), 20, tmp_path)() == {"fid_own": 1.0, "is_own": 2.0}
 
 
 def test_scores_are_logged_while_training(quick, tmp_path, capsys):
@@ -416,7 +426,7 @@ def test_what_is_given_at_once_follows_from_memory(monkeypatch):
 
 
 @base.on_cpu
-def test_rehearsal_of_scores_on_a_gpu(quick, tmp_path, rehearsed_gpu):  # noqa: F811
+def test_rehearsal_of_scores_on_a_gpu(quick, tmp_path, rehearsed_gpu):
     """Classifier, reference statistics and scores on arrays that refuse to meet NumPy's come to the CPU's numbers."""
     pictures = data.draw_shapes(datasets.SHAPES_COUNT, 8)
 

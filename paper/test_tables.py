@@ -113,3 +113,11 @@ def test_a_table_gives_the_spread_of_its_seeds():
     assert text.count("| 0.300 ± 0.265 |") == 4  # the sample's deviation, n - 1
     assert "FID-own" not in text
     assert "size S on cifar10, 9 steps, 5000 pictures, mean ± deviation of 3 seeds, gpu" in text
+
+
+@pytest.mark.parametrize("number", tables.TABLES)
+def test_a_table_says_how_its_peers_are_trained_otherwise(number):
+    args = tables.make_parser().parse_args([str(number)])
+    below = tables.table(args, {}).splitlines()[-4:]
+    told = [line.split(" here: ")[0] for line in below if " here: " in line]
+    assert told == {1: ["AutoGAN"], 2: ["AutoGAN", "WGAN-GP"]}.get(number, [])

@@ -29,6 +29,12 @@ class Options(transgan.Options):
     accumulate: int = 1  # parts in which each batch is worked through
     precision: str = "float32"  # of matrix products, see fast.install
 
+    @property
+    def pair(self):
+        """The networks in words: TransGAN-S, or AutoGAN-S against TransGAN."""
+        against = f" against {NAMES[self.discriminator]}" if self.discriminator != self.generator else ""
+        return f"{NAMES[self.generator]}-{self.size}{against}"
+
 
 def policy(text):
     """An argument type: names of augmentations, separated by commas, or none."""
@@ -79,11 +85,14 @@ NETWORKS = {
 }  # fmt: skip
 TRAINING = {
     "loss": Option(transgan.LOSSES, None, "the adversarial loss (default: wgangp-eps)"),
-    "steps": Option(WHOLE, "N", "generator steps (default: 500000; for shapes 1000)"),
-    "batch_size": Option(WHOLE, "N", "real pictures a discriminator step (default: 32; for shapes 16)"),
+    "steps": Option(WHOLE, "N", "generator steps (default: 500000; 50000 for the discriminator autogan, 100000 for "
+                    "resnet; for shapes 1000)"),
+    "batch_size": Option(WHOLE, "N", "real pictures a discriminator step (default: 32; 64 for other discriminators; for "
+                         "shapes 16)"),
     "accumulate": Option(WHOLE, "N", "work through each batch in N parts, in an N-th of the memory, up to half as long "
                          "again; the steps are the same up to rounding (default: 1)"),
-    "gen_batch_size": Option(WHOLE, "N", "generated pictures a generator step (default: 64; for shapes 16)"),
+    "gen_batch_size": Option(WHOLE, "N", "generated pictures a generator step (default: 64; 128 for other "
+                             "discriminators; for shapes 16)"),
     "disc_steps": Option(WHOLE, "N", "discriminator steps a generator step (default: 5; for shapes 2)"),
     "learning_rate": Option(number(float, 0, 1), "R", "Adam's rate at the start; it falls to 0 in a line (default: 1e-4; "
                             "for tiny 5e-4)"),
@@ -92,7 +101,7 @@ TRAINING = {
     "precision": Option(fast.PRECISIONS, None, "of matrix products: a GPU is faster with tf32 or bfloat16, a CPU rounds as "
                         "it would, slowly (default: float32)"),
     "ema_decay": Option(number(float, 0, 1), "R", "decay of the moving average of the generator that makes the samples "
-                        "(default: 0.999; for tiny 0.99)"),
+                        "(default: 0.999; for tiny 0.99; for the discriminator resnet 0, so none)"),
     "seed": Option(number(int, 0), "N", "of everything random in training (default: 0)"),
     "diff_aug": Option(policy, "LIST", "augmentations of all pictures that the discriminator sees, separated by commas, or "
                        f"none (default: {Options.diff_aug}; for shapes none)"),
@@ -112,10 +121,13 @@ DEFAULTS = {
                "diff_aug": "none"},
 }  # fmt: skip
 # The peers of the paper's tables, as their authors trained them; a mixed pair is trained as its discriminator asks for.
+# What stays different is printed below their tables: DIFFERENCES of paper/tables.py.
 PEER_DEFAULTS = {
-    "autogan": {"loss": "hinge", "learning_rate": 2e-4, "beta2": 0.9, "diff_aug": "none"},
-    "resnet": {"learning_rate": 2e-4, "beta2": 0.9, "diff_aug": "none"},
-}
+    "autogan": {"loss": "hinge", "steps": 50_000, "batch_size": 64, "gen_batch_size": 128, "learning_rate": 2e-4,
+                "beta2": 0.9, "diff_aug": "none"},
+    "resnet": {"steps": 100_000, "batch_size": 64, "gen_batch_size": 128, "learning_rate": 2e-4, "beta2": 0.9,
+               "ema_decay": 0.0, "diff_aug": "none"},
+}  # fmt: skip
 # A laptop's run ends long before the paper's average over thousands of steps forgets the first, and has no time to spare.
 TINY_DEFAULTS = {"learning_rate": 5e-4, "ema_decay": 0.99, "sr_weight": 0.0, "locality": "none"}
 # The paper's own runs, with the batches that its text gives (the authors' code has half of these, our default).

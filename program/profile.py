@@ -12,10 +12,10 @@ from store import output
 
 @contextlib.contextmanager
 def profile():
-    """Within this context every operation is timed; yields {(operation, "forward" or "backward"): [seconds, calls, bytes]}.
+    """Within this context every operation is timed; yields {(name, direction): [seconds, calls, bytes]}.
 
-    Seconds are summed over threads; the bytes are those of the results. An operation made of others is one. On a GPU each is
-    waited for, which makes the whole slower.
+    Seconds are summed over threads; the bytes are those of the results. An operation made of others is one. On a GPU each
+    is waited for, which makes the whole slower.
     """
     times, thread, lock = {}, threading.local(), threading.Lock()
 

@@ -7,6 +7,7 @@ import data
 import transgan
 from data import UserError
 from paper import networks
+from paper.convolutions import Stateful
 from program.update import Ahead, Update, threads_that_pay
 
 
@@ -50,10 +51,12 @@ class PeerTrainer(transgan.Trainer):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.whole = bool(self.generator.buffers())
+        pairs = ("generator", self.generator), ("discriminator", self.discriminator)
+        self.peers = {name: network for name, network in pairs if isinstance(network, Stateful)}
+        self.whole = "generator" in self.peers and bool(self.generator.buffers())
 
     def discriminator_step(self, inputs, rate):
-        for module in self.discriminator.modules():
+        for module in self.discriminator.modules() if "discriminator" in self.peers else ():
             module.prepare()
         if self.whole:  # the pictures take the place of their noise, before the batch is shared out
             real, noise, *rest = inputs
@@ -71,7 +74,7 @@ class PeerTrainer(transgan.Trainer):
             self.update.threads = threads
 
     def averaged(self, function, inputs):
-        modules = list(self.generator.modules())
+        modules = list(self.generator.modules()) if "generator" in self.peers else []
         for module in modules:
             module.training = False
         try:
@@ -81,5 +84,5 @@ class PeerTrainer(transgan.Trainer):
                 module.training = True
 
     def state(self):
-        pairs = ("generator", self.generator), ("discriminator", self.discriminator)
-        return super().state() | {f"{name}/{key}": x for name, network in pairs for key, x in network.buffers().items()}
+        peers = self.peers.items()
+        return super().state() | {f"{name}/{key}": x for name, network in peers for key, x in network.buffers().items()}

@@ -1,0 +1,662 @@
+"""The command line: what it makes and says, and what a person can get wrong."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np  # isort: skip
+import pytest
+from hypothesis import given
+from PIL import Image
+
+import autograd as ag
+import transgan
+from data import UserError
+from program import checkpoints, main, run
+from program.log import Log
+from program.options import PRESETS, Options, choose_options, flags
+from program.support import (
+    POLICY,
+    TRAIN,
+    assert_same_state,
+    fails,
+    objects,
+    parsed,
+    read_log,
+    run_main,
+    small_trainer,
+    state_of,
+)
+from store import arguments, datasets, files, output
+from store.files import CHECKPOINTS
+from store.support import encoded, fuzz, fuzzed, holds, leftovers, one_line_at_most, slope
+from test_transgan import DEVICE, seeds
+
+
+def test_a_run_writes_samples_log_and_checkpoint(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out, "--sample-every", 2) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"step 4/4  D -?\d.*  G -?\d.*  penalty \d.*  distance \d.* pictures/s  0:00:\d\d elapsed  0:00:00 left", printed
+    )
+    assert "\r" not in printed
+    files = [*sorted(CHECKPOINTS), "curves.png", "log.csv", "progress.gif", "report.html", "samples"]
+    assert leftovers(out) == files + [f"samples/step-00000{i}.png" for i in (0, 2, 4)]
+    rows = read_log(out)
+    assert [row["step"] for row in rows] == list("01234")
+    assert [bool(row["distance"]) for row in rows] == [True, False, True, False, True]
+    assert all(float(row["disc_loss"]) and float(row["penalty"]) and float(row["gen_loss"]) for row in rows[1:])
+    with np.load(out / "checkpoint.npz") as saved:
+        names = set(saved)
+        assert json.loads(str(saved["options"]))["steps"] == 4
+    for prefix in ("generator/", "discriminator/", "average/", "generator/adam.v/", "discriminator/adam.v/"):
+        assert any(name.startswith(prefix) for name in names)
+
+
+@pytest.mark.parametrize("decay", [0, 1 - 1e-12])
+def test_a_runs_grids_and_distance_are_of_the_averaged_generator(decay, small, tmp_path):
+    """They stay as they were at first if the average does, whatever became of the weights in training."""
+    flags = ("--sample-every", 4, "--learning-rate", 0.01, "--sr-weight", 1, "--ema-decay", decay)
+    assert run_main(*TRAIN, "--out", tmp_path / "run", *flags) == 0
+    for kind in ("step", "restored"):
+        first, last = ((tmp_path / "run" / "samples" / f"{kind}-00000{step}.png").read_bytes() for step in (0, 4))
+        assert (first == last) == (decay > 0)
+    rows = read_log(tmp_path / "run")
+    assert (rows[0]["distance"] == rows[4]["distance"]) == (decay > 0)
+
+
+def test_long_steps_are_sampled_and_saved_by_the_clock(small, tmp_path, monkeypatch):
+    saved, save = [], checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda trainer, path: saved.append(trainer.step) or save(trainer, path))
+    for patience, steps in ((math.inf, [0, 4]), (0, [0, 1, 2, 3, 4])):
+        saved.clear()
+        monkeypatch.setattr(run, "PATIENCE", patience)
+        out = tmp_path / str(patience)
+        assert run_main(*TRAIN, "--out", out, "--sample-every", 100, "--save-every", 100) == 0
+        assert saved == steps
+        assert [int(p.stem[5:]) for p in sorted((out / "samples").iterdir())] == steps
+
+
+def test_co_training_shows_what_it_restores(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out, "--sr-weight", 10) == 0
+    assert re.search(r"step 4/4 .* SR \d", capsys.readouterr().out)
+    assert all(float(row["sr_loss"]) > 0 for row in read_log(out)[1:])
+    grid = np.asarray(Image.open(out / "samples" / "restored-000004.png")).astype(int)
+    assert grid.shape == ((3 * 9 + 1) * 12, (8 * 9 + 1) * 12, 3)  # three rows of eight pictures of 8x8, enlarged
+    small, original = (grid[top : top + 96 : 12, 12:108:12] for top in (12, 12 * 19))
+    np.testing.assert_array_equal(small[::2, ::2], small[1::2, 1::2])
+    blocks = original.reshape(4, 2, 4, 2, 3).mean(axis=(1, 3))
+    assert np.abs(blocks - small[::2, ::2]).max() <= 1
+
+
+def test_a_folder_of_anybodys_pictures_is_learnt(small, tmp_path, capsys):
+    folder, out = tmp_path / "my pictures", tmp_path / "run"
+    folder.mkdir()
+    for i in range(12):
+        (folder / f"{i}.png").write_bytes(encoded(slope(20 + i, 30, i % 6)))
+    (folder / "notes.txt").write_text("no picture")
+    train = ("--size", "tiny", *TRAIN, "--diff-aug", "none", "--data-dir", tmp_path / "data", "--save-every", 2)
+    assert run_main("--dataset", folder, *train, "--out", out) == 0
+    printed = capsys.readouterr()
+    assert f"on {folder} 8x8, 12 pictures" in printed.out
+    assert "skipped 'notes.txt'" in printed.err
+    moved = folder.rename(tmp_path / "elsewhere")
+    resume = ("--resume", out, "--steps", 6, "--data-dir", tmp_path / "data")
+    assert "there is no folder" in fails(capsys, *resume)
+    assert run_main(*resume, "--dataset", moved) == 0
+    assert [row["step"] for row in read_log(out)] == list("0123456")
+    options, where = choose_options(main.make_parser().parse_args(["--dataset", str(moved)]))
+    assert (options.size, options.image_size, options.steps, where.as_posix()) == ("S", 32, 500_000, "runs/elsewhere-S")
+
+
+@pytest.mark.parametrize(("name", "side", "stages"), [("stl10", 48, 3), ("celeba", 64, 4)])
+def test_the_larger_data_sets_are_learnt(name, side, stages, tmp_path, monkeypatch, capsys):
+    """One step of networks that are small but for their four stages, of pictures that were decoded before."""
+    monkeypatch.setitem(transgan.SIZES, "tiny", transgan.Size(256, (1, 1, 1), 16, 1))
+    monkeypatch.setattr(run, "JUDGED", 8)
+    pictures = np.stack([slope(side, side, i).transpose(2, 0, 1) for i in range(6)])
+    (tmp_path / f"{name}-{side}.pictures").write_bytes(pictures.tobytes())
+    made, grow = [], transgan.Generator.grow
+
+    def counted(self, x, first):
+        made.append(len(self.stages))
+        return grow(self, x, first)
+
+    monkeypatch.setattr(transgan.Generator, "grow", counted)
+    assert run_main("--dataset", name, "--size", "tiny", "--steps", 1, "--disc-steps", 1, "--batch-size", 2,
+                    "--gen-batch-size", 2, "--sr-weight", 1, "--locality", "4:1600", "--data-dir", tmp_path,
+                    "--out", tmp_path / "run") == 0  # fmt: skip
+    assert f"{name} {side}x{side}, 6 pictures" in capsys.readouterr().out
+    assert set(made) == {stages}
+    for kind, rows in (("step", 1), ("restored", 3)):
+        grid = Image.open(tmp_path / "run" / "samples" / f"{kind}-000001.png")
+        factor = max(1, 96 // side)
+        assert grid.size == ((8 * (side + 1) + 1) * factor, (rows * (side + 1) + 1) * factor), kind
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_the_papers_runs(name, capsys):
+    dataset, size = name.split("-")
+    options = parsed("--preset", name)
+    assert (options.dataset, options.size, options.loss) == (dataset, size, "wgangp-eps")
+    assert (options.batch_size, options.gen_batch_size, options.disc_steps, options.steps) == (64, 128, 5, 500_000)
+    assert (options.learning_rate, options.ema_decay, options.sr_weight) == (1e-4, 0.999, 50)
+    assert (options.diff_aug, options.locality) == (POLICY, "4:22,6:32,8:42,10:60")
+    changed = parsed("--preset", name, "--steps", 7, "--size", "tiny", "--diff-aug", "none", "--accumulate", 4)
+    assert changed == dataclasses.replace(options, steps=7, size="tiny", diff_aug="none", accumulate=4)
+    assert run_main("--summary", "--preset", name, "--batch-size", 48) == 0
+    command = capsys.readouterr().out.splitlines()[0].split()
+    assert command[0] == "transgan.py"
+    assert parsed(*command[1:]) == dataclasses.replace(options, batch_size=48)
+    assert len(command) == 1 + 2 * len(dataclasses.fields(options))
+
+
+def test_a_preset_gives_way_to_another_data_set(tmp_path):
+    assert parsed("--preset", "cifar10-S", "--dataset", "stl10").image_size == 48
+    assert parsed("--preset", "cifar10-S", "--dataset", tmp_path, "--image-size", 64).patch_size == 8
+    command = flags(dataclasses.asdict(parsed("--dataset", tmp_path / ".." / tmp_path.name)))
+    assert shlex.split(command)[1] == str(tmp_path.resolve())
+
+
+@pytest.mark.parametrize(("side", "patch"), [(8, 4), (16, 4), (20, 4), (32, 4), (36, 4), (44, 4), (48, 6), (64, 8)])
+def test_patches_keep_the_papers_grid(side, patch):
+    assert parsed("--image-size", side).patch_size == patch
+
+
+def test_a_profile_is_printed_when_the_run_is_done(small, tmp_path, capsys):
+    assert run_main(*TRAIN, "--out", tmp_path / "run", "--profile") == 0
+    printed = capsys.readouterr().out
+    made = {"forward": ("attention", "linear", "layer_norm", "gelu"),
+            "backward": ("exp", "matmul", "layer_norm", "gelu")}  # fmt: skip
+    for direction, operations in made.items():
+        for operation in operations:
+            assert re.search(rf"^{operation} +{direction} +\d", printed, re.M), (operation, direction)
+    assert run_main(*TRAIN, "--out", tmp_path / "plain") == 0
+    with np.load(tmp_path / "run/checkpoint.npz") as a, np.load(tmp_path / "plain/checkpoint.npz") as b:
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+    assert "attention" not in capsys.readouterr().out
+
+
+def test_a_terminal_gets_one_live_line(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert run_main(*TRAIN, "--out", tmp_path / "run", "--loss", "hinge") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\r\033[K") >= 2
+    assert printed.count("\n") == 3  # the opening line, the live line left standing, and where the picture is
+    assert "penalty" not in printed
+
+
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(loss, small, tmp_path, capsys, monkeypatch):
+    arguments = (*TRAIN, "--loss", loss, "--save-every", 2)
+    assert run_main(*arguments, "--out", tmp_path / "unbroken") == 0
+    train_step = transgan.Trainer.train_step
+
+    def interrupted(self):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return train_step(self)
+
+    monkeypatch.setattr(transgan.Trainer, "train_step", interrupted)
+    assert run_main(*arguments, "--out", tmp_path / "broken") == 130
+    monkeypatch.setattr(transgan.Trainer, "train_step", train_step)
+    assert run_main("--resume", tmp_path / "broken", "--steps", 4, "--loss", loss) == 0
+    with np.load(tmp_path / "unbroken/checkpoint.npz") as a, np.load(tmp_path / "broken/checkpoint.npz") as b:
+        assert set(a) == set(b)
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+    columns = ("step", "disc_loss", "gen_loss", "penalty", "distance")
+    logs = [[[row[c] for c in columns] for row in read_log(tmp_path / run)] for run in ("unbroken", "broken")]
+    assert logs[0] == logs[1]
+    pictures = [(tmp_path / run / "samples/step-000004.png").read_bytes() for run in ("unbroken", "broken")]
+    assert pictures[0] == pictures[1]
+
+
+def test_a_run_stopped_before_its_first_look_can_be_gone_on_with(small, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(transgan, "sliced_wasserstein", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_main(*TRAIN, "--out", tmp_path / "run") == 130
+    assert run_main("--resume", tmp_path / "run") == 0
+    assert run_main(*TRAIN, "--out", tmp_path / "plain") == 0
+    assert [row["disc_loss"] for row in read_log(tmp_path / "run")] == [
+        row["disc_loss"] for row in read_log(tmp_path / "plain")
+    ]
+
+
+def test_options_that_would_do_nothing_are_refused(small, tmp_path, capsys):
+    for args, message in (
+        (["--features", "own"], "--features goes with --evaluate"),
+        (["--inception", "x"], "--inception goes with --evaluate"),
+        (["--fid-stats", "x"], "--fid-stats goes with --evaluate"),
+        (["--num-images", "20"], "--num-images goes with --evaluate or --evaluate-every"),
+        (["--evaluate", "x", "--profile"], "watch a training"),
+        (["--evaluate", "x", "--evaluate-every", "2"], "watch a training"),
+        (["--evaluate", "x", "--features", "own", "--inception", "y"], "leave out one of them"),
+        (["--evaluate", "x", "--resume", "x"], "leave out one of them"),
+    ):
+        assert message in fails(capsys, *args), args
+
+
+def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "empty").mkdir()
+    for args, message in (
+        (["--size", "XXL"], "invalid choice: 'XXL'"),
+        (["--dataset", "imagenet"], "'imagenet' is neither a folder nor one of cifar10, stl10, celeba, shapes"),
+        (["--dataset", ""], "'' is neither a folder nor one of"),
+        (["--dataset", tmp_path / "file"], "is neither a folder nor one of"),
+        (["--dataset", tmp_path / "empty"], "holds no files"),
+        (["--preset", "cifar10-XXL"], "invalid choice: 'cifar10-XXL'"),
+        (["--accumulate", "0"], "0 must be from 1"),
+        (["--loss", "mse"], "invalid choice: 'mse'"),
+        (["--steps", "many"], "'many' is not a whole number"),
+        (["--steps", "0"], "0 must be from 1"),
+        (["--learning-rate", "nan"], "must be from 0 to 1"),
+        (["--learning-rate", "fast"], "'fast' is not a number"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--nonsense\n\x1b[31m"], r"--nonsense\n\x1b[31m"),
+        (["--out", ""], "the name of a folder is empty"),
+        (["--sr-weight", "-1"], "must be from 0"),
+        (["--locality", "near"], "'near' must be none, or pairs"),
+        (["--locality", "4:22,4:32"], "both growing"),
+        (["--locality", "4:22,6:1601"], "epochs up to 1600"),
+        (["--locality-stages", "5"], "must be from 1 to 4"),
+        (["--diff-aug", "blur"], "'blur' must be none, or some of translation,cutout,color"),
+        (["--diff-aug", "color,color"], "each once"),
+        (["--diff-aug", "none,color"], "must be none, or some"),
+        (["--image-size", "30"], "image_size 30 must divide by 4"),
+        (["--image-size", "30", "--summary"], "image_size 30 must divide by 4"),
+        (["--patch-size", "5"], "patches of 5 pixels do not tile a picture of 16"),
+        (["--batch-size", "1000"], "lower --batch-size"),
+        (["--out", tmp_path / "file" / "run"], "choose another --out"),
+        (["--dataset", "cifar10", "--image-size", "48"], "cifar10 has pictures of 32 pixels a side, not 48"),
+        (["--preset", "stl10-XL", "--image-size", "32"], "stl10 has pictures of 48 pixels a side, not 32"),
+        (["--dataset", "cifar10", "--data-dir", tmp_path / "file"], "cannot download"),
+    ):
+        if "--out" not in args:
+            args = [*args, "--out", tmp_path / "run"]
+        assert message in fails(capsys, *args), args
+    if DEVICE == "cpu":
+        assert "no GPU to use" in fails(capsys, "--device", "gpu", "--out", tmp_path / "run")
+
+
+def nonsense_checkpoints(good):
+    def change(**arrays):
+        def write(path):
+            with np.load(good) as saved:
+                np.savez(path, **(dict(saved) | arrays))
+
+        return write
+
+    def options(**changes):
+        with np.load(good) as saved:
+            return change(options=json.dumps(json.loads(str(saved["options"])) | changes))
+
+    content = good.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 255
+    yield "missing", lambda path: None, "cannot read"
+    yield "text", lambda path: path.write_text("hello"), "cannot read"
+    yield "empty", lambda path: path.write_bytes(b""), "cannot read"
+    yield "truncated", lambda path: path.write_bytes(content[:-5000]), "cannot read"
+    yield "a flipped bit", lambda path: path.write_bytes(flipped), "is damaged"
+    yield "an array alone", lambda path: np.save(path.open("wb"), np.ones(3)), "cannot read"
+    yield "other arrays", lambda path: np.savez(path, a=np.ones(3)), "lacks options or step"
+    yield "objects", change(step=np.array([{}], object)), "is damaged"
+
+    def repeated(path):
+        path.write_bytes(content)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("a", b"")
+            archive.filelist += 99 * [max(archive.filelist, key=lambda member: member.file_size)]
+
+    yield "members that lie on one another", repeated, "claims more than its size"
+    yield "compressed", lambda path: np.savez_compressed(path, **np.load(good)), "claims more than its size"
+    yield (
+        "another shape",
+        change(**{"generator/to_rgb.bias": np.ones(4, np.float32)}),
+        "does not fit: generator/to_rgb.bias",
+    )
+    yield "another type", change(**{"generator/to_rgb.bias": np.ones(3)}), "does not fit: generator/to_rgb.bias"
+    yield "a step of words", change(step=np.array("three")), "is damaged"
+    yield "a step too far", change(step=np.array(-1)), "is damaged"
+    yield "options of words", change(options=np.array("{}}")), "options of another version"
+    yield "unknown option", options(colour="red"), "options of another version"
+    yield "option of another type", options(steps="9"), "its option steps is '9'"
+    yield "unknown size", options(size="XXL"), "its option size is 'XXL'"
+    yield "size of no text", options(size=["S"]), "its option size is ['S']"
+    yield "data set of no text", options(dataset={}), "its option dataset is {}"
+    yield "unknown network", options(generator="biggan"), "its option generator is 'biggan'"
+    yield "unknown data set", options(dataset="imagenet"), "its option dataset is 'imagenet'"
+    yield "unknown augmentation", options(diff_aug="blur"), "its option diff_aug is 'blur'"
+    yield "augmentation of no text", options(diff_aug=3), "its option diff_aug is 3"
+    yield "unknown locality", options(locality="4:4:4"), "its option locality is '4:4:4'"
+    yield "impossible size", options(image_size=10), "must divide by 4"
+    yield "size out of range", options(image_size=2**30), f"its option image_size is {2**30}"
+    yield "rate out of range", options(learning_rate=math.inf), "its option learning_rate is inf"
+    yield "steps out of range", options(steps=10**400), "its option steps is"
+    yield "options nested deep", change(options=np.array("[" * 16_000)), "is damaged"
+    yield "a step and a half", change(step=np.array(1.5)), "is damaged"
+    yield "an endless step", change(step=np.array(math.inf)), "is damaged"
+    yield "negative batch", options(batch_size=-4), "its option batch_size is -4"
+
+
+def test_resuming_from_nonsense(small, tmp_path, capsys):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    assert run_main(*TRAIN, "--out", good) == 0
+    for name, write, message in nonsense_checkpoints(good / "checkpoint.npz"):
+        bad.mkdir(exist_ok=True)
+        checkpoint = bad / "checkpoint.npz"
+        checkpoint.unlink(missing_ok=True)
+        write(checkpoint)
+        before = checkpoint.read_bytes() if checkpoint.exists() else None
+        assert message in fails(capsys, "--resume", bad, "--steps", 9), name
+        assert (checkpoint.read_bytes() if checkpoint.exists() else None) == before, name
+    assert "leave out --size" in fails(capsys, "--resume", good, "--size", "S")
+    assert "leave out --dataset" in fails(capsys, "--resume", good, "--dataset", tmp_path)
+    assert "leave out --preset" in fails(capsys, "--resume", good, "--preset", "cifar10-S")
+    assert "is finished" in fails(capsys, "--resume", good)
+    assert "holds a run already" in fails(capsys, *TRAIN, "--out", good)
+    (good / "log.csv").write_bytes(b"step\n\xff\xfe")
+    assert "log.csv" in fails(capsys, "--resume", good, "--steps", 9)
+
+
+def test_a_checkpoint_that_is_refused_is_closed(tmp_path, monkeypatch):
+    """So that it can be moved out of the way, also on Windows."""
+    np.savez(tmp_path / "checkpoint.npz", a=np.ones(3))
+    opened = []
+
+    class Recorded(zipfile.ZipFile):
+        def __init__(self, *args):
+            opened.append(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr(zipfile, "ZipFile", Recorded)
+    with pytest.raises(UserError, match="lacks options or step"):
+        checkpoints.whole_checkpoint(tmp_path / "checkpoint.npz")
+    assert [file.fp for file in opened] == [None]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks Linux which files are open")
+def test_no_file_is_replaced_while_it_is_open(small, hasty, tmp_path, monkeypatch):
+    """Windows would refuse to; here it is rehearsed."""
+    replaced, wrong, replace = set(), [], os.replace
+
+    def strict(source, target):
+        opened = {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
+        wrong.extend(opened & {os.path.realpath(source), os.path.realpath(target)})
+        replaced.add(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", strict)
+    monkeypatch.setattr(Path, "replace", strict)
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out, "--save-every", 2) == 0
+    (out / CHECKPOINTS[0]).write_bytes(b"damaged")
+    assert run_main("--resume", out) == 0
+    assert run_main("--from", out, "--sample", 2, "--interpolate", 2) == 0
+    assert run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path) == 0
+    assert wrong == []
+    assert {*CHECKPOINTS, "checkpoint-damaged.npz", "log.csv", "step-000004.png", "report.html", "progress.gif",
+            "scores.json"} <= replaced  # fmt: skip
+
+
+def test_what_lies_in_a_folder_is_not_overwritten(small, tmp_path, capsys):
+    for name in ("log.csv", "samples/step-000000.png", "checkpoint.npz"):
+        out = tmp_path / name.replace("/", "-")
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("precious")
+        assert "choose another --out" in fails(capsys, *TRAIN, "--out", out)
+        assert (out / name).read_text() == "precious"
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert run_main(*TRAIN, "--out", run) == run_main(*TRAIN, "--out", other) == 0
+    before = (other / "checkpoint.npz").read_bytes()
+    assert "holds a run already" in fails(capsys, "--resume", run, "--out", other, "--steps", 6)
+    assert holds(other / "checkpoint.npz", before)
+    assert run_main("--resume", run, "--out", tmp_path / "branch", "--steps", 5) == 0
+    assert [row["step"] for row in read_log(tmp_path / "branch")] == ["5"]
+    with pytest.raises(UserError, match="holds a run already"):  # one that began while this one loaded its data
+        Log(run / "log.csv", 0, 4)
+
+
+def test_resuming_keeps_the_log_and_its_clock(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out) == 0
+    lines = (out / "log.csv").read_text().splitlines()
+    lines = [line + (",note" if line.startswith("step") else ",x") for line in lines]  # a column more than ours
+    lines[-1] = lines[-1].rpartition(",")[0].rpartition(",")[0] + ",1000,x"
+    (out / "log.csv").write_text("\n".join(lines) + "\n")
+    assert run_main("--resume", out, "--steps", 6) == 0
+    rows = read_log(out)
+    assert [row["step"] for row in rows] == list("0123456")
+    assert 1000 < float(rows[5]["seconds"]) < 1010
+    assert leftovers(out)[:3] == [*sorted(CHECKPOINTS), "curves.png"]
+
+
+@pytest.mark.parametrize("torn", [b"1", b"4", b"45,0.1", b"\0" * 100, b"\xff,1", b"6," + b"9" * 200_000])
+def test_what_a_log_says_after_the_checkpoint_does_not_matter(torn, small, tmp_path):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out) == 0
+    with (out / "log.csv").open("ab") as file:
+        file.write(torn)
+    assert run_main("--resume", out, "--steps", 6) == 0
+    assert [row["step"] for row in read_log(out)] == list("0123456")
+
+
+def test_resuming_refuses_every_other_option(small, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out) == 0
+    for flag, value in (("--dataset", "cifar10"), ("--size", "S"), ("--image-size", 16), ("--patch-size", 2), ("--seed", 7),
+                        ("--loss", "hinge"), ("--batch-size", 3), ("--gen-batch-size", 3), ("--disc-steps", 3),
+                        ("--learning-rate", 0.5), ("--ema-decay", 0.5), ("--diff-aug", "color"),
+                        ("--sr-weight", 1.0), ("--locality", "1:1"), ("--locality-stages", 2),
+                        ("--discriminator", "autogan"), ("--beta2", 0.5)):  # fmt: skip
+        assert f"leave out {flag} {value}" in fails(capsys, "--resume", out, "--steps", 6, flag, value)
+
+
+@functools.cache
+def saved_once():
+    """A small run's checkpoint and log, after three of six steps, and the trainer."""
+    trainer = small_trainer(1)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "samples").mkdir()
+        run.train(trainer, Path(folder), 6, 3)
+        previous = Path(folder, CHECKPOINTS[1])
+        return previous.read_bytes(), Path(folder, "log.csv").read_bytes(), trainer
+
+
+@fuzz(60)
+@given(seed=seeds)
+def test_a_fuzzed_checkpoint_only_ever_raises_our_own_error(seed, small, tmp_path):
+    """Or it is as it was written, because every byte that matters is held against a checksum."""
+    content, _, trainer = saved_once()
+    path = tmp_path / CHECKPOINTS[0]
+    path.write_bytes(content)
+    checkpoints.load(trainer, path)
+    expected = state_of(trainer)
+    path.write_bytes(fuzzed(content, seed))
+    with one_line_at_most():
+        checkpoints.load(trainer, checkpoints.newest_checkpoint(tmp_path)[0])
+        assert trainer.step == 3
+    assert_same_state(state_of(trainer), expected)
+
+
+@fuzz(150)
+@given(seed=seeds)
+def test_a_fuzzed_log_only_ever_raises_our_own_error(seed, small, tmp_path):
+    _, content, _ = saved_once()
+    path = tmp_path / "log.csv"
+    path.write_bytes(fuzzed(content, seed))
+    with one_line_at_most():
+        log = Log(path, 3, 6, resumed=True)
+        log.add(4, {"disc_loss": 1.0}, 6)
+        log.close()
+        rows = read_log(tmp_path)
+        assert rows[-1]["step"] == "4"
+        assert all(int(row["step"]) <= 3 for row in rows[:-1])
+        assert math.isfinite(float(rows[-1]["seconds"]))
+
+
+def test_help_and_summary(capsys):
+    assert run_main("--help") == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Options):
+        assert f"--{field.name.replace('_', '-')} " in text
+    assert run_main("--summary", "--dataset", "cifar10") == 0
+    text = capsys.readouterr().out
+    assert "18,639,531" in text
+    assert "12,458,497" in text
+
+
+def test_json_tells_a_run_to_programs(small, tmp_path, capsys):
+    """An object a line: what the run is, the log's rows, where the picture is, and how it ended."""
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out, "--json", "--loss", "hinge", "--profile") == 0
+    first, *steps, profile, picture, last = objects(capsys.readouterr().out)
+    assert (first["event"], first["options"]["loss"], first["options"]["dataset"]) == ("start", "hinge", "shapes")
+    assert (first["device"], first["out"], first["pictures"]) == (DEVICE, str(out), 40)
+    assert [step.pop("event") for step in steps] == 5 * ["step"]
+    for step, row in zip(steps, read_log(out), strict=True):
+        assert {name: f"{x:.6g}" for name, x in step.items()} == {name: x for name, x in row.items() if x}
+    assert {"attention", "linear"} <= {row["operation"] for row in profile["operations"]}
+    assert picture == {"event": "picture", "path": str(out / "samples" / "step-000004.png")}
+    assert last == {"event": "end", "exit_code": 0, "error": None}
+
+
+def test_json_tells_what_else_is_printed(small, hasty, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out, "--quiet") == 0
+    assert run_main("--from", out, "--sample", 2, "--json") == 0
+    picture, last = objects(capsys.readouterr().out)
+    assert Image.open(picture["path"]).format == "PNG"
+    assert run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path, "--json") == 0
+    scores, last = objects(capsys.readouterr().out)
+    assert scores == {"event": "scores"} | json.loads((out / "scores.json").read_text())[0]
+    assert run_main("--summary", "--dataset", "cifar10", "--json") == 0
+    summary, last = objects(capsys.readouterr().out)
+    total = {row["network"]: row["parameters"] for row in summary["rows"] if row["stage"] == "total"}
+    assert total == {"generator": 18_639_531, "discriminator": 12_458_497}
+    assert last == {"event": "end", "exit_code": 0, "error": None}
+
+
+def test_json_tells_how_a_run_ended(small, tmp_path, capsys, monkeypatch):
+    out, train_step = tmp_path / "run", transgan.Trainer.train_step
+
+    def stopped(self):
+        signal.raise_signal(signal.SIGINT)
+        return train_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transgan.Trainer, "train_step", stopped)
+        assert run_main(*TRAIN, "--out", out, "--json") == 130
+    *_, stop, last = objects(capsys.readouterr().out)
+    assert (stop["event"], stop["step"], stop["signal"]) == ("stopped", 1, signal.SIGINT)
+    assert shlex.split(stop["resume"])[:4] == ["python", "transgan.py", "--resume", str(out)]
+    assert last == {"event": "end", "exit_code": 130, "error": None}
+    monkeypatch.setattr(transgan.Trainer, "train_step", lambda self: train_step(self) | {"gen_loss": ag.xp.array(math.nan)})
+    assert run_main("--resume", out, "--json") == 2
+    printed = capsys.readouterr()
+    *_, step, last = objects(printed.out)
+    assert (step["step"], step["gen_loss"]) == (2, None)
+    assert (last["event"], last["exit_code"]) == ("end", 2)
+    assert printed.err == f"transgan: {last['error']}\n"
+
+
+def test_quiet_says_nothing_but_errors(small, hasty, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out, "--quiet", "--profile") == 0
+    assert run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path, "--quiet") == 0
+    assert run_main("--from", out, "--sample", 2, "--quiet") == run_main("--summary", "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+    assert "is finished" in fails(capsys, "--resume", out, "--quiet")
+    assert run_main(*TRAIN, "--out", tmp_path / "loud") == 0  # the next run speaks again
+    assert "done: " in capsys.readouterr().out
+    assert "not allowed with" in fails(capsys, "--quiet", "--json")
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_who_wants_no_escape_sequences_gets_none(name, value, small, tmp_path, capsys, monkeypatch):
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "")  # an empty one says nothing
+    monkeypatch.setenv("TERM", "xterm")
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setenv(name, value)
+        assert run_main(*TRAIN, "--out", tmp_path / str(plain)) == 0
+        with output.Progress() as progress:
+            progress("half of it")
+        printed = capsys.readouterr()
+        assert ("\033" not in printed.out, "\033" not in printed.err) == (plain, plain)
+        assert re.search(r"step 4/4 .*\n", printed.out)
+
+
+def test_a_path_from_the_tilde_on_is_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    (tmp_path / "my pictures").mkdir()
+    args = main.make_parser().parse_args(["--out=~/x", "--data-dir=~", "--dataset=~/my pictures"])
+    assert (args.out, args.data_dir) == (tmp_path / "x", tmp_path)
+    assert args.dataset == str((tmp_path / "my pictures").resolve())
+    assert arguments.folder("~nobody-of-that-name/x") == Path("~nobody-of-that-name/x")
+    assert arguments.folder("x/~") == Path("x/~")
+
+
+def test_a_printed_command_can_be_pasted(small, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "it's a run"
+    assert run_main(*TRAIN, "--out", out) == 0
+    pattern = r"go on with it by (--resume .*), or choose"
+    assert shlex.split(re.search(pattern, fails(capsys, *TRAIN, "--out", out))[1]) == ["--resume", str(out)]
+    monkeypatch.setattr(transgan.Trainer, "train_step", lambda self: {"gen_loss": ag.xp.array(math.nan)})
+    words = re.search(r"with (--resume .*), or start", fails(capsys, "--resume", out, "--steps", 6))[1]
+    assert shlex.split(words) == ["--resume", str(out), "--on-nan", "rewind"]
+    parser = main.make_parser()
+    for more in ([], ["--plain"], ["--threads", "2", "--plain"]):
+        words = shlex.split(run.resume_command(parser.parse_args(more), parser, out))
+        assert words == ["python", "transgan.py", "--resume", str(out), *more]
+
+
+def test_a_runs_folder_and_its_cache_are_named_so(tmp_path, monkeypatch):
+    folder = tmp_path / "aux.1"
+    folder.mkdir()
+    (folder / "1.png").write_bytes(encoded(slope(20, 30, 1)))
+    parsed = main.make_parser().parse_args(["--dataset", str(folder)])
+    assert choose_options(parsed)[1] == Path("runs", "_aux.1-S")
+    datasets.load_folder(folder, tmp_path / "data", 8)
+    assert [path.name[:9] for path in (tmp_path / "data").iterdir()] == ["_aux.1-8-"]
+    assert files.short_name("a:b") == "a_b"
+
+
+def test_as_a_program():
+    program = [sys.executable, str(Path(transgan.__file__))]
+    done = subprocess.run([*program, "--size", "huge"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    done = subprocess.run([*program, "--summary"], capture_output=True, text=True, check=True)
+    assert "16x16" in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="about a POSIX shell")
+@pytest.mark.parametrize("shell", ['exec "$@" --out "$0/caf\xe9" >"$0/out"', 'exec "$@" --out "$0/run" >&-'])
+def test_as_a_program_in_odd_surroundings(shell, tmp_path):
+    """A name that the terminal cannot show, and an output that is closed, are no reason to stop."""
+    program = [sys.executable, str(Path(transgan.__file__)), "--image-size", "8", "--steps", "1",
+               "--batch-size", "2", "--gen-batch-size", "2", "--device", "cpu"]  # fmt: skip
+    command = ["sh", "-c", shell.encode("latin-1"), str(tmp_path), *program]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,248 @@
+"""A training as the program runs it: threads, parts of a batch, GPUs and a second start make the same steps."""
+
+import sys
+import threading
+import tracemalloc
+import types
+from concurrent import futures
+
+import numpy as np  # isort: skip
+import pytest
+from PIL import Image
+
+import autograd as ag
+import transgan
+from autograd import Tensor
+from data import UserError
+from look import summary
+from program import checkpoints, update
+from program.support import (
+    POLICY,
+    TRAIN,
+    assert_same_state,
+    parsed,
+    run_main,
+    small_trainer,
+    state_of,
+)
+from program.trainer import make_networks
+from test_transgan import Zeros, count, on_cpu
+
+
+def test_the_papers_sizes_of_pictures():
+    """48x48 starts from 12x12 in three stages, 64x64 from 8x8 in four, of 5, 4, 4, 2 blocks for XL; patches make 8x8."""
+    for preset, start, depths, widths in (
+        ("cifar10-S", 8, (5, 2, 2), (384, 96, 24)),
+        ("stl10-XL", 12, (5, 4, 2), (1024, 256, 64)),
+        ("celeba-XL", 8, (5, 4, 4, 2), (1024, 256, 64, 16)),
+    ):
+        options = parsed("--preset", preset)
+        size, side = transgan.SIZES[options.size], options.image_size
+        assert transgan.stage_depths(options.size, side) == depths
+        generator = transgan.Generator(side, size.embed_dim, depths, Zeros())
+        assert generator.start == start
+        positions = [stage.position.shape for stage in generator.stages]
+        assert positions == [(1, (start * 2**k) ** 2, width) for k, width in enumerate(widths)]
+        assert [len(stage.blocks) for stage in generator.stages] == list(depths)
+        discriminator = transgan.Discriminator(side, options.patch_size, size.disc_embed_dim, size.disc_depth, Zeros())
+        assert discriminator.position.shape == (1, 65, 384)
+        totals = [row[5] for row in summary.summary_rows(generator, discriminator) if row[1] == "total"]
+        assert totals == [count(generator), count(discriminator)]
+    assert transgan.stage_depths("M", 64) == (5, 2, 2, 2)
+    assert transgan.stage_depths("S", 64) == (5, 2, 2)  # 384 / 64 = 6 does not divide among four heads
+
+
+def test_summary_counts_multiply_adds_as_a_forward_pass_makes_them(monkeypatch):
+    made, matmul = [], ag.matmul
+
+    def counting(a, b):
+        product = matmul(a, b)
+        made.append(product.size * a.shape[-1])
+        return product
+
+    monkeypatch.setattr(ag, "matmul", counting)
+    generator, discriminator = make_networks(parsed("--dataset", "shapes"), rng=summary.Zeros())
+    totals = [row[6] for row in summary.summary_rows(generator, discriminator) if row[1] == "total"]
+    for total, network, shape in zip(totals, (generator, discriminator), ((1, 128), (1, 3, 16, 16)), strict=True):
+        made.clear()
+        with ag.no_grad():
+            network(Tensor(ag.xp.zeros(shape, np.float32)))
+        assert sum(made) == total
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"loss": loss} for loss in transgan.LOSSES),
+        *({"accumulate": 2, "loss": loss} for loss in ("wgangp-eps", "hinge")),
+        {"diff_aug": "none"},
+        {"diff_aug": "color,cutout"},
+        {"sr_weight": 0.0},
+        {"locality": "none"},
+        {"locality": "1:500,2:1200", "locality_stages": 2},
+        {"disc_steps": 1, "beta2": 0.9, "ema_decay": 0.5, "seed": 3},
+    ],
+    ids=str,
+)
+def test_resuming_is_exact_to_the_bit(options, small, tmp_path):
+    """Also in the middle of an epoch: 40 pictures make 6 batches, and a step uses 2 of them."""
+    unbroken, first, second = (small_trainer(**options) for _ in range(3))
+    for trainer in (unbroken, first):
+        trainer.update.rate_scale = 0.25
+    losses = [unbroken.train_step() for _ in range(6)]
+    for _ in range(2):
+        first.train_step()
+    checkpoints.save(first, tmp_path / "checkpoint.npz")
+    checkpoints.load(second, tmp_path / "checkpoint.npz")
+    assert (second.step, second.update.rate_scale) == (2, 0.25)
+    for expected in losses[2:]:
+        for name, value in second.train_step().items():
+            assert (value is None and expected[name] is None) or float(value) == float(expected[name])
+    assert_same_state(state_of(second), state_of(unbroken))
+    assert not list(tmp_path.glob("*.part"))
+
+
+@on_cpu
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+def test_threads_share_a_batch_without_changing_the_step(loss, small):
+    runs = []
+    for threads in (1, 2, 4):
+        trainer = small_trainer(threads, np.float64, loss=loss)
+        assert trainer.update.threads == threads
+        for _ in range(3):
+            trainer.train_step()
+        runs.append(state_of(trainer))
+    assert_same_state(runs[0], runs[1], 1e-9)
+    assert_same_state(runs[0], runs[2], 1e-9)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+def test_accumulating_gives_the_gradients_of_the_whole_batch(loss, threads, small):
+    """Also those of the loss's (mean D(real))^2, which is no sum over the parts, and with fewer samples than parts."""
+    runs = []
+    for accumulate in (1, 2, 4, 10**9):
+        trainer = small_trainer(threads, np.float64, loss=loss, accumulate=accumulate, diff_aug=POLICY)
+        losses = [float(x) for _ in range(3) for x in trainer.train_step().values() if x is not None]
+        runs.append(state_of(trainer) | {"losses": np.array(losses)})
+    for run in runs[1:]:
+        assert_same_state(runs[0], run, 1e-9)
+
+
+def test_the_next_steps_data_is_prepared_while_this_one_works(small):
+    trainer, asked = small_trainer(), []
+    ahead, inputs = trainer.inputs, trainer.inputs.inputs
+    ahead.inputs = lambda step: asked.append(step) or inputs(step)
+    for _ in range(3):
+        trainer.train_step()
+        ahead.waiting.result()
+    assert asked == [0, 1, 2, 3]
+    waited, trainer.step = ahead.waited, 5  # as after going back or on to a checkpoint
+    trainer.train_step()
+    ahead.waiting.result()
+    assert asked == [0, 1, 2, 3, 5, 6]
+    assert ahead.waited > waited > 0
+
+
+class Meeting:
+    """What several threads share in place of NCCL: whoever calls hands over an array and gets everybody's."""
+
+    def __init__(self, size):
+        self.arrays, self.barrier = [None] * size, threading.Barrier(size, timeout=60)
+
+    def communicator(self, size, rank, host, port):
+        assert (size, host) == (len(self.arrays), "127.0.0.1")
+
+        def exchange(x):
+            self.barrier.wait()
+            self.arrays[rank] = x.copy()
+            self.barrier.wait()
+            return self.arrays
+
+        def all_gather(x, everybody, count):
+            assert count == x.size
+            everybody[...] = np.stack(exchange(x))
+
+        def all_reduce(x, total):
+            total[...] = sum(exchange(x))
+
+        return types.SimpleNamespace(all_gather=all_gather, all_reduce=all_reduce)
+
+
+@on_cpu
+@pytest.mark.parametrize("loss", transgan.LOSSES)
+@pytest.mark.parametrize("size, accumulate, threads", [(2, 1, 1), (3, 2, 2)])
+def test_several_gpus_make_the_steps_of_one(loss, size, accumulate, threads, small, monkeypatch):
+    """The arithmetic of --gpus, in threads that meet where the processes of GPUs do; NCCL itself takes no part."""
+    options = {"loss": loss, "gen_batch_size": 6, "diff_aug": POLICY, "accumulate": accumulate}
+    single = small_trainer(1, np.float64, **options)
+    losses = [single.train_step() for _ in range(3)]
+    meeting = Meeting(size)
+    distributed = types.SimpleNamespace(init_process_group=meeting.communicator)
+    monkeypatch.setitem(sys.modules, "cupyx", types.SimpleNamespace(distributed=distributed))
+
+    def train(rank):
+        trainer = small_trainer(threads, np.float64, **options)
+        trainer.update.group = update.Group(rank, size, 0)
+        return [trainer.train_step() for _ in range(3)], state_of(trainer)
+
+    with futures.ThreadPoolExecutor(size) as pool:
+        for found, state in pool.map(train, range(size)):
+            assert_same_state(state, state_of(single), 1e-9)
+            for a, b in zip(found, losses, strict=True):
+                assert {k: float(x) for k, x in a.items() if x is not None} == pytest.approx(
+                    {k: float(x) for k, x in b.items() if x is not None}, rel=1e-9
+                )
+
+
+def test_a_group_without_one_of_its_processes_says_so(monkeypatch):
+    distributed = types.SimpleNamespace(init_process_group=lambda *args, **options: None)
+    monkeypatch.setitem(sys.modules, "cupyx", types.SimpleNamespace(distributed=distributed))
+    group = update.Group(0, 2, 0, [types.SimpleNamespace(is_alive=lambda: False)])
+    with pytest.raises(UserError, match="one of the GPUs has ended; go on with --resume"):
+        group.gather(np.ones((1, 1)))
+
+
+@on_cpu
+def test_accumulating_saves_memory(small):
+    peaks = []
+    for accumulate in (1, 8):
+        trainer = small_trainer(1, image_size=16, batch_size=32, gen_batch_size=32, accumulate=accumulate)
+        trainer.train_step()
+        tracemalloc.start()
+        trainer.train_step()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] / 4
+
+
+def test_resuming_restores_the_window(small, tmp_path):
+    first = small_trainer(1, image_size=16, locality="1:800,3:1600", steps=4)
+    first.train_step()
+    checkpoints.save(first, tmp_path / "checkpoint.npz")
+    second = small_trainer(1, image_size=16, locality="1:800,3:1600", steps=4)
+    checkpoints.load(second, tmp_path / "checkpoint.npz")
+    for _ in range(2):
+        first.train_step()
+        second.train_step()
+    assert second.half_width == 3
+    assert_same_state(state_of(first), state_of(second))
+
+
+def test_locality_is_explained_by_a_picture(small, tmp_path):
+    assert run_main(*TRAIN, "--image-size", 16, "--out", tmp_path / "run", "--locality", "2:22,4:60") == 0
+    grid = np.asarray(Image.open(tmp_path / "run" / "locality.png")).astype(int)[::6, ::6]
+    assert grid.shape == (18, 3 * 17 + 1, 3)
+    for i, half_width in enumerate((2, 4, 16)):
+        picture = grid[1:17, 1 + 17 * i : 17 + 17 * i]
+        seen = transgan.window_mask(16, half_width)[8 * 16 + 8].reshape(16, 16)
+        np.testing.assert_array_equal(picture[..., 0] > 100, seen)
+        assert picture[8, 8].tolist() == [255, 51, 51]
+
+
+def test_half_the_rate_is_half_the_rate(small):
+    halved, lower = small_trainer(1, learning_rate=2e-3), small_trainer(1, learning_rate=1e-3)
+    halved.update.rate_scale = 0.5
+    for trainer in (halved, lower):
+        trainer.train_step()
+    assert_same_state(state_of(halved), state_of(lower))
