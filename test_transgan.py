@@ -21,11 +21,6 @@ Contents
 import functools
 import math
 import os
-import pickle
-import shutil
-import tarfile
-import threading
-import tracemalloc
 import types
 import warnings
 
@@ -253,61 +248,6 @@ def test_extreme_values_stay_finite_and_right(dtype):
         assert np.isfinite(ag.to_numpy(grad((slope * slope).sum(), [x])[0])).all()
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda t: t(2, 3) + t(4), r"add of shapes \(2, 3\), \(4,\)"),
-        (lambda t: 1.0 - t(2) * t(3), r"multiply of shapes \(2,\), \(3,\)"),
-        (lambda t: t(2, 3) @ t(4, 5), r"matmul of shapes \(2, 3\), \(4, 5\)"),
-        (lambda t: t(2, 3) @ t(3), r"matmul of shapes \(2, 3\), \(3,\): both operands need at least two axes"),
-        (lambda t: t(7, 2, 3) @ t(4, 5), r"matmul of shapes \(7, 2, 3\), \(4, 5\)"),
-        (lambda t: t(6).reshape(4, 2), r"reshape of shapes \(6,\)"),
-        (lambda t: t(6).transpose(1, 0), r"transpose of shapes \(6,\)"),
-        (lambda t: t(6).sum(axis=1), r"reduce_sum of shapes \(6,\)"),
-        (lambda t: t(0).mean(), r"reduce_mean of shapes \(0,\): there is no mean of no elements"),
-        (lambda t: ag.concatenate([t(2, 3), t(2, 4)]), r"concatenate of shapes \(2, 3\), \(2, 4\)"),
-        (lambda t: ag.broadcast_to(t(2), (3,)), r"broadcast_to of shapes \(2,\)"),
-        (lambda t: ag.linear(t(2, 3), t(4, 5)), r"linear of shapes \(2, 3\), \(4, 5\)"),
-        (lambda t: ag.linear(t(2, 3), t(3, 4), t(1)), r"linear of shapes \(2, 3\), \(3, 4\), \(1,\)"),
-        (lambda t: ag.linear(t(2, 3), t(3, 4), t(2, 4)), r"linear of shapes \(2, 3\), \(3, 4\), \(2, 4\)"),
-        (lambda t: ag.softmax(t(2, 3), ag.xp.ones((2, 4), bool)), r"softmax of shapes \(2, 3\), \(2, 4\)"),
-        (lambda t: ag.softmax(t(2, 3), ag.xp.ones((4, 2, 3), bool)), r"\(4, 2, 3\): the mask, .* must broadcast to x"),
-        (lambda t: ag.softmax(t(2, 1), ag.xp.ones(3, bool)), r"\(2, 1\), \(3,\): the mask, .* must broadcast to x"),
-        (lambda t: ag.layer_norm(t(2, 3), t(2), t(3)), r"layer_norm of shapes \(2, 3\), \(2,\), \(3,\)"),
-        (lambda t: ag.layer_norm(t(2, 3), t(3), t(1)), r"layer_norm of shapes \(2, 3\), \(3,\), \(1,\)"),
-        (lambda t: ag.layer_norm(t(2, 3), t(3), t(2, 3)), r"layer_norm of shapes \(2, 3\), \(3,\), \(2, 3\)"),
-        (lambda t: ag.attention(t(1, 2, 9), 2), r"attention of shapes \(1, 2, 9\).*2 heads"),
-        (lambda t: ag.attention(t(1, 2, 6), 2, ag.xp.ones((3, 3), bool)), r"attention .*\(3, 3\), must be \(2, 2\)"),
-        (lambda t: ag.pixel_shuffle(t(1, 6, 2, 2), 2), r"pixel_shuffle of shapes \(1, 6, 2, 2\).*6 channels"),
-    ],
-)
-def test_errors_name_the_operation_and_the_shapes(call, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        call(lambda *shape: Tensor(ag.xp.ones(shape)))
-    assert "\n" not in str(caught.value)
-
-
-def test_empty_batches_pass_through():
-    x, w, b = tensors(np.ones((0, 5, 6)), np.ones((6, 3)), np.ones(3))
-    for y in (ag.linear(x, w, b), x @ w, ag.attention(x, 2), ag.gelu(x), ag.softmax(x)):
-        assert y.shape[:2] == (0, 5)
-        assert [g.shape for g in grad(y.sum(), [x, w])] == [(0, 5, 6), (6, 3)]
-    with pytest.raises(ValueError, match="attention of shapes"):
-        ag.attention(x, 0)
-
-
-def test_other_errors_are_clear_too():
-    x = Tensor(ag.xp.ones((2, 3)), requires_grad=True)
-    with pytest.raises(IndexError, match=r"getitem of shapes \(2, 3\)"):
-        x[5]
-    with pytest.raises(TypeError, match="an index may hold"):
-        x[[0, 1]]
-    with pytest.raises(TypeError, match="the exponent must be a number"):
-        x**x
-    with pytest.raises(TypeError, match="float32 and float64 meet"):
-        Tensor(ag.xp.ones(3, np.float32)) * Tensor(ag.xp.ones(3, np.float64))
-
-
 # --- 3. Parts of networks ---------------------------------------------------------------------------------------------
 
 
@@ -346,29 +286,6 @@ def test_layer_norm_derivatives(shape, seed, scale):
     check(ag.layer_norm, [x, weight, bias], step=2e-6)
 
 
-@given(rows=st.integers(1, 4), seed=seeds, offset=st.sampled_from([0.0, 5.0, -300.0]))
-def test_layer_norm_of_constant_and_offset_rows(rows, seed, offset):
-    (x,) = normal(seed, (rows, 6))
-    x[0] = 1.0
-    y = ag.to_numpy(ag.layer_norm(*(Tensor(ag.xp.asarray(a)) for a in (x + offset, np.ones(6), np.zeros(6)))))
-    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(y, expected, atol=1e-8)
-    (single,) = tensors((x + offset).astype(np.float32))
-    weight, bias = Tensor(ag.xp.ones(6, np.float32)), Tensor(ag.xp.zeros(6, np.float32))
-    np.testing.assert_allclose(ag.to_numpy(ag.layer_norm(single, weight, bias))[1:], expected[1:], atol=2e-2)
-
-
-def test_gelu_in_float32_is_exact_to_float32s_precision():
-    x = np.linspace(-12, 12, 20001)
-    exact = np.array([0.5 * v * math.erfc(-v / math.sqrt(2)) for v in x])
-    value = ag.to_numpy(ag.gelu(Tensor(ag.xp.asarray(x.astype(np.float32)))))
-    assert np.abs(value - exact).max() < 8e-7
-    (leaf,) = tensors(x.astype(np.float32))
-    slope = grad(ag.gelu(leaf).sum(), [leaf])[0]
-    exact = [0.5 * math.erfc(-v / math.sqrt(2)) + v * math.exp(-v * v / 2) / math.sqrt(2 * math.pi) for v in x]
-    assert np.abs(ag.to_numpy(slope) - exact).max() < 5e-7
-
-
 @given(leading=array_shapes(min_dims=0, max_dims=3, max_side=3), k=st.integers(1, 5), m=st.integers(1, 5), seed=seeds)
 def test_linear_derivatives(leading, k, m, seed):
     x, weight, bias = normal(seed, (*leading, k), (k, m), (m,))
@@ -399,23 +316,6 @@ def test_attention_is_its_formula_for_every_head_and_query(tokens, heads, width,
 
 
 # --- 5. The engine ----------------------------------------------------------------------------------------------------
-
-
-def test_deep_graphs_do_not_recurse():
-    """20,000 operations in a row: first and second derivative, and the freeing of the graph, need no deep stack."""
-    (x,) = tensors([0.5])
-    y = x
-    for _ in range(20_000):
-        y = y * 0.9999
-    (g,) = grad(y, [x], create_graph=True)
-    close(g, [0.9999**20_000])
-    y = x
-    for _ in range(3_000):
-        y = ag.tanh(y) * 1.1
-    (g,) = grad(y, [x], create_graph=True)
-    (h,) = grad(g, [x])
-    assert np.isfinite(h.item())
-    del y, g
 
 
 def test_each_node_is_visited_once():
@@ -482,77 +382,6 @@ def test_no_grad_and_detach_remember_nothing():
     close(grad(x * x.detach(), [x])[0], [3.0])
 
 
-def test_modes_belong_to_their_thread():
-    seen = []
-    with ag.no_grad():
-        thread = threading.Thread(target=lambda: seen.append((tensors([1.0])[0] * 2).requires_grad))
-        thread.start()
-        thread.join()
-    assert seen == [True]
-
-
-@on_cpu
-def test_memory_falls_while_walking_back():
-    """A chain holds an array for each operation on the way forward, and next to nothing more on the way back."""
-    size, depth = 100_000, 50
-    (x,) = tensors(np.ones(size) * 0.1)
-    tracemalloc.start()
-    y = x
-    for _ in range(depth):
-        y = ag.exp(y * 0.1)
-    loss = y.sum()
-    del y
-    forward, _ = tracemalloc.get_traced_memory()
-    tracemalloc.reset_peak()
-    grad(loss, [x])
-    now, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    array = size * 8
-    assert forward > depth * array
-    assert peak < forward + 6 * array
-    assert now < 4 * array
-
-
-def test_a_hook_sees_every_operation_once_and_changes_nothing(monkeypatch):
-    (x,) = tensors(np.ones((4, 6)))
-
-    def numbers():
-        y = ag.gelu(x @ x.T) + ag.softmax(x.sum(axis=1)).sum()
-        return y.sum(), grad(y.sum(), [x])[0]
-
-    depth, seen = [], []
-
-    def hook(name, direction, function, *args, **kwargs):
-        if not depth:
-            seen.append((name, direction))
-        depth.append(function)
-        made = function(*args, **kwargs)
-        depth.pop()
-        return made
-
-    plain = numbers()
-    monkeypatch.setattr(ag, "hook", hook)
-    hooked = numbers()
-    for a, b in zip(plain, hooked, strict=True):
-        np.testing.assert_array_equal(ag.to_numpy(a), ag.to_numpy(b))
-    forward = sorted(name for name, direction in seen if direction == "forward" and name != "add")
-    assert forward == ["gelu", "matmul", "reduce_sum", "reduce_sum", "reduce_sum", "reduce_sum", "softmax", "transpose"]
-    assert {"matmul", "transpose", "reduce_sum", "add"} <= {name for name, direction in seen if direction == "backward"}
-
-
-def test_float32_by_default_float64_on_request():
-    assert Tensor([1, 2]).dtype == np.float32
-    assert Tensor(np.arange(3)).dtype == np.float32
-    assert Tensor([1.0], dtype=np.float64).dtype == np.float64
-    for dtype in (np.float32, np.float64):
-        x = Tensor(ag.xp.ones((2, 4, 12), dtype), requires_grad=True)
-        weight = Tensor(ag.xp.ones(4, dtype))
-        y = ag.gelu(ag.layer_norm(ag.attention(x * 0.5 + 1, 2), weight, weight)) ** 2
-        y = ag.softmax(y).mean() + ag.sqrt(ag.softplus(ag.sigmoid(y))).mean()
-        (g,) = grad(y, [x], create_graph=True)
-        assert y.dtype == g.dtype == grad((g * g).sum(), [x])[0].dtype == dtype
-
-
 def test_gradient_check_finds_a_derivative_that_is_wrong_when_recorded():
     def wrong(x):
         return ag.result(x.data * 1.0, (x, lambda g: g * (1.001 if ag.is_recording() else 1.0)))
@@ -609,15 +438,6 @@ def test_adam_follows_its_formula(seed, rate, scale, betas, decay):
         np.testing.assert_array_equal(ag.to_numpy(part), ag.to_numpy(x))
 
 
-def test_adam_finds_a_minimum():
-    (p,) = tensors(np.array([3.0, -2.0]))
-    adam = ag.Adam([p], betas=(0.9, 0.999))
-    for i in range(2000):
-        adam.add(grad(((p - ag.xp.asarray([1.0, 2.0])) ** 2).sum(), [p]))
-        adam.step(0.05 * (1 - i / 2000))
-    close(p, [1.0, 2.0], 1e-3)
-
-
 @given(size=st.integers(1, 50), seed=seeds, bound=st.floats(0.01, 100))
 def test_clipping_by_global_norm(size, seed, bound):
     (x,) = normal(seed, size)
@@ -626,15 +446,6 @@ def test_clipping_by_global_norm(size, seed, bound):
     assert float(norm) == pytest.approx(expected)
     assert float(factor) * expected <= bound
     assert float(factor) == (1 if expected + 1e-6 <= bound else pytest.approx(bound / expected, rel=1e-3 / expected))
-
-
-def test_choosing_a_device():
-    with pytest.raises(ValueError, match="auto, cpu or gpu"):
-        ag.use_device("tpu")
-    if DEVICE == "cpu":
-        with pytest.raises(RuntimeError, match="no GPU to use"):
-            ag.use_device("gpu")
-    assert ag.use_device("auto") == DEVICE
 
 
 # --- 6. The networks --------------------------------------------------------------------------------------------------
@@ -730,15 +541,6 @@ def test_super_resolution_error_derivatives():
     check(*as_function(small_generator(co_training=True), call, seed=4), coordinates=2)
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4])
-def test_what_is_restored_comes_from_the_second_stages_resolution(stages):
-    generator = transgan.Generator(8, 128, (1,) * stages, np.random.default_rng(0), 2, np.float64, co_training=True)
-    real, side = ag.xp.asarray(normal(3, (2, 3, 8, 8))[0]), 2 * generator.start
-    small = real.reshape(2, 3, side, 8 // side, side, 8 // side).mean(axis=(3, 5))
-    restored = generator.super_resolve(Tensor(small)).data
-    close(transgan.super_resolution_error(generator, real), ((restored - real) ** 2).mean(axis=(1, 2, 3)))
-
-
 def test_discriminator_derivatives():
     x = Tensor(ag.xp.asarray(normal(3, (2, 3, 8, 8))[0]))
     check(*as_function(small_discriminator(), lambda d: d(x), seed=4), coordinates=2)
@@ -814,30 +616,6 @@ def test_a_flat_discriminator_has_a_finite_penalty_gradient():
     assert np.isfinite(ag.to_numpy(grad(transgan.gradient_penalty(norms), [w])[0])).all()
 
 
-COUNTS = {"S": 18_639_531, "M": 33_083_619, "L": 74_318_163, "XL": 133_592_515}  # paper.md's table of sizes
-
-
-def count(network):
-    return sum(p.size for p in network.parameters().values())
-
-
-class Zeros:
-    """Stands in for a random generator where only shapes matter."""
-
-    standard_normal = staticmethod(np.zeros)
-
-    def uniform(self, low, high, shape):
-        return np.zeros(shape, np.float32)
-
-
-@pytest.mark.parametrize("size", COUNTS)
-def test_parameter_counts_to_the_last_one(size):
-    dimensions = transgan.SIZES[size]
-    generator = count(transgan.Generator(32, dimensions.embed_dim, dimensions.depths, Zeros()))
-    discriminator = count(transgan.Discriminator(32, 4, dimensions.disc_embed_dim, dimensions.disc_depth, Zeros()))
-    assert (generator, discriminator) == (COUNTS[size], 12_458_497)
-
-
 @settings(max_examples=20)
 @given(batch=st.integers(1, 2), tokens=st.integers(1, 5), heads=st.integers(1, 3), seed=seeds, masked=st.booleans(),
        draw=st.data())  # fmt: skip
@@ -856,62 +634,6 @@ def test_a_block_for_its_first_tokens_alone_is_the_whole_blocks_beginning(batch,
     (few, values), (whole, _) = functions
     check_same(of_input_and_parameters(few), of_input_and_parameters(whole), [x, *values], 1e-8)
     check(of_input_and_parameters(few), [x, *values], order=1, coordinates=2)
-
-
-@given(seed=st.integers(0, 100))
-@settings(max_examples=3)
-def test_initial_values(seed):
-    normal_rule = transgan.Init(np.random.default_rng(seed), "normal")
-    weight, bias = (ag.to_numpy(x) for x in normal_rule.linear(400, 300))
-    assert weight.dtype == np.float32
-    assert (bias == 0).all()
-    assert weight.std() == pytest.approx(0.02, rel=0.02)
-    assert abs(weight.mean()) < 3e-4
-    weight, bias = (ag.to_numpy(x) for x in transgan.Init(np.random.default_rng(seed), "uniform").linear(400, 300))
-    for x, tolerance in ((weight, 0.02), (bias, 0.2)):
-        assert np.abs(x).max() <= 0.05
-        assert x.std() == pytest.approx(0.05 / math.sqrt(3), rel=tolerance)
-
-
-@pytest.mark.parametrize(("width", "published"), [(384, 0.245), (1024, 0.166)])
-def test_first_weights_of_the_layer_to_rgb(width, published):
-    """Glorot's: the deviation that the published code showed, of one seed, is among those of a hundred seeds here."""
-    layers = [transgan.Generator(4, width, (0, 0, 0), np.random.default_rng(seed)).to_rgb for seed in range(100)]
-    weights, biases = (np.stack([ag.to_numpy(getattr(x, name).data) for x in layers]) for name in ("weight", "bias"))
-    bound = math.sqrt(6 / (width / 16 + 3))
-    assert 0.97 * bound < np.abs(weights).max() <= bound
-    assert weights.std() == pytest.approx(bound / math.sqrt(3), rel=0.02)
-    assert weights.std(axis=(1, 2)).min() < published < weights.std(axis=(1, 2)).max()
-    assert 0.97 * (width / 16) ** -0.5 < np.abs(biases).max() <= (width / 16) ** -0.5
-
-
-@pytest.mark.parametrize("patch", [4, 8])
-def test_first_weights_of_the_patches(patch):
-    """Glorot's for a convolution: at the paper's 4 pixels, deviations of 0.018 and, of the biases, 0.083 as published."""
-    layers = [transgan.Discriminator(32, patch, 384, 0, np.random.default_rng(seed)).embed for seed in range(5)]
-    weights, biases = (np.stack([ag.to_numpy(getattr(x, name).data) for x in layers]) for name in ("weight", "bias"))
-    bound, bias = math.sqrt(6 / (patch**2 * (3 + 384))), (3 * patch**2) ** -0.5
-    assert 0.99 * bound < np.abs(weights).max() <= bound * (1 + 1e-6)
-    assert 0.99 * bias < np.abs(biases).max() <= bias * (1 + 1e-6)
-    assert weights.std() == pytest.approx(bound / math.sqrt(3), rel=0.01)
-    assert biases.std() == pytest.approx(bias / math.sqrt(3), rel=0.04)
-    if patch == 4:
-        assert (round(float(weights.std()), 3), biases.std()) == (0.018, pytest.approx(0.083, rel=0.04))
-
-
-def test_first_pictures_and_scores_spread_as_the_published_networks_do():
-    """Size S: pictures of deviation 1.18 (that of other weights was 0.5), scores of random pictures 0.035 (and 0.2)."""
-    spreads = []
-    for seed in range(3):
-        rng = np.random.default_rng(seed)
-        generator = transgan.Generator(32, 384, (5, 2, 2), rng)
-        discriminator = transgan.Discriminator(32, 4, 384, 7, rng)
-        z, x = (x.astype(np.float32) for x in normal(seed, (8, 384), (16, 3, 32, 32)))
-        with ag.no_grad():
-            pictures = generator(Tensor(ag.xp.asarray(z))).data
-            scores = discriminator(Tensor(ag.xp.asarray(np.clip(x / 2, -1, 1)))).data
-        spreads.append([float(pictures.std()), float(scores.std())])
-    assert np.mean(spreads, axis=0) == pytest.approx([1.18, 0.035], rel=0.25)
 
 
 def test_networks_refuse_pictures_they_cannot_make_or_cut():
@@ -1088,17 +810,6 @@ def test_co_training_adds_its_weighted_error_to_the_generators_loss(loss, small,
     assert not any("from_rgb" in name for name in state_of(trainer))
 
 
-def test_co_training_learns_to_restore_pictures(small):
-    """Eighty steps take away three quarters of the error; without co-training's gradient none would go."""
-    trainer = small_trainer(steps=80, disc_steps=1, learning_rate=3e-3, sr_weight=50.0, diff_aug="none")
-    errors = [float(trainer.train_step()["sr_loss"]) for _ in range(80)]
-    assert np.mean(errors[-10:]) < 0.25 * errors[0]
-    real = data.scale(trainer.batches.pictures)
-    small_pictures = ag.to_numpy(transgan.downsample(ag.xp.asarray(real), 2))
-    restored = trainer.restore(small_pictures)
-    assert restored.shape == real.shape
-
-
 def test_training_changes_every_weight_and_its_seed_decides(small):
     before, runs = state_of(small_trainer()), []
     for seed in (0, 0):
@@ -1111,60 +822,6 @@ def test_training_changes_every_weight_and_its_seed_decides(small):
     first, other = small_trainer(), small_trainer(seed=1)
     assert (state_of(first)["generator/project.weight"] != state_of(other)["generator/project.weight"]).any()
     assert (first.batches[0] != other.batches[0]).any()
-
-
-def test_no_two_streams_of_random_numbers_are_the_same():
-    streams = [(purpose, seed, number) for purpose in data.PURPOSES
-               for seed in (0, 1, 2) for number in (0, 1, 2)]  # fmt: skip
-    assert len({data.random_stream(*stream).random() for stream in streams}) == len(streams)
-
-
-def test_a_steps_draws_follow_from_the_seed(small, monkeypatch):
-    drawn, stream = [], data.random_stream
-    monkeypatch.setattr(data, "random_stream", lambda *key: drawn.append(key) or stream(*key))
-    trainer = small_trainer(seed=3)
-    for _ in range(2):
-        trainer.train_step()
-    own = [("weights", 3), ("shapes", 0, 8), ("step", 3, 0), ("step", 3, 1)]
-    assert [key for key in drawn if "order" not in key[0]] == own
-    assert {("order", 3, 0), ("co-training order", 3, 0)} <= set(drawn)
-
-
-def test_about_every_second_picture_is_mirrored():
-    pictures = np.arange(2000 * 3 * 2 * 3, dtype=np.float32).reshape(2000, 3, 2, 3)
-    given = pictures.copy()
-    made = transgan.flip(given, np.random.default_rng(0))
-    assert made is given
-    mirrored = (made == pictures[..., ::-1]).all(axis=(1, 2, 3))
-    np.testing.assert_array_equal(made[~mirrored], pictures[~mirrored])
-    assert mirrored.mean() == pytest.approx(0.5, abs=0.05)
-
-
-def test_each_picture_of_a_step_has_its_own_random_numbers(small, monkeypatch):
-    """Noise, mixing weights, draws and mirrors: none is one for a whole batch, and all come from the step's own stream."""
-    trainer = small_trainer(batch_size=20, gen_batch_size=20, diff_aug="color", sr_weight=1.0)
-    disc_inputs, gen_inputs = trainer.inputs(3)
-    (real, *first), (_, *second), (*last, restored) = *disc_inputs, gen_inputs
-    assert [x.shape for x in first] == [(20, 64), (20, 1, 1, 1), (20, 3, transgan.DRAWS)]
-    assert [x.shape for x in last] == [(20, 64), (20, transgan.DRAWS)]
-    numbers = np.concatenate([x[..., :3].ravel() for x in (*first, *second, *last)])
-    assert len(np.unique(numbers)) == len(numbers)
-    assert 0 <= first[1].min() < 0.2 < 0.8 < first[1].max() <= 1
-    for made, whole in ((real, trainer.batches[6]), (restored, trainer.co_batches[3])):
-        kept = (made == whole).all(axis=(1, 2, 3))
-        np.testing.assert_array_equal(made, np.where(kept[:, None, None, None], whole, whole[..., ::-1]))
-        assert 0 < kept.sum() < len(kept)
-
-    def all_inputs():
-        disc_inputs, gen_inputs = trainer.inputs(3)
-        return [x for inputs in (*disc_inputs, gen_inputs) for x in inputs]
-
-    stream = data.random_stream
-    before, again = all_inputs(), all_inputs()
-    monkeypatch.setattr(data, "random_stream", lambda purpose, seed, *n: stream(purpose, seed + (purpose == "step"), *n))
-    for a, b, other in zip(before, again, all_inputs(), strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert (a != other).any()
 
 
 @pytest.mark.parametrize("decay", transgan.DECAYS)
@@ -1209,27 +866,6 @@ def test_gradients_are_clipped_to_norm_5(small, monkeypatch):
         assert clipped == pytest.approx(min(5, norm), rel=1e-4)
 
 
-def test_training_brings_generated_pictures_closer(small):
-    """A hundred steps on drawn shapes take away a quarter of the distance to them that untrained pictures have."""
-    trainer = small_trainer(
-        sr_weight=0.0,
-        diff_aug="none",
-        seed=1,
-        steps=150,
-        disc_steps=2,
-        learning_rate=5e-4,
-        ema_decay=0.9,
-        batch_size=8,
-        gen_batch_size=8,
-    )
-    z = trainer.noise(40, np.random.default_rng(0))
-    real = data.scale(trainer.batches.pictures)
-    before = transgan.sliced_wasserstein(trainer.sample(z), real)
-    for _ in range(100):
-        trainer.train_step()
-    assert transgan.sliced_wasserstein(trainer.sample(z), real) < 0.75 * before
-
-
 @given(seed=seeds, n=st.integers(1, 20))
 def test_sliced_wasserstein_distance(seed, n):
     a, b = (x.astype(np.float32) for x in normal(seed, (n, 1), (n, 1)))
@@ -1246,32 +882,6 @@ def test_a_window_reaches_as_far_in_rows_as_in_columns(side, half_width):
     mask = transgan.window_mask(side, half_width)
     for i, j, k, m in np.ndindex(side, side, side, side):
         assert mask[i * side + j, k * side + m] == (max(abs(i - k), abs(j - m)) <= half_width)
-
-
-@given(side=st.integers(1, 6), half_width=st.integers(1, 40))
-def test_a_band_reaches_over_the_pictures_edge(side, half_width):
-    mask = transgan.window_mask(side, half_width, "band")
-    assert [[abs(i - j) <= half_width for j in range(side**2)] for i in range(side**2)] == mask.tolist()
-
-
-def test_windows_and_bands_have_as_many_keys_as_published():
-    for shape, least, most in (("window", 25, 441), ("band", 5, 21)):
-        counts = [transgan.window_mask(32, half_width, shape).sum(1) for half_width in (4, 6, 8, 10)]
-        assert (counts[0].min(), counts[-1].max()) == (least, most)
-
-
-def test_a_band_is_for_the_last_block_of_the_last_stage():
-    """One block: what a token changes ends at the band. One more before it, which sees all: it ends nowhere."""
-    x = normal(0, (1, 256, 4))[0]
-    moved = x.copy()
-    moved[0, 5 * 16 + 15, 0] += 1.0
-    for depth in (1, 2):
-        generator = transgan.Generator(16, 64, (1, 1, depth), np.random.default_rng(0), dtype=np.float64)
-        generator.attend_within(2, 1, "band")
-        assert [mask is None for mask in generator.masks] == [True, True, False]
-        a, b = (ag.to_numpy(generator.grow(Tensor(ag.xp.asarray(y)), first=2)) for y in (x, moved))
-        (changed,) = np.nonzero((a != b).any(axis=(0, 1)).ravel())
-        assert changed.tolist() == (list(range(93, 98)) if depth == 1 else list(range(256)))
 
 
 def test_the_generator_looks_only_as_far_as_its_window():
@@ -1295,55 +905,7 @@ def test_the_generator_looks_only_as_far_as_its_window():
     assert generator.masks == [None] * 3
 
 
-def test_the_window_grows_with_the_schedule_and_goes(small):
-    trainer = small_trainer(image_size=16, locality="1:320,3:640,5:960", steps=5, disc_steps=1, locality_stages=2)
-    assert transgan.locality_phases(trainer.options) == [(1, 1.0), (3, 2.0), (5, 3.0)]
-    seen = []
-    for _ in range(5):
-        trainer.train_step()
-        seen.append([None if mask is None else int(ag.to_numpy(mask)[0].sum()) for mask in trainer.generator.masks])
-    assert seen == [[None, 4, 4], [None, 16, 16], [None, 36, 36], [None] * 3, [None] * 3]
-    published = transgan.locality_phases(transgan.Options())
-    assert published == [(h, pytest.approx(e / 1600 * 500_000)) for h, e in ((4, 22), (6, 32), (8, 42), (10, 60))]
-
-
 # --- 8. Data ----------------------------------------------------------------------------------------------------------
-
-
-def test_cifar10_is_read_from_its_files_or_out_of_their_archive(tmp_path):
-    with pytest.raises(UserError, match="there is neither cifar-10-batches-py nor cifar-10-python.tar.gz in"):
-        data.load_cifar10(tmp_path)
-    rows, folder = np.random.default_rng(0).integers(0, 256, (5, 4, 3072), np.uint8), tmp_path / data.CIFAR10_FOLDER
-    folder.mkdir()
-    for name, row in zip(data.CIFAR10_TRAIN, rows, strict=True):
-        (folder / name).write_bytes(pickle.dumps({b"data": row, b"labels": [3, 1, 4, 1]}, 3))
-    with tarfile.open(tmp_path / data.CIFAR10_ARCHIVE, "w:gz") as archive:
-        archive.add(folder, folder.name)
-    np.testing.assert_array_equal(data.load_cifar10(tmp_path), rows.reshape(20, 3, 32, 32))
-    shutil.rmtree(folder)
-    np.testing.assert_array_equal(data.load_cifar10(tmp_path), rows.reshape(20, 3, 32, 32))
-
-
-class Command:
-    """An object whose pickle asks for a function to be called with an argument."""
-
-    def __init__(self, function, argument):
-        self.call = function, (argument,)
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {b"labels": [1], b"extra": x}, lambda x: {b"data": x}])
-def test_a_pickle_that_tries_to_run_code_runs_nothing(tmp_path, protocol, wrap):
-    made = tmp_path / "ran"
-    for function, argument in ((os.mkdir, str(made)), (eval, f"__import__('os').mkdir({str(made)!r})")):
-        content = pickle.dumps(wrap(Command(function, argument)), protocol)
-        with pytest.raises(UserError, match="it asks for|is not a batch") as caught:
-            data.read_batch(tmp_path / "batch", content)
-        assert "\n" not in str(caught.value)
-    assert not made.exists()
 
 
 @pytest.mark.parametrize("image_size", [8, 16, 32])

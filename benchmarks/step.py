@@ -29,6 +29,7 @@ import numpy as np  # isort: skip
 
 import autograd as ag
 import transgan
+from program.options import Options
 from program.trainer import make_trainer as trainer_of
 
 STEPS = ("discriminator step", "generator step")
@@ -38,7 +39,7 @@ STATUS = Path("/proc/self/status")  # where Linux keeps a process's resident mem
 
 def make_trainer(size, batch_size):
     plain = {"diff_aug": "none", "sr_weight": 0.0, "locality": "none"}  # as the step in PyTorch is
-    options = transgan.Options(size=size, batch_size=batch_size, gen_batch_size=batch_size, **plain)
+    options = Options(size=size, batch_size=batch_size, gen_batch_size=batch_size, **plain)
     pictures = np.random.default_rng(0).integers(0, 256, (batch_size, 3, 32, 32), dtype=np.uint8)
     return trainer_of(options, pictures)
 

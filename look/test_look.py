@@ -28,6 +28,7 @@ from look import architecture, drawing, pictures, report
 from program import checkpoints, options, support
 from program.log import Log
 from program.support import fails, run_main
+from store import output
 from store.support import holds, leftovers
 
 # --- 1. Setting up ----------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def test_the_page_holds_all_that_it_shows(run):
     last = support.read_log(run)[-1]
     assert "Step 4 of 4, finished" in text
     assert f"<dd>{float(last['distance']):.3f}</dd>" in content
-    assert f"<dt>elapsed</dt><dd>{transgan.clock(float(last['seconds']))}</dd>" in content
+    assert f"<dt>elapsed</dt><dd>{output.clock(float(last['seconds']))}</dd>" in content
     assert f"--resume '{run}' --steps 8" in text
     assert f"python transgan.py --steps 4 --batch-size 4 --gen-batch-size 4 --sr-weight 1.0 --out '{run}'" in text
 
@@ -308,9 +309,11 @@ def test_a_drawing_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capsy
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    done, save, update = [], transgan.Trainer.save, report.Report.update
+    done, save, update = [], checkpoints.save, report.Report.update
     monkeypatch.setattr(report, "curves", full)
-    monkeypatch.setattr(transgan.Trainer, "save", lambda self, path: done.append(("save", self.step)) or save(self, path))
+    monkeypatch.setattr(
+        checkpoints, "save", lambda trainer, *rest: done.append(("save", trainer.step)) or save(trainer, *rest)
+    )
     monkeypatch.setattr(report.Report, "update", lambda self: done.append(("draw", self.trainer.step)) or update(self))
     out = tmp_path / "run"
     assert run_main(*support.TRAIN, "--out", out, "--sample-every", 2, "--save-every", 2) == 0
@@ -331,10 +334,10 @@ def test_a_folder_whose_name_is_no_text_has_a_report(tmp_path):
 def test_drawing_takes_no_more_than_its_share_of_the_time(share, drawn, tmp_path, monkeypatch):
     steps, page = [], report.page
 
-    def draw(trainer, out, log):
+    def draw(trainer, out, log, *words):
         assert log["seconds"][0, -1] == trainer.step  # the log is up to date
         steps.append(trainer.step)
-        return page(trainer, out, log)
+        return page(trainer, out, log, *words)
 
     monkeypatch.setattr(report.Report, "SHARE", share)
     monkeypatch.setattr(report, "page", draw)
@@ -347,7 +350,7 @@ def test_a_report_while_the_run_goes_on(run):
     trainer, log = trainer_of(run), report.read_log(run / "log.csv")
     trainer.step, log["seconds"] = 1, np.array([[0, 1], [10, 14.5]])
     trainer.options.dataset = "/of/<i>many</i>&amp;"
-    content = report.page(trainer, run, log)
+    content = report.page(trainer, run, log, "python transgan.py", 1)
     page = Page(content)
     assert "Step 1 of 4, training" in content
     assert "<dt>left</dt><dd>0:00:13</dd>" in content
@@ -406,7 +409,7 @@ def test_probabilities_are_those_that_attention_weighs_by(masked):
     np.testing.assert_allclose(p.sum(axis=-1), 1)
     v = qkv.data.reshape(2, 9, 3, 4, 2)[:, :, 2].transpose(0, 2, 1, 3)  # (B, H, N, D)
     out = (p @ v).transpose(0, 2, 1, 3).reshape(2, 9, 8)
-    np.testing.assert_allclose(out, ag.attention_composed(qkv, 4, mask).data)
+    np.testing.assert_allclose(out, ag.attention(qkv, 4, mask).data)
     assert masked == bool((p == 0).any())
     np.testing.assert_allclose(pictures.attention_probabilities(qkv, 4, mask, slice(0, 8, 7)).data, p[:, :, [0, 7]])
 

@@ -13,6 +13,7 @@ import transgan
 from autograd import Tensor, grad
 from look import summary
 from paper import convolutions, networks
+from paper.test_published import Zeros, count
 from program import checkpoints, main, options, support
 
 PEERS = ("autogan", "resnet")
@@ -53,10 +54,10 @@ def test_derivatives_of_whole_networks(name, seed):
 
 @pytest.mark.parametrize("name", PEERS)
 def test_parameter_counts_as_the_published_code_has_them(name):
-    rng = base.Zeros()
+    rng = Zeros()
     generator = networks.make_generator(name, "S", 32, rng)
     discriminator = networks.make_discriminator(name, "S", 32, rng)
-    assert (base.count(generator), base.count(discriminator)) == COUNTS[name]
+    assert (count(generator), count(discriminator)) == COUNTS[name]
     totals = [row[5] for row in summary.summary_rows(generator, discriminator) if row[1] == "total"]
     assert totals == list(COUNTS[name])
 
@@ -186,13 +187,13 @@ def torch_generator(torch, layers, name, z, channels):
         skips = []
         for i, mode in enumerate(("nearest", "bilinear", "nearest")):
             side, cell = 2 * x.shape[2], f"cells.{i}"
-            skip = h = layers[f"{cell}.conv1"](f.interpolate(f.relu(x), scale_factor=2, mode=mode))
+            h = layers[f"{cell}.conv1"](f.interpolate(f.relu(x), scale_factor=2, mode=mode))
             for k, feature in enumerate(skips):
                 h = h + layers[f"{cell}.skips.{k}"](f.interpolate(feature, size=(side, side), mode=mode))
+            skips.append(h)  # with what was added, as the published code has it
             h = layers[f"{cell}.conv2"](f.relu(h))
             if i < 2:
                 h = h + layers[f"{cell}.shortcut"](f.interpolate(x, scale_factor=2, mode=mode))
-            skips.append(skip)
             x = h
     else:
         for i in range(3):
@@ -368,7 +369,7 @@ def test_options_that_do_not_go_together(small, tmp_path, capsys):
         (["--generator", "autogan", "--sr-weight", "1"], "wants --sr-weight 0 and --locality none"),
         (["--generator", "resnet", "--locality", "4:22"], "wants --sr-weight 0 and --locality none"),
         (["--generator", "autogan", "--accumulate", "2"], "wants whole batches"),
-        (["--generator", "autogan", "--image-size", "20"], "must divide by 8"),
+        (["--generator", "autogan", "--image-size", "20"], "cannot be halved three times"),
         (["--generator", "biggan"], "invalid choice: 'biggan'"),
     ):
         assert message in support.fails(capsys, *args, "--out", tmp_path / "run"), args

@@ -11,10 +11,13 @@ import pytest
 from PIL import Image
 
 import autograd as ag
+import data
+import fast
 import transgan
 from autograd import Tensor
 from data import UserError
 from look import summary
+from paper.test_published import count
 from program import checkpoints, update
 from program.support import (
     POLICY,
@@ -26,7 +29,8 @@ from program.support import (
     state_of,
 )
 from program.trainer import make_networks
-from test_transgan import Zeros, count, on_cpu
+from test_transgan import close, normal, on_cpu
+from test_transgan import small_trainer as plain_trainer
 
 
 def test_the_papers_sizes_of_pictures():
@@ -39,12 +43,14 @@ def test_the_papers_sizes_of_pictures():
         options = parsed("--preset", preset)
         size, side = transgan.SIZES[options.size], options.image_size
         assert transgan.stage_depths(options.size, side) == depths
-        generator = transgan.Generator(side, size.embed_dim, depths, Zeros())
+        generator = transgan.Generator(side, size.embed_dim, depths, summary.Zeros())
         assert generator.start == start
         positions = [stage.position.shape for stage in generator.stages]
         assert positions == [(1, (start * 2**k) ** 2, width) for k, width in enumerate(widths)]
         assert [len(stage.blocks) for stage in generator.stages] == list(depths)
-        discriminator = transgan.Discriminator(side, options.patch_size, size.disc_embed_dim, size.disc_depth, Zeros())
+        discriminator = transgan.Discriminator(
+            side, options.patch_size, size.disc_embed_dim, size.disc_depth, summary.Zeros()
+        )
         assert discriminator.position.shape == (1, 65, 384)
         totals = [row[5] for row in summary.summary_rows(generator, discriminator) if row[1] == "total"]
         assert totals == [count(generator), count(discriminator)]
@@ -247,3 +253,103 @@ def test_half_the_rate_is_half_the_rate(small):
     for trainer in (halved, lower):
         trainer.train_step()
     assert_same_state(state_of(halved), state_of(lower))
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_what_is_restored_comes_from_the_second_stages_resolution(stages):
+    generator = transgan.Generator(8, 128, (1,) * stages, np.random.default_rng(0), 2, np.float64, co_training=True)
+    real, side = ag.xp.asarray(normal(3, (2, 3, 8, 8))[0]), 2 * generator.start
+    small = real.reshape(2, 3, side, 8 // side, side, 8 // side).mean(axis=(3, 5))
+    restored = generator.super_resolve(Tensor(small)).data
+    close(transgan.super_resolution_error(generator, real), ((restored - real) ** 2).mean(axis=(1, 2, 3)))
+
+
+def test_co_training_learns_to_restore_pictures(small):
+    """Eighty steps take away three quarters of the error; without co-training's gradient none would go."""
+    trainer = plain_trainer(steps=80, disc_steps=1, learning_rate=3e-3, sr_weight=50.0, diff_aug="none")
+    errors = [float(trainer.train_step()["sr_loss"]) for _ in range(80)]
+    assert np.mean(errors[-10:]) < 0.25 * errors[0]
+    real = data.scale(trainer.batches.pictures)
+    small_pictures = ag.to_numpy(transgan.downsample(ag.xp.asarray(real), 2))
+    restored = trainer.restore(small_pictures)
+    assert restored.shape == real.shape
+
+
+def test_no_two_streams_of_random_numbers_are_the_same():
+    streams = [(purpose, seed, number) for purpose in data.PURPOSES
+               for seed in (0, 1, 2) for number in (0, 1, 2)]  # fmt: skip
+    assert len({data.random_stream(*stream).random() for stream in streams}) == len(streams)
+
+
+def test_a_steps_draws_follow_from_the_seed(small, monkeypatch):
+    drawn, stream = [], data.random_stream
+    monkeypatch.setattr(data, "random_stream", lambda *key: drawn.append(key) or stream(*key))
+    trainer = plain_trainer(seed=3)
+    for _ in range(2):
+        trainer.train_step()
+    own = [("weights", 3), ("shapes", 0, 8), ("step", 3, 0), ("step", 3, 1)]
+    assert [key for key in drawn if "order" not in key[0]] == own
+    assert {("order", 3, 0), ("co-training order", 3, 0)} <= set(drawn)
+
+
+def test_about_every_second_picture_is_mirrored():
+    pictures = np.arange(2000 * 3 * 2 * 3, dtype=np.float32).reshape(2000, 3, 2, 3)
+    given = pictures.copy()
+    made = transgan.flip(given, np.random.default_rng(0))
+    assert made is given
+    mirrored = (made == pictures[..., ::-1]).all(axis=(1, 2, 3))
+    np.testing.assert_array_equal(made[~mirrored], pictures[~mirrored])
+    assert mirrored.mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_each_picture_of_a_step_has_its_own_random_numbers(small, monkeypatch):
+    """Noise, mixing weights, draws and mirrors: none is one for a whole batch, and all come from the step's own stream."""
+    trainer = plain_trainer(batch_size=20, gen_batch_size=20, diff_aug="color", sr_weight=1.0)
+    disc_inputs, gen_inputs = trainer.inputs(3)
+    (real, *first), (_, *second), (*last, restored) = *disc_inputs, gen_inputs
+    assert [x.shape for x in first] == [(20, 64), (20, 1, 1, 1), (20, 3, transgan.DRAWS)]
+    assert [x.shape for x in last] == [(20, 64), (20, transgan.DRAWS)]
+    numbers = np.concatenate([x[..., :3].ravel() for x in (*first, *second, *last)])
+    assert len(np.unique(numbers)) == len(numbers)
+    assert 0 <= first[1].min() < 0.2 < 0.8 < first[1].max() <= 1
+    for made, whole in ((real, trainer.batches[6]), (restored, trainer.co_batches[3])):
+        kept = (made == whole).all(axis=(1, 2, 3))
+        np.testing.assert_array_equal(made, np.where(kept[:, None, None, None], whole, whole[..., ::-1]))
+        assert 0 < kept.sum() < len(kept)
+
+    def all_inputs():
+        disc_inputs, gen_inputs = trainer.inputs(3)
+        return [x for inputs in (*disc_inputs, gen_inputs) for x in inputs]
+
+    stream = data.random_stream
+    before, again = all_inputs(), all_inputs()
+    monkeypatch.setattr(data, "random_stream", lambda purpose, seed, *n: stream(purpose, seed + (purpose == "step"), *n))
+    for a, b, other in zip(before, again, all_inputs(), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert (a != other).any()
+
+
+def test_training_brings_generated_pictures_closer():
+    """Fifty steps on drawn shapes take away a quarter of the distance to them that untrained pictures have."""
+    fast.install()
+    trainer = plain_trainer(image_size=16, patch_size=4, batch_size=16, gen_batch_size=16, learning_rate=5e-4, ema_decay=0.9,
+                            sr_weight=0.0, diff_aug="none", locality="none", steps=50)  # fmt: skip
+    z = trainer.noise(40, np.random.default_rng(0))
+    real = data.scale(trainer.batches.pictures)
+    before = transgan.sliced_wasserstein(trainer.sample(z), real)
+    for _ in transgan.train(trainer):
+        pass
+    fast.uninstall()
+    assert transgan.sliced_wasserstein(trainer.sample(z), real) < 0.75 * before
+
+
+def test_the_window_grows_with_the_schedule_and_goes(small):
+    trainer = plain_trainer(image_size=16, locality="1:320,3:640,5:960", steps=5, disc_steps=1, locality_stages=2)
+    assert transgan.locality_phases(trainer.options) == [(1, 1.0), (3, 2.0), (5, 3.0)]
+    seen = []
+    for _ in range(5):
+        trainer.train_step()
+        seen.append([None if mask is None else int(ag.to_numpy(mask)[0].sum()) for mask in trainer.generator.masks])
+    assert seen == [[None, 4, 4], [None, 16, 16], [None, 36, 36], [None] * 3, [None] * 3]
+    published = transgan.locality_phases(transgan.Options())
+    assert published == [(h, pytest.approx(e / 1600 * 500_000)) for h, e in ((4, 22), (6, 32), (8, 42), (10, 60))]

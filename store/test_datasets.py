@@ -5,6 +5,7 @@ import gzip
 import io
 import os
 import pickle
+import shutil
 import tarfile
 import tempfile
 import warnings
@@ -409,3 +410,39 @@ def test_a_fuzzed_picture_is_read_or_skipped(kind, seed, capsys):
         pictures = list(datasets.decode(["bad", "good"], lambda name: io.BytesIO(good if name == "good" else bad), 8, "x"))
     assert pictures[0].shape in ((1, 3, 8, 8), (2, 3, 8, 8))
     assert ("skipped 'bad': " in capsys.readouterr().err) == (len(pictures[0]) == 1)
+
+
+def test_cifar10_is_read_from_its_files_or_out_of_their_archive(tmp_path):
+    with pytest.raises(UserError, match="there is neither cifar-10-batches-py nor cifar-10-python.tar.gz in"):
+        data.load_cifar10(tmp_path)
+    rows, folder = np.random.default_rng(0).integers(0, 256, (5, 4, 3072), np.uint8), tmp_path / data.CIFAR10_FOLDER
+    folder.mkdir()
+    for name, row in zip(data.CIFAR10_TRAIN, rows, strict=True):
+        (folder / name).write_bytes(pickle.dumps({b"data": row, b"labels": [3, 1, 4, 1]}, 3))
+    with tarfile.open(tmp_path / data.CIFAR10_ARCHIVE, "w:gz") as archive:
+        archive.add(folder, folder.name)
+    np.testing.assert_array_equal(data.load_cifar10(tmp_path), rows.reshape(20, 3, 32, 32))
+    shutil.rmtree(folder)
+    np.testing.assert_array_equal(data.load_cifar10(tmp_path), rows.reshape(20, 3, 32, 32))
+
+
+class Command:
+    """An object whose pickle asks for a function to be called with an argument."""
+
+    def __init__(self, function, argument):
+        self.call = function, (argument,)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {b"labels": [1], b"extra": x}, lambda x: {b"data": x}])
+def test_a_pickle_that_tries_to_run_code_runs_nothing(tmp_path, protocol, wrap):
+    made = tmp_path / "ran"
+    for function, argument in ((os.mkdir, str(made)), (eval, f"__import__('os').mkdir({str(made)!r})")):
+        content = pickle.dumps(wrap(Command(function, argument)), protocol)
+        with pytest.raises(UserError, match="it asks for|is not a batch") as caught:
+            data.read_batch(tmp_path / "batch", content)
+        assert "\n" not in str(caught.value)
+    assert not made.exists()
