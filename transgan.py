@@ -114,6 +114,7 @@ class Size:
     depths: tuple[int, ...]  # its blocks per stage
     disc_embed_dim: int = 384
     disc_depth: int = 7
+    depths_at_64: tuple[int, ...] = ()  # blocks per stage of pictures of 64 pixels a side and above, where published
 
 
 SIZES = {
@@ -121,7 +122,7 @@ SIZES = {
     "S": Size(384, (5, 2, 2)),
     "M": Size(512, (5, 2, 2)),
     "L": Size(768, (5, 2, 2)),
-    "XL": Size(1024, (5, 4, 2)),
+    "XL": Size(1024, (5, 4, 2), depths_at_64=(5, 3, 3, 2)),
 }
 NUM_HEADS = 4
 
@@ -129,11 +130,15 @@ NUM_HEADS = 4
 def stage_depths(size: str, image_size: int) -> tuple[int, ...]:
     """The generator's blocks per stage: a size's depths, with a stage more for pictures of 64 pixels a side and above.
 
-    So TransGAN-XL has (5, 4, 4, 2) on CelebA, as in the paper. Sizes whose width does not divide among the heads of a
-    fourth stage, tiny and S, make these pictures in three, from 16x16 tokens.
+    So TransGAN-XL has (5, 3, 3, 2) on CelebA, as in the authors' file; in M and L the second stage's blocks come twice, our
+    reading. Sizes whose width does not divide among the heads of a fourth stage, tiny and S, make these pictures in three,
+    from 16x16 tokens.
     """
-    depths, parts = SIZES[size].depths, NUM_HEADS * 4**3  # a fourth stage has 1/4^3 of the width, for NUM_HEADS heads
-    return depths[:2] + depths[1:] if image_size >= 64 and SIZES[size].embed_dim % parts == 0 else depths
+    dimensions, parts = SIZES[size], NUM_HEADS * 4**3  # a fourth stage has 1/4^3 of the width, for NUM_HEADS heads
+    depths = dimensions.depths
+    if image_size < 64 or dimensions.embed_dim % parts:
+        return depths
+    return dimensions.depths_at_64 or depths[:2] + depths[1:]
 
 
 def patch_side(image_size: int) -> int:
@@ -494,18 +499,25 @@ class Options:
 
 
 DECAYS = ("none", "linear")  # of the learning rate over a run: as it is, in every published command; or to 0 in a line
-EPOCHS = 1600  # of the authors' run: 500,000 steps of 5 batches of 32 of 50,000 pictures
+# Of the authors' runs: 500,000 steps of 5 batches, of 32 of CIFAR-10's 50,000 pictures, of 16 of the others'.
+EPOCHS = {"cifar10": 1600, "stl10": 381, "celeba": 198}
+
+
+def epochs_of(dataset: str) -> int:
+    """The epochs that a schedule of locality counts: those of the authors' run on this data set, CIFAR-10's for others."""
+    return EPOCHS.get(dataset, EPOCHS["cifar10"])
 
 
 def locality_phases(options: Options) -> list[tuple[int, float]]:
     """The schedule of locality-aware initialization: [(half_width, step from which it is over), ...], in order.
 
-    `options.locality` counts epochs of a run of EPOCHS, the authors' length; a run of another length goes through the same
-    phases in proportion.
+    `options.locality` counts epochs of EPOCHS, the authors' length; a run of another goes through the same phases in
+    proportion.
     """
     if options.locality == "none":
         return []
-    return [(half_width, epoch / EPOCHS * options.steps) for half_width, epoch in locality_pairs(options.locality)]
+    scale = options.steps / epochs_of(options.dataset)
+    return [(half_width, epoch * scale) for half_width, epoch in locality_pairs(options.locality)]
 
 
 def locality_pairs(text: str) -> list[tuple[int, float]]:

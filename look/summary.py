@@ -80,6 +80,11 @@ def summary_rows(generator, discriminator):
 def table(rows):
     """The rows of `summary_rows` as text, one line each."""
     lines = [COLUMNS, *((*row[:5], *(f"{x:,}" if x else "" for x in row[5:])) for row in rows)]
-    widths = [max(len(str(line[i])) for line in lines) for i in range(len(COLUMNS))]
-    align = "<<>>>>>"
-    return "\n".join("  ".join(f"{x!s:{a}{w}}" for x, a, w in zip(line, align, widths, strict=True)) for line in lines)
+    return in_columns(lines, "<<>>>>>")
+
+
+def in_columns(rows, align):
+    """Rows of cells as lines of text, each column to the left, <, or to the right, >, as `align` says."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(align))]
+    lines = ("  ".join(f"{x!s:{a}{w}}" for x, a, w in zip(row, align, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

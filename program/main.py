@@ -45,9 +45,12 @@ def make_parser():
 def add_training(parser):
     group = parser.add_argument_group("what to train")
     options.add_options(group, options.NETWORKS)
-    group.add_argument("--preset", choices=options.PRESETS, metavar="NAME", help="all options as the paper has them: "
-                       f"{', '.join(options.PRESETS)}; what else is given goes before")  # fmt: skip
-    group = parser.add_argument_group("how to train; the defaults are the authors', and smaller on a laptop")
+    names = ", ".join(options.PRESETS)
+    group.add_argument("--preset", choices=options.PRESETS, metavar="NAME", help="all options of one of the paper's runs: "
+                       f"{names}; what else is given goes before; with --summary, what the paper's text, the authors' "
+                       "commands and we have where these differ")  # fmt: skip
+    title = "how to train; the defaults follow the authors' code for CIFAR-10, and are smaller on a laptop"
+    group = parser.add_argument_group(title)
     options.add_options(group, options.TRAINING)
     group.add_argument("--on-nan", choices=("stop", "rewind"), default="stop",
                        help="when a number is no longer finite: stop, or go on from the last checkpoint at half the rate, "

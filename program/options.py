@@ -16,6 +16,8 @@ import fast
 import transgan
 from data import UserError
 from paper.networks import NAMES
+from program import presets
+from program.presets import PRESETS
 from store import arguments, datasets, files
 from store.arguments import number
 
@@ -54,9 +56,9 @@ def schedule(text):
     except ValueError:
         pairs = [(0, 0.0)]
     growing = all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise([(0, 0.0), *pairs]))
-    if not growing or not pairs[-1][1] <= transgan.EPOCHS:
+    if not growing or not pairs[-1][1] <= max(transgan.EPOCHS.values()):
         raise argparse.ArgumentTypeError(f"{text!r} must be none, or pairs half_width:epoch like {Options.locality}, "
-                                         f"both growing, epochs up to {transgan.EPOCHS}")  # fmt: skip
+                                         f"both growing, epochs up to {max(transgan.EPOCHS.values())}")  # fmt: skip
     return text
 
 
@@ -87,12 +89,12 @@ TRAINING = {
     "loss": Option(transgan.LOSSES, None, "the adversarial loss (default: wgangp-eps)"),
     "steps": Option(WHOLE, "N", "generator steps (default: 500000; 50000 for the discriminator autogan, 100000 for "
                     "resnet; for shapes 1000)"),
-    "batch_size": Option(WHOLE, "N", "real pictures a discriminator step (default: 32; 64 for other discriminators; for "
-                         "shapes 16)"),
+    "batch_size": Option(WHOLE, "N", "real pictures a discriminator step (default: 32; 64 for other discriminators; 16 for "
+                         "stl10, celeba and shapes)"),
     "accumulate": Option(WHOLE, "N", "work through each batch in N parts, in an N-th of the memory, up to half as long "
                          "again; the steps are the same up to rounding (default: 1)"),
     "gen_batch_size": Option(WHOLE, "N", "generated pictures a generator step (default: 64; 128 for other "
-                             "discriminators; for shapes 16)"),
+                             "discriminators; 32 for stl10 and celeba; 16 for shapes)"),
     "disc_steps": Option(WHOLE, "N", "discriminator steps a generator step (default: 5; for shapes 2)"),
     "learning_rate": Option(number(float, 0, 1), "R", "Adam's rate at the start (default: 1e-4; for tiny 5e-4)"),
     "decay": Option(transgan.DECAYS, None, "of that rate: none, as in every published command of TransGAN and AutoGAN; "
@@ -110,7 +112,9 @@ TRAINING = {
     "sr_weight": Option(number(float, 0), "W", "weight of co-training with super-resolution in the generator's loss; 0 is "
                         "without (default: 50; for tiny 0)"),
     "locality": Option(schedule, "LIST", "how far a token of the generator sees, until which epoch of "
-                       f"{transgan.EPOCHS}, scaled to the run, or none (default: {Options.locality}; for tiny none)"),
+                       f"{transgan.EPOCHS['cifar10']} (stl10 {transgan.EPOCHS['stl10']}, celeba "
+                       f"{transgan.EPOCHS['celeba']}), scaled to the run, or none (default: {Options.locality}; for celeba "
+                       f"{presets.CELEBA}; for tiny none)"),
     "locality_stages": Option(number(int, 1, 4), "N", "the last N stages are so limited (default: 1)"),
     "locality_shape": Option(transgan.LOCALITY_SHAPES, None, "window: tokens near in rows and columns, in all blocks of a "
                              "stage, as the paper's figure shows it; band: tokens near in number, row by row, in the last "
@@ -120,12 +124,13 @@ OPTIONS = NETWORKS | TRAINING
 
 # What --dataset decides where nothing else is said; a folder of pictures is like cifar10.
 DEFAULTS = {
-    "stl10": {"size": "XL", "image_size": 48},
-    "celeba": {"size": "XL", "image_size": 64},
+    "stl10": {"size": "XL", "image_size": 48, "batch_size": 16, "gen_batch_size": 32},
+    "celeba": {"size": "XL", "image_size": 64, "batch_size": 16, "gen_batch_size": 32, "locality": presets.CELEBA},
     "shapes": {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "batch_size": 16, "gen_batch_size": 16,
                "diff_aug": "none"},
 }  # fmt: skip
-# The peers of the paper's tables, as their authors trained them; a mixed pair is trained as its discriminator asks for.
+# The peers of the paper's tables, as their authors trained them where there is an option for it; a mixed pair is trained as
+# its discriminator asks for.
 # What stays different is printed below their tables: DIFFERENCES of paper/tables.py.
 PEER_DEFAULTS = {
     "autogan": {"loss": "hinge", "steps": 50_000, "batch_size": 64, "gen_batch_size": 128, "learning_rate": 2e-4,
@@ -135,12 +140,6 @@ PEER_DEFAULTS = {
 }  # fmt: skip
 # A laptop's run ends long before the paper's average over thousands of steps forgets the first, and has no time to spare.
 TINY_DEFAULTS = {"learning_rate": 5e-4, "ema_decay": 0.99, "sr_weight": 0.0, "locality": "none"}
-# The paper's own runs, with the batches that its text gives (the authors' code has half of these, our default).
-PAPER = {"loss": "wgangp-eps", "steps": 500_000, "batch_size": 64, "gen_batch_size": 128, "disc_steps": 5,
-         "learning_rate": 1e-4, "decay": "none", "ema_decay": 0.999, "diff_aug": Options.diff_aug, "sr_weight": 50.0,
-         "locality": Options.locality, "locality_stages": 1, "locality_shape": "window"}  # fmt: skip
-PRESETS = {f"{dataset}-{size}": PAPER | {"dataset": dataset, "size": size} for dataset, size in
-           [*(("cifar10", size) for size in ("S", "M", "L", "XL")), ("stl10", "XL"), ("celeba", "XL")]}  # fmt: skip
 
 
 def flag(name):
@@ -236,6 +235,10 @@ def check_options(options):
     if peer and (options.sr_weight or options.locality != "none"):
         raise UserError(f"co-training and locality are TransGAN's: --generator {options.generator} wants --sr-weight 0 "
                         "and --locality none, its defaults")  # fmt: skip
+    epochs = transgan.epochs_of(options.dataset)
+    if options.locality != "none" and transgan.locality_pairs(options.locality)[-1][1] > epochs:
+        raise UserError(f"--locality {options.locality} goes on after the {epochs} epochs of a run on {options.dataset}; "
+                        "choose smaller numbers")  # fmt: skip
     if options.locality_shape == "band" and options.locality_stages > 1:
         raise UserError("--locality-shape band is for the last stage alone; leave out --locality-stages")
     if peer and options.accumulate > 1:

@@ -28,7 +28,7 @@ from look import summary
 from look.report import Report
 from paper import scores
 from paper.networks import NAMES
-from program import checkpoints, options
+from program import checkpoints, options, presets
 from program.checkpoints import NotFinite, quoted
 from program.log import Log
 from program.profile import profile, tell_profile
@@ -253,7 +253,7 @@ def run(args, parser):
     checkpoint, saved = checkpoints.newest_checkpoint(begun) if begun else (None, None)
     chosen, out = options.choose_options(args, saved)
     if args.summary:
-        tell_summary(chosen)
+        tell_summary(chosen, args.preset)
         return 0
     try:
         device = ag.use_device(args.device)
@@ -300,12 +300,13 @@ def run(args, parser):
     return 0
 
 
-def tell_summary(chosen):
-    """Print the networks of these options as a table, below the command line that gives them."""
+def tell_summary(chosen, preset):
+    """Print the networks of these options as a table, below the command line that gives them, above a preset's sources."""
     generator, discriminator = make_networks(chosen, rng=summary.Zeros())
     rows = summary.summary_rows(generator, discriminator)
     named = [{name: x for name, x in zip(summary.COLUMNS, row, strict=True) if x} for row in rows]
-    values = dataclasses.asdict(chosen)
-    output.tell(
-        f"transgan.py {options.flags(values)}\n\n{summary.table(rows)}", event="summary", options=values, rows=named
-    )
+    values, stated = dataclasses.asdict(chosen), presets.source_table(preset, chosen) if preset else []
+    text = f"transgan.py {options.flags(values)}\n\n{summary.table(rows)}"
+    if stated:
+        text += "\n\n" + summary.in_columns([list(stated[0]), *(list(row.values()) for row in stated)], "<<<<<")
+    output.tell(text, event="summary", options=values, rows=named, sources=stated)

@@ -136,7 +136,7 @@ def test_the_larger_data_sets_are_learnt(name, side, stages, tmp_path, monkeypat
 
     monkeypatch.setattr(transgan.Generator, "grow", counted)
     assert run_main("--dataset", name, "--size", "tiny", "--steps", 1, "--disc-steps", 1, "--batch-size", 2,
-                    "--gen-batch-size", 2, "--sr-weight", 1, "--locality", "4:1600", "--data-dir", tmp_path,
+                    "--gen-batch-size", 2, "--sr-weight", 1, "--locality", "4:198", "--data-dir", tmp_path,
                     "--out", tmp_path / "run") == 0  # fmt: skip
     assert f"{name} {side}x{side}, 6 pictures" in capsys.readouterr().out
     assert set(made) == {stages}
@@ -153,7 +153,12 @@ def test_presets_are_the_papers_runs(name, capsys):
     assert (options.dataset, options.size, options.loss) == (dataset, size, "wgangp-eps")
     assert (options.batch_size, options.gen_batch_size, options.disc_steps, options.steps) == (64, 128, 5, 500_000)
     assert (options.learning_rate, options.decay, options.ema_decay, options.sr_weight) == (1e-4, "none", 0.999, 50)
-    assert (options.diff_aug, options.locality) == (POLICY, "4:22,6:32,8:42,10:60")
+    assert options.diff_aug == POLICY
+    assert options.locality == ("8:5,12:10,16:15,20:20" if dataset == "celeba" else "4:22,6:32,8:42,10:60")
+    ends = {"cifar10": (22, 60, 1600), "stl10": (22, 60, 381), "celeba": (5, 20, 198)}[dataset]
+    phases = [end for _, end in transgan.locality_phases(options)]
+    assert (phases[0], phases[-1]) == pytest.approx([500_000 * ends[i] / ends[2] for i in (0, 1)])
+    assert options.patch_size == options.image_size // 8
     changed = parsed("--preset", name, "--steps", 7, "--size", "tiny", "--diff-aug", "none", "--accumulate", 4)
     assert changed == dataclasses.replace(options, steps=7, size="tiny", diff_aug="none", accumulate=4)
     assert run_main("--summary", "--preset", name, "--batch-size", 48) == 0
@@ -161,6 +166,26 @@ def test_presets_are_the_papers_runs(name, capsys):
     assert command[0] == "transgan.py"
     assert parsed(*command[1:]) == dataclasses.replace(options, batch_size=48)
     assert len(command) == 1 + 2 * len(dataclasses.fields(options))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_says_whose_its_values_are(name, capsys):
+    """A row each where text and commands differ or one is silent; what is given here is nobody else's."""
+    dataset = name.split("-")[0]
+    assert run_main("--summary", "--preset", name, "--gen-batch-size", 96) == 0
+    lines = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    table = {row[0]: row[1:] for row in (re.split(r" {2,}", line.rstrip()) for line in lines)}
+    assert table["value"] == ["here", "paper's text", "authors' command", "our reading"]
+    assert table["batch_size"][:3] == ["64", "64", "32" if dataset == "cifar10" else "16"]
+    assert table["gen_batch_size"] == ["96", "128", "64" if dataset == "cifar10" else "32", "as you say"]
+    assert table["locality_shape"][::2] == ["window", "band"]
+    for what, where, command in (("patch_size", ("stl10", "celeba"), "4"), ("size", ("stl10",), "width 768"),
+                                 ("pictures", ("stl10",), "105,000"), ("resizing", ("stl10", "celeba"), ""),
+                                 ("depths", ("celeba",), "5, 3, 3, 2")):  # fmt: skip
+        assert (what in table) == (dataset in where)
+        assert command in " ".join(table.get(what, [command]))
+    defaults = parsed("--dataset", dataset)  # the authors' batches, without a preset
+    assert (defaults.batch_size, defaults.gen_batch_size) == ((32, 64) if dataset == "cifar10" else (16, 32))
 
 
 def test_the_rate_decays_where_its_authors_had_it_so():
@@ -173,6 +198,7 @@ def test_the_rate_decays_where_its_authors_had_it_so():
 
 def test_a_preset_gives_way_to_another_data_set(tmp_path):
     assert parsed("--preset", "cifar10-S", "--dataset", "stl10").image_size == 48
+    assert parsed("--preset", "stl10-XL", "--dataset", "celeba").patch_size == 8
     assert parsed("--preset", "cifar10-S", "--dataset", tmp_path, "--image-size", 64).patch_size == 8
     command = flags(dataclasses.asdict(parsed("--dataset", tmp_path / ".." / tmp_path.name)))
     assert shlex.split(command)[1] == str(tmp_path.resolve())
@@ -282,6 +308,7 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
         (["--locality", "4:22,4:32"], "both growing"),
         (["--locality", "4:22,6:1601"], "epochs up to 1600"),
         (["--locality-stages", "5"], "must be from 1 to 4"),
+        (["--dataset", "celeba", "--locality", "4:199"], "goes on after the 198 epochs of a run on celeba"),
         (["--locality-shape", "band", "--locality-stages", "2"], "is for the last stage alone"),
         (["--diff-aug", "blur"], "'blur' must be none, or some of translation,cutout,color"),
         (["--diff-aug", "color,color"], "each once"),

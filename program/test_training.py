@@ -17,7 +17,7 @@ import transgan
 from autograd import Tensor
 from data import UserError
 from look import summary
-from paper.test_published import count
+from paper.test_published import COUNTS, count
 from program import checkpoints, update
 from program.support import (
     POLICY,
@@ -34,11 +34,11 @@ from test_transgan import small_trainer as plain_trainer
 
 
 def test_the_papers_sizes_of_pictures():
-    """48x48 starts from 12x12 in three stages, 64x64 from 8x8 in four, of 5, 4, 4, 2 blocks for XL; patches make 8x8."""
-    for preset, start, depths, widths in (
-        ("cifar10-S", 8, (5, 2, 2), (384, 96, 24)),
-        ("stl10-XL", 12, (5, 4, 2), (1024, 256, 64)),
-        ("celeba-XL", 8, (5, 4, 4, 2), (1024, 256, 64, 16)),
+    """48x48 starts from 12x12 in three stages, 64x64 from 8x8 in four, of 5, 3, 3, 2 blocks for XL; patches make 8x8."""
+    for preset, start, depths, widths, parameters in (
+        ("cifar10-S", 8, (5, 2, 2), (384, 96, 24), COUNTS["S"]),
+        ("stl10-XL", 12, (5, 4, 2), (1024, 256, 64), None),
+        ("celeba-XL", 8, (5, 3, 3, 2), (1024, 256, 64, 16), 132_925_171),  # the published file's
     ):
         options = parsed("--preset", preset)
         size, side = transgan.SIZES[options.size], options.image_size
@@ -54,6 +54,7 @@ def test_the_papers_sizes_of_pictures():
         assert discriminator.position.shape == (1, 65, 384)
         totals = [row[5] for row in summary.summary_rows(generator, discriminator) if row[1] == "total"]
         assert totals == [count(generator), count(discriminator)]
+        assert parameters in (totals[0], None)
     assert transgan.stage_depths("M", 64) == (5, 2, 2, 2)
     assert transgan.stage_depths("S", 64) == (5, 2, 2)  # 384 / 64 = 6 does not divide among four heads
 
@@ -332,8 +333,8 @@ def test_each_picture_of_a_step_has_its_own_random_numbers(small, monkeypatch):
 def test_training_brings_generated_pictures_closer():
     """Fifty steps on drawn shapes take away a quarter of the distance to them that untrained pictures have."""
     fast.install()
-    trainer = plain_trainer(image_size=16, patch_size=4, batch_size=16, gen_batch_size=16, learning_rate=5e-4, ema_decay=0.9,
-                            sr_weight=0.0, diff_aug="none", locality="none", steps=50)  # fmt: skip
+    trainer = plain_trainer(image_size=16, patch_size=4, batch_size=16, gen_batch_size=16, learning_rate=5e-4, steps=50,
+                            ema_decay=0.9, sr_weight=0.0, diff_aug="none", locality="none")  # fmt: skip
     z = trainer.noise(40, np.random.default_rng(0))
     real = data.scale(trainer.batches.pictures)
     before = transgan.sliced_wasserstein(trainer.sample(z), real)

@@ -1,0 +1,69 @@
+"""The paper's runs: what its text gives, what its authors' commands had, and what stands here where these differ."""
+
+from typing import Any, NamedTuple
+
+import transgan
+from store import datasets
+
+CELEBA = "8:5,12:10,16:15,20:20"  # the authors' windows there
+
+
+class Stated(NamedTuple):
+    """What a preset has where those who say what the runs were differ, and who says what; "" where nothing is said."""
+
+    here: Any
+    text: str  # the paper's, with its tables and figures
+    command: str  # the authors', or their code's
+    reading: str  # why it is as it is here
+
+
+def sources(dataset):
+    """All in which the sources of the paper's runs on a data set differ, by the option's name, or by what has none."""
+    larger = dataset != "cifar10"
+    real, generated = ("16", "32") if larger else ("32", "64")
+    found = {
+        "batch_size": Stated(64, "64", real, "the text's; without a preset the command's"),
+        "gen_batch_size": Stated(128, "128", generated, "the text's; without a preset the command's"),
+        "sr_weight": Stated(50.0, "50, from memory", "no co-training", "the text's; the layer from RGB is ours"),
+        "locality_shape": Stated("window", "a figure of rows and columns", "band", "the figure's"),
+        "locality_stages": Stated(1, "", "the last block of the last stage", "all blocks of the last stage"),
+    }
+    if larger:
+        side = datasets.SIDES[dataset]
+        found["patch_size"] = Stated(side // 8, "8x8 patches at 32x32", f"4: {(side // 4) ** 2} patches", "8x8 patches")
+    if dataset == "stl10":
+        found["size"] = Stated("XL", "XL", "width 768, depths 5, 2, 2, noise of 1024", "the table's: 1024; 5, 4, 2; 1024")
+        found["pictures"] = Stated("100,000", "", "105,000", "without the 5,000 labelled ones for training")
+        found["resizing"] = Stated("bicubic", "", "bilinear", "our default for any picture")
+    if dataset == "celeba":
+        found["depths"] = Stated("5, 3, 3, 2", "XL: 5, 4, 2 of three stages", "5, 3, 3, 2", "the published file's")
+        found["resizing"] = Stated("the middle square", "", "the whole picture squeezed", "faces keep their shape")
+    return found
+
+
+def source_table(name, options):
+    """Of a preset, a row for each value whose sources differ: what it is here, by the text, by the command, and why."""
+    rows = []
+    for what, stated in sources(PRESETS[name]["dataset"]).items():
+        here = getattr(options, what, stated.here)
+        reading = stated.reading if here == stated.here else "as you say"
+        rows.append({"value": what, "here": str(here), "paper's text": stated.text or "-",
+                     "authors' command": stated.command, "our reading": reading})  # fmt: skip
+    return rows
+
+
+# What the text gives, and the authors' commands where it is silent; where they differ, see `sources`.
+PAPER = {"loss": "wgangp-eps", "steps": 500_000, "disc_steps": 5, "learning_rate": 1e-4, "decay": "none",
+         "ema_decay": 0.999, "diff_aug": transgan.Options.diff_aug}  # fmt: skip
+
+
+def preset(dataset, size):
+    """The options of the paper's run of this size on a data set."""
+    options = transgan.Options.__annotations__.keys() - {"patch_size"}  # which follows from the side, if that is another's
+    stated = {name: value.here for name, value in sources(dataset).items() if name in options}
+    locality = CELEBA if dataset == "celeba" else transgan.Options.locality
+    return PAPER | stated | {"dataset": dataset, "size": size, "locality": locality}
+
+
+PRESETS = {f"{dataset}-{size}": preset(dataset, size) for dataset, size in
+           [*(("cifar10", size) for size in ("S", "M", "L", "XL")), ("stl10", "XL"), ("celeba", "XL")]}  # fmt: skip
