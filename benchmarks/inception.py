@@ -1,6 +1,6 @@
 """Features of Inception-v3 by this project and by PyTorch, side by side in one run: seconds for the same pictures.
 
-    python benchmarks/inception.py [--pictures 16] [--rounds 7]        (needs: pip install -e '.[test,parity]')
+    python benchmarks/inception.py [--pictures 16] [--rounds 7]        (needs: pip install '.[test,parity]')
 
 The same random weights on both sides, pictures of 32x32, float32, all cores. The two take turns, after one round that is
 not timed, and the medians are compared. PyTorch's network is the one that paper/test_inception.py holds ours against.
@@ -30,7 +30,7 @@ def main():
     try:
         import torch
     except ImportError:
-        parser.error("PyTorch is missing: pip install -e '.[test,parity]'")
+        parser.error("PyTorch is missing: pip install '.[test,parity]'")
     from paper import test_inception  # which needs it too
 
     torch.set_num_threads(fast.CORES)

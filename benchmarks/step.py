@@ -1,6 +1,6 @@
 """One training step of this project against the same step in PyTorch: time and peak memory, side by side.
 
-    python benchmarks/step.py [--sizes S] [--batch-sizes 16] [--rounds 7]      (needs: pip install -e '.[test,parity]')
+    python benchmarks/step.py [--sizes S] [--batch-sizes 16] [--rounds 7]      (needs: pip install '.[test,parity]')
 
 The same networks, weights, loss (wgangp-eps with its penalty), clipping and Adam on all sides, which are
     ours       this project

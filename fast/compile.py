@@ -1,7 +1,7 @@
 """Compile all kernels as a GPU would, without one: python -m fast.compile --arch 75,80,90
 
 By NVRTC, NVIDIA's compiler, down to the instructions of each architecture, so that registers and shared memory have to
-suffice, too; for float32 and float64, with the constants of the presets' layers. It needs pip install -e '.[kernels]'.
+suffice, too; for float32 and float64, with the constants of the presets' layers. It needs pip install '.[kernels]'.
 """
 
 import argparse

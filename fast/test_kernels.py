@@ -246,7 +246,7 @@ def test_kernels_compile(file):
     try:
         compile.machine_code('extern "C" __global__ void nothing() {}', 80)
     except (ImportError, RuntimeError) as error:
-        pytest.skip(f"needs CuPy and NVRTC, pip install -e '.[kernels]' ({error})")
+        pytest.skip(f"needs CuPy and NVRTC, pip install '.[kernels]' ({error})")
     jobs = [constants for name, constants in compile.jobs() if name == file]
     assert jobs
     for constants in jobs:

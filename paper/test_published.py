@@ -13,7 +13,7 @@ from autograd import Tensor
 from look.summary import Zeros
 from test_transgan import normal
 
-COUNTS = {"S": 18_639_531, "M": 33_083_619, "L": 74_318_163, "XL": 133_592_515}  # paper.md's table of sizes
+COUNTS = {"S": 18_639_531, "M": 33_083_619, "L": 74_318_163, "XL": 133_592_515}  # counted in the authors' code
 
 
 def count(network):
