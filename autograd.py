@@ -20,8 +20,8 @@ Contents
 All of it is written to be understood. The folder fast/ holds the same operations again, arranged for a processor, and
 enters them into the table `faster`; each is tested to equal its definition here, which knows nothing of them.
 
-Errors: every operation raises ValueError (IndexError for an index out of range) with one line naming the operation and
-the shapes it was given, and TypeError when float32 and float64 meet. The docstrings below name only what goes beyond.
+Errors: every operation raises ValueError (IndexError for an index out of range) with one line naming the operation, or
+the one within it that failed, and the shapes it was given, and TypeError when float32 and float64 meet. The docstrings below name only what goes beyond.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ R = TypeVar("R")
 
 # --- 1. Where arrays live ---------------------------------------------------------------------------------------------
 
-xp = np  # the array library in use: numpy, or cupy after use_device found a GPU; only speed ever depends on which
+xp = np  # the array library in use: numpy, or cupy after use_device found a GPU; only speed and rounding depend on which
 
 
 def use_device(device: str = "auto") -> str:
@@ -134,7 +134,7 @@ class Tensor:
     """An array `data` of floats, and the Node that computed it, or None if no gradient is to flow into it.
 
     data: anything that xp.asarray understands. Float arrays keep their dtype, everything else becomes float32; dtype=
-    overrides. requires_grad=True makes a leaf whose gradient can be asked for. The methods are operations of chapter 4.
+    overrides. requires_grad=True makes a leaf whose gradient can be asked for. The methods are operations of section 4.
     """
 
     __slots__ = ("data", "node")
@@ -454,7 +454,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 @operation
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), elementwise, as max(x, 0) + log(1 + e^-|x|), which cannot overflow. d = sigmoid(x) dx."""
+    """log(1 + e^x), elementwise, as max(x, 0) + log(1 + e^-|x|), which cannot overflow. d softplus(x) = sigmoid(x) dx."""
     data = xp.maximum(x.data, 0.0) + xp.log1p(xp.exp(-xp.abs(x.data)))
     return result(data, (x, lambda g: g * sigmoid(x)))
 
@@ -554,7 +554,7 @@ def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 
 # --- 5. Parts of networks ---------------------------------------------------------------------------------------------
-# Each as its definition reads, made of the operations above, so that its derivatives of any order need no formula.
+# Each as its definition reads. All but normal_cdf are made of the operations above, so that derivatives need no formula.
 
 
 @operation
@@ -562,7 +562,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight + bias: (..., k), (k, m), (m,) -> (..., m)."""
     if x.shape[-1:] != weight.shape[:1] or (bias is not None and bias.shape != weight.shape[1:]):
         raise ValueError("expected (..., k), (k, m) and (m,)")
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (rows, k)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (rows, k): one product for all
     product = (rows @ weight).reshape(*x.shape[:-1], weight.shape[1])
     return product if bias is None else product + bias
 
@@ -837,9 +837,9 @@ def clip_by_global_norm(gradient: Array, max_norm: float) -> tuple[Array, Array]
 class Adam:
     """Adam (Kingma and Ba 2014, algorithm 1) on a list of Tensors, and the moving average of what it makes of them.
 
-    With b1 = 0, the paper's choice, m is the gradient itself and is not kept; without a decay there is no average. All
+    With b1 = 0, as TransGAN's authors have it, m is the gradient itself and is not kept; without a decay there is no average. All
     parameters lie in one flat array, of which their Tensors are views from now on; so do gradients, moments and averages.
-    What a checkpoint needs: m, v, average, which `parts` cuts up, and the step count t.
+    A checkpoint needs p, v, average, and m if it is kept, which `parts` cuts up, and the step count t.
     """
 
     def __init__(

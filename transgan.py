@@ -4,21 +4,21 @@ The story of this chapter: a generator grows a picture out of noise, as 8x8 toke
 discriminator cuts pictures into patches and says how real they look. Both are stacks of the same transformer block. The
 discriminator learns to score real pictures above generated ones, the generator to be scored high. A penalty pulls the norm
 of the discriminator's gradient towards 1, so that its score has a slope for the generator to climb, neither flat nor a
-cliff. Every operation used here stands, beside its derivative, in autograd.py.
+cliff. The operations they are made of, and how these are differentiated, stand in autograd.py.
 
 This is the paper's first version (February 2021): its networks, its training, and the three tricks that it adds to them:
 data augmentation, co-training and locality-aware initialization.
 
 Contents
     1. Building blocks        Attention, MLP, Block
-    2. The two networks       SIZES, upscale, window_mask, Generator, Discriminator
+    2. The two networks       SIZES, upscale, window_mask, Stage, Generator, Discriminator
     3. Losses                 gradient_penalty, discriminator_loss, generator_loss, super_resolution_error
     4. Augmentation           diff_augment, draw_augmentation
     5. Training               Options, update, Trainer: one step of each network, moving average; train, the loop
     6. Watching it learn      sliced_wasserstein
 
 In comments on shapes: B batch, N tokens, C width (embed_dim), H and W height and width in tokens or pixels, Z latent_dim,
-p patch_size.
+p patch_size; in Attention H heads of width D.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from autograd import Array, Init, LayerNorm, Linear, Module, Shape, Tensor, grad
 from data import Bytes, Floats
 
 Inputs: TypeAlias = list[Array]  # what an update of one network needs from outside, see Trainer.inputs
-Losses: TypeAlias = dict[str, Array | None]  # by their names in log.csv, 0-d arrays on the device; None for one not in use
+Losses: TypeAlias = dict[str, Array | None]  # disc_loss, penalty, gen_loss, sr_loss: 0-d arrays on the device, or None
 
 # --- 1. Building blocks -----------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ def stage_depths(size: str, image_size: int) -> tuple[int, ...]:
 
     So TransGAN-XL has (5, 3, 3, 2) on CelebA, as in the authors' file; in M and L the second stage's blocks come twice, our
     reading. Sizes whose width does not divide among the heads of a fourth stage, tiny and S, make these pictures in three,
-    from 16x16 tokens.
+    from a quarter of the side.
     """
     dimensions, parts = SIZES[size], NUM_HEADS * 4**3  # a fourth stage has 1/4^3 of the width, for NUM_HEADS heads
     depths = dimensions.depths
@@ -142,7 +142,10 @@ def stage_depths(size: str, image_size: int) -> tuple[int, ...]:
 
 
 def patch_side(image_size: int) -> int:
-    """Pixels a side of the discriminator's patches: for an 8x8 grid, as the paper's at 32x32, or 4x4 if that is more."""
+    """Pixels a side of the discriminator's patches: an 8th of the picture's, at least 4; the largest that tiles it.
+
+    So the grid stays 8x8, as at 32x32: our reading. (The authors' commands keep patches of 4.)
+    """
     return max(p for p in range(1, max(4, image_size // 8) + 1) if image_size % p == 0)
 
 
@@ -174,6 +177,20 @@ def window_mask(side: int, half_width: int, shape: str = "window") -> NDArray[np
         return abs(token[:, None] - token) <= half_width
     row, column = np.divmod(token, side)
     return (abs(row[:, None] - row) <= half_width) & (abs(column[:, None] - column) <= half_width)
+
+
+class Stage(Module):
+    """One resolution of the generator: a learnable position is added to each token, then the blocks follow."""
+
+    def __init__(self, side: int, embed_dim: int, depth: int, num_heads: int, init: Init):
+        self.position = init.normal(1, side * side, embed_dim)
+        self.blocks = [Block(embed_dim, num_heads, init) for _ in range(depth)]
+
+    def __call__(self, x: Tensor, mask: Array | None = None, last_alone: bool = False) -> Tensor:
+        x = x + self.position  # (B, N, C)
+        for block in self.blocks[:-1]:
+            x = block(x, None if last_alone else mask)
+        return self.blocks[-1](x, mask)
 
 
 class Generator(Module):
@@ -215,7 +232,7 @@ class Generator(Module):
         self.last_alone = False  # of a stage's blocks, whether only the last has the mask
 
     def attend_within(self, half_width: int | None, stages: int, shape: str = "window") -> None:
-        """From now on, the last `stages` stages see only so many tokens around each, all of them if half_width is None.
+        """From now on, each token of the last `stages` stages sees half_width around it, or all tokens if that is None.
 
         See `window_mask` for the shape; a band is for the last block of each of these stages alone, as the authors have it.
         """
@@ -245,23 +262,9 @@ class Generator(Module):
             if k > first:
                 x = upscale(x)  # (B, HW, C) -> (B, 4HW, C/4)
             x = self.stages[k](x, self.masks[k], self.last_alone)
-        x = self.to_rgb(x)  # (B, HW, C/16) -> (B, HW, 3)
+        x = self.to_rgb(x)  # (B, HW, C) -> (B, HW, 3)
         side = math.isqrt(x.shape[1])
         return x.transpose(0, 2, 1).reshape(len(x), 3, side, side)  # (B, 3, H, W)
-
-
-class Stage(Module):
-    """One resolution of the generator: a learnable position is added to each token, then the blocks follow."""
-
-    def __init__(self, side: int, embed_dim: int, depth: int, num_heads: int, init: Init):
-        self.position = init.normal(1, side * side, embed_dim)
-        self.blocks = [Block(embed_dim, num_heads, init) for _ in range(depth)]
-
-    def __call__(self, x: Tensor, mask: Array | None = None, last_alone: bool = False) -> Tensor:
-        x = x + self.position  # (B, N, C)
-        for block in self.blocks[:-1]:
-            x = block(x, None if last_alone else mask)
-        return self.blocks[-1](x, mask)
 
 
 class Discriminator(Module):
@@ -341,7 +344,8 @@ def discriminator_scores(
 
     Rows: D(real), D(fake) and, for wgangp-eps, the slope's norm at mix * real + (1 - mix) * fake.
     real, fake: (B, 3, H, W) arrays; mix: (B, 1, 1, 1) array in [0, 1]. augment: what is done to every picture on its way
-    into D, augment(pictures, row) for those of a row, 0 to 2; the slope is the one before it, as the authors have it.
+    into D, augment(pictures, row) for those of a row, 0 to 2; the slope is towards pictures not yet augmented, as the
+    authors have it.
     """
     augment = augment or (lambda pictures, row: pictures)
     judged = ag.concatenate([augment(Tensor(real), 0), augment(Tensor(fake), 1)])  # (2B, 3, H, W)
@@ -358,8 +362,8 @@ def discriminator_loss(scores: Tensor, loss: str) -> tuple[Tensor, Tensor | None
     wgangp-eps: mean D(fake) - mean D(real) + gradient_penalty + 0.001 (mean D(real))^2   (the authors' code)
     hinge:      mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake))
     standard:   sigmoid cross-entropy with real as 1 and fake as 0: mean softplus(-D(real)) + mean softplus(D(fake))
-    The first one's last term keeps D(real) from drifting away, since only differences of scores count in the others. Raises
-    ValueError for another loss.
+    The first one's last term keeps D(real) from drifting away, since its other terms do not change if all scores rise
+    alike. Raises ValueError for another loss.
     """
     on_real, on_fake = scores[0], scores[1]  # (B,) each
     if loss == "wgangp-eps":
@@ -412,8 +416,8 @@ def draw_augmentation(shape: Shape, side: int, rng: np.random.Generator) -> Arra
 
     shape: (B,), or (B, n) for n batches at once. Columns: brightness U(-0.5, 0.5), saturation U(0, 2) and contrast
     U(0.5, 1.5); the shift down and right, whole numbers of up to round(0.2 side) pixels either way; the row and column of
-    the cutout's centre, whole numbers from 0 to side. As in the authors' code, only 3 in 10 batches are cut at all; in the
-    others the centre lies far outside.
+    the cutout's centre, whole numbers from 0 to side, or one less if the square's side is odd. As in the authors' code, only
+    3 in 10 batches are cut at all; in the others the centre lies far outside.
     """
     furthest, size = round(0.2 * side), (side + 1) // 2
     draws = np.empty((*shape, DRAWS))
@@ -550,8 +554,9 @@ def update(
 ) -> tuple[Tensor, Tensor | None]:
     """Move Adam's parameters down the gradient of loss(scores(*inputs)); returns what `loss` returns.
 
-    These are two functions because scores are numbers per sample, which may be had of a batch in parts, while the loss
-    needs them all: see program/update.py, which shares a batch in an update of the same signature.
+    scores: of the inputs, arrays (B, ...), a Tensor (rows, B). loss: of these, a number, and another to report. They are two
+    functions so that a batch may go through `scores` in parts, while the loss needs them all: program/update.py, which
+    shares a batch, has an update of the same signature.
     """
     values = loss(scores(*inputs))
     adam.add(grad(values[0], adam.parameters))
@@ -563,8 +568,8 @@ def update(
 class Trainer:
     """Both networks, their optimisers, the generator's moving average, and how many generator steps were done.
 
-    pictures: bytes (N, 3, image_size, image_size). generator, discriminator: those of the paper, or others that are called
-    alike. update: makes a step of one network out of its scores and loss. map: the built-in, or one that goes through the
+    pictures: bytes (N, 3, image_size, image_size). generator, discriminator: those of the paper, or others with the same
+    methods and attributes. update: makes a step of one network out of its scores and loss. map: the built-in, or one that goes through the
     parts of a large sample in its own way. All that is random in a step follows from the seed and the step's number, so the
     random state of a run is those two numbers. Raises UserError for a batch larger than the data.
     """
@@ -613,7 +618,7 @@ class Trainer:
     def inputs(self, step: int) -> tuple[list[Inputs], Inputs]:
         """All that a step needs from outside, as NumPy arrays: a list for each discriminator step, one for the generator.
 
-        The discriminator's: pictures (B, 3, H, W), noise (B, Z), the mixing weights of the penalty (B, 1, 1, 1) and the
+        The discriminator's: scaled pictures (B, 3, H, W), noise (B, Z), the mixing weights of the penalty (B, 1, 1, 1) and the
         augmentations' draws (B, 3, DRAWS). The generator's: noise and draws, and pictures if there is co-training.
         """
         options, rng, disc_inputs = self.options, data.random_stream("step", self.options.seed, step), []
@@ -636,7 +641,7 @@ class Trainer:
             self.generator.attend_within(half_width, self.options.locality_stages, self.options.locality_shape)
 
     def discriminator_step(self, inputs: Inputs, rate: float) -> Losses:
-        """Update the discriminator on real pictures and as many generated ones; for its `inputs` see there."""
+        """Update the discriminator on real pictures and as many generated ones; its inputs are those of `inputs`."""
         options = self.options
 
         def scores(real: Array, noise: Array, mix: Array, draws: Array) -> Tensor:
@@ -657,7 +662,7 @@ class Trainer:
             return self.generator(Tensor(noise)).data
 
     def generator_step(self, inputs: Inputs, rate: float) -> Losses:
-        """Update the generator through the discriminator's judgement of its pictures; for its `inputs` see there."""
+        """Update the generator through the discriminator's judgement of its pictures; its inputs are those of `inputs`."""
         options = self.options
 
         def scores(noise: Array, draws: Array, *real: Array) -> Tensor:
@@ -738,7 +743,7 @@ def train(trainer: Trainer) -> Iterator[tuple[int, Losses]]:
 
 
 def flip(pictures: Floats, rng: np.random.Generator) -> Floats:
-    """Mirror about every second one of the pictures, a NumPy array (B, 3, H, W), in place; returns them."""
+    """Mirror each of the pictures with probability 1/2, a NumPy array (B, 3, H, W), in place; returns them."""
     flipped = rng.random(len(pictures)) < 0.5
     pictures[flipped] = pictures[flipped, :, :, ::-1]
     return pictures
@@ -748,9 +753,9 @@ def flip(pictures: Floats, rng: np.random.Generator) -> Floats:
 
 
 def sliced_wasserstein(a: Floats, b: Floats, directions: int = 256, seed: int = 0) -> float:
-    """How far two sets of as many pictures lie apart, (n, ...) NumPy arrays each: 0 for the same set, without unit.
+    """How far two sets of as many pictures lie apart, (n, ...) NumPy arrays each: 0 for the same set, in the pixels' unit.
 
-    The sliced 1-Wasserstein distance of the pixels (Rabin et al. 2011): along a random direction of unit length the
+    The sliced 1-Wasserstein distance of the pixels (after Rabin et al. 2011): along a random direction of unit length the
     best match of two sets pairs them in order, so the distance there is mean |sort(a) - sort(b)|; averaged over
     `directions`. It sees colours, brightness and coarse layout, needs no other network, and says nothing about detail.
     """

@@ -23,8 +23,8 @@ def run(script, *arguments):
 @on_cpu
 def test_the_benchmark_runs():
     pytest.importorskip("torch")
-    results = json.loads(run("step.py", "--sizes", "tiny", "--batch-sizes", "2,3", "--rounds", "1")[-1])
-    assert [(result["size"], result["batch_size"]) for result in results] == [("tiny", 2), ("tiny", 3)]
+    results = json.loads(run("step.py", "--sizes", "tiny", "--batch-sizes", "2", "--rounds", "1")[-1])
+    assert [(result["size"], result["batch_size"]) for result in results] == [("tiny", 2)]
     for result in results:
         for what in ("discriminator step", "generator step", "peak memory"):
             assert set(result[what]) == {"ours", "eager", "fused"}

@@ -14,7 +14,7 @@ import numpy as np
 CACHE = 1 << 15  # elements in a piece of an elementwise chain: a few arrays of it stay in a core's cache
 SCORES = 1 << 17  # of attention in a block: half a megabyte, in a core's cache together with its product
 FEW_TOKENS = 128  # whose scores a CPU may as well hold: to compute them again takes longer than to fetch them
-POOL_FROM = 1 << 20  # elements from which an elementwise chain is worth more than one thread
+POOL_FROM = 1 << 20  # parameters from which Adam's update is worth more than one thread
 PEAK = 1 / math.sqrt(2 * math.pi)  # of the normal density phi, at 0
 PRECISIONS = {"float32": 23, "tf32": 10, "bfloat16": 7}  # bits of a number's fraction that enter a matrix product
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -211,7 +211,7 @@ def attention(qkv, num_heads, mask):
 def attention_vjp(qkv, num_heads, mask, out, log_sum, g):
     """d qkv (B, N, 3C) from g (B, N, C). Each block of p is computed again from q, k and L. The gradients are
 
-    of v: p^T g,   of s: e = p (g v^T - sum(g out)),   of q: e k D^-1/2,   of k: e^T q D^-1/2;
+    of v: p^T g,   of s: ds = p (g v^T - sum(g out)),   of q: ds k D^-1/2,   of k: ds^T q D^-1/2;
 
     softmax's sum(p (g v^T)) over the keys is sum(g out) over the head's width, since out = p v. Subtracting a number from
     each row of a product is left to the product: q k^T - L = [q, -L] [k, 1]^T, which saves a pass over the scores, and

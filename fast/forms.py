@@ -1,6 +1,6 @@
 """The forms of the engine's operations that run fast: on bare arrays, a pass over memory where the definition has many.
 
-Each has its definition's signature and computes the same, in value, first and second derivative. A vjp has two forms: on
+Each has its definition's signature and computes the same, in value, first and second derivative. Most vjps have two forms: on
 arrays when the walk is not recorded, in Tensor operations when its result is to be differentiated again. `arrays` is the
 module of array functions in use, fast.cpu or fast.gpu.
 """
@@ -115,8 +115,8 @@ def _inverse_deviation(x, h, r):
 
 
 def attention(qkv, num_heads, mask=None):
-    """Never holds all scores, see fast.cpu.attention. If its derivative is to be differentiated itself, that of the
-    definition is, which does hold them. So do few tokens on a CPU and wide heads on a GPU from the start."""
+    """Never holds all scores, see fast.cpu.attention. The definition, which does, runs for few tokens on a CPU, for wide
+    heads on a GPU, and where the gradient is to be differentiated itself."""
     _, tokens, width = qkv.shape
     fits = width % (3 * num_heads) == 0 and (mask is None or mask.shape == (tokens, tokens))
     if not fits or arrays.attention_declines(tokens, width // (3 * num_heads)):

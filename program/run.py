@@ -234,6 +234,7 @@ def go_on(trainer, args, checkpoint, out):
             (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
 
 
+# What a checkpoint does not know of the command that made it.
 KEPT = ("data_dir", "device", "gpus", "threads", "plain", "on_nan", "sample_every", "save_every", "evaluate_every",
         "num_images")  # fmt: skip
 

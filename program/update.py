@@ -34,7 +34,7 @@ def split(x, count):
 class Update:
     """The book's update, but the batch is cut into shares.
 
-    Threads work on several at a time, because NumPy's elementwise operations run on one core; and with accumulate = n only
+    Threads work on several at a time, because NumPy runs on one core here; and with accumulate = n only
     one n-th of the batch is in memory at once. Scores are numbers per sample, so shares do not meet before the loss, and
     the graph is cut there:
         d loss / d parameters = sum over shares of (d loss / d s_share) (d s_share / d parameters).
