@@ -21,7 +21,8 @@ All of it is written to be understood. The folder fast/ holds the same operation
 enters them into the table `faster`; each is tested to equal its definition here, which knows nothing of them.
 
 Errors: every operation raises ValueError (IndexError for an index out of range) with one line naming the operation, or
-the one within it that failed, and the shapes it was given, and TypeError when float32 and float64 meet. The docstrings below name only what goes beyond.
+the one within it that failed, and the shapes it was given, and TypeError when float32 and float64 meet. The docstrings
+below name only what goes beyond.
 """
 
 from __future__ import annotations
@@ -837,9 +838,10 @@ def clip_by_global_norm(gradient: Array, max_norm: float) -> tuple[Array, Array]
 class Adam:
     """Adam (Kingma and Ba 2014, algorithm 1) on a list of Tensors, and the moving average of what it makes of them.
 
-    With b1 = 0, as TransGAN's authors have it, m is the gradient itself and is not kept; without a decay there is no average. All
-    parameters lie in one flat array, of which their Tensors are views from now on; so do gradients, moments and averages.
-    A checkpoint needs p, v, average, and m if it is kept, which `parts` cuts up, and the step count t.
+    With b1 = 0, as TransGAN's authors have it, m is the gradient itself and is not kept; without a decay there is no
+    average. All parameters lie in one flat array, of which their Tensors are views from now on; so do gradients,
+    moments and averages. A checkpoint needs p, v, average, and m if it is kept, which `parts` cuts up, and the step
+    count t.
     """
 
     def __init__(

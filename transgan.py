@@ -415,9 +415,9 @@ def draw_augmentation(shape: Shape, side: int, rng: np.random.Generator) -> Arra
     """What `diff_augment` needs for pictures of side*side pixels: a NumPy array (*shape, DRAWS), one row for each picture.
 
     shape: (B,), or (B, n) for n batches at once. Columns: brightness U(-0.5, 0.5), saturation U(0, 2) and contrast
-    U(0.5, 1.5); the shift down and right, whole numbers of up to round(0.2 side) pixels either way; the row and column of
-    the cutout's centre, whole numbers from 0 to side, or one less if the square's side is odd. As in the authors' code, only
-    3 in 10 batches are cut at all; in the others the centre lies far outside.
+    U(0.5, 1.5); the shift down and right, whole numbers of up to round(0.2 side) pixels either way; the row and column
+    of the cutout's centre, whole numbers from 0 to side, or one less if the square's side is odd. As in the authors'
+    code, only 3 in 10 batches are cut at all; in the others the centre lies far outside.
     """
     furthest, size = round(0.2 * side), (side + 1) // 2
     draws = np.empty((*shape, DRAWS))
@@ -554,9 +554,9 @@ def update(
 ) -> tuple[Tensor, Tensor | None]:
     """Move Adam's parameters down the gradient of loss(scores(*inputs)); returns what `loss` returns.
 
-    scores: of the inputs, arrays (B, ...), a Tensor (rows, B). loss: of these, a number, and another to report. They are two
-    functions so that a batch may go through `scores` in parts, while the loss needs them all: program/update.py, which
-    shares a batch, has an update of the same signature.
+    scores: of the inputs, arrays (B, ...), a Tensor (rows, B). loss: of these, a number, and another to report. They
+    are two functions so that a batch may go through `scores` in parts, while the loss needs them all:
+    program/update.py, which shares a batch, has an update of the same signature.
     """
     values = loss(scores(*inputs))
     adam.add(grad(values[0], adam.parameters))
@@ -568,10 +568,11 @@ def update(
 class Trainer:
     """Both networks, their optimisers, the generator's moving average, and how many generator steps were done.
 
-    pictures: bytes (N, 3, image_size, image_size). generator, discriminator: those of the paper, or others with the same
-    methods and attributes. update: makes a step of one network out of its scores and loss. map: the built-in, or one that goes through the
-    parts of a large sample in its own way. All that is random in a step follows from the seed and the step's number, so the
-    random state of a run is those two numbers. Raises UserError for a batch larger than the data.
+    pictures: bytes (N, 3, image_size, image_size). generator, discriminator: those of the paper, or others with the
+    same methods and attributes. update: makes a step of one network out of its scores and loss. map: the built-in, or
+    one that goes through the parts of a large sample in its own way. All that is random in a step follows from the seed
+    and the step's number, so the random state of a run is those two numbers. Raises UserError for a batch larger than
+    the data.
     """
 
     def __init__(
@@ -618,8 +619,9 @@ class Trainer:
     def inputs(self, step: int) -> tuple[list[Inputs], Inputs]:
         """All that a step needs from outside, as NumPy arrays: a list for each discriminator step, one for the generator.
 
-        The discriminator's: scaled pictures (B, 3, H, W), noise (B, Z), the mixing weights of the penalty (B, 1, 1, 1) and the
-        augmentations' draws (B, 3, DRAWS). The generator's: noise and draws, and pictures if there is co-training.
+        The discriminator's: scaled pictures (B, 3, H, W), noise (B, Z), the mixing weights of the penalty (B, 1, 1, 1)
+        and the augmentations' draws (B, 3, DRAWS). The generator's: noise and draws, and pictures if there is
+        co-training.
         """
         options, rng, disc_inputs = self.options, data.random_stream("step", self.options.seed, step), []
         batch, gen_batch = options.batch_size, options.gen_batch_size

@@ -1,8 +1,8 @@
 """The forms of the engine's operations that run fast: on bare arrays, a pass over memory where the definition has many.
 
-Each has its definition's signature and computes the same, in value, first and second derivative. Most vjps have two forms: on
-arrays when the walk is not recorded, in Tensor operations when its result is to be differentiated again. `arrays` is the
-module of array functions in use, fast.cpu or fast.gpu.
+Each has its definition's signature and computes the same, in value, first and second derivative. Most vjps have two
+forms: on arrays when the walk is not recorded, in Tensor operations when its result is to be differentiated again.
+`arrays` is the module of array functions in use, fast.cpu or fast.gpu.
 """
 
 import math
