@@ -691,6 +691,19 @@ def test_as_a_program():
     assert "16x16" in done.stdout
 
 
+def test_packages_of_the_same_names_do_no_harm(tmp_path):
+    """Ours are no installed modules: wherever the program is started, it finds its own, and a package of theirs stays theirs."""
+    for name in ("autograd", "data", "transgan", "fast", "store", "paper", "look", "program"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("theirs = True\n")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    program = [sys.executable, str(Path(transgan.__file__)), "--summary"]
+    assert subprocess.run(program, capture_output=True, cwd=tmp_path, env=env).returncode == 0
+    theirs = [sys.executable, "-c", "import autograd, data, look, paper; assert autograd.theirs and data.theirs"]
+    assert subprocess.run(theirs, capture_output=True, cwd=tmp_path, env=env).returncode == 0
+    assert "py-modules = []\n" in (Path(transgan.__file__).parent / "pyproject.toml").read_text()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="about a POSIX shell")
 @pytest.mark.parametrize("shell", ['exec "$@" --out "$0/caf\xe9" >"$0/out"', 'exec "$@" --out "$0/run" >&-'])
 def test_as_a_program_in_odd_surroundings(shell, tmp_path):
