@@ -692,7 +692,7 @@ def test_as_a_program():
 
 
 def test_packages_of_the_same_names_do_no_harm(tmp_path):
-    """Ours are no installed modules: wherever the program is started, it finds its own, and a package of theirs stays theirs."""
+    """Ours are not installed: wherever the program is started it finds its own, and a package of theirs stays theirs."""
     for name in ("autograd", "data", "transgan", "fast", "store", "paper", "look", "program"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("theirs = True\n")
