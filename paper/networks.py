@@ -138,7 +138,7 @@ class BatchNorm(Stateful):
 def _start(image_size):
     """Pixels a side before the three doublings of both generators. Raises ValueError."""
     if image_size % 8:
-        raise ValueError(f"a picture of {image_size} pixels cannot be halved three times")
+        raise ValueError(f"image_size {image_size} must divide by 8: the picture doubles three times")
     return image_size // 8
 
 

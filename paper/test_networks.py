@@ -110,7 +110,7 @@ def test_peers_train_as_their_authors_did():
 def test_networks_refuse_pictures_that_do_not_halve():
     init = networks.PeerInit(np.random.default_rng(0), "glorot")
     for make in (networks.AutoGANGenerator, networks.ResNetGenerator):
-        with pytest.raises(ValueError, match="picture of 20 pixels cannot be halved three times"):
+        with pytest.raises(ValueError, match="image_size 20 must divide by 8"):
             make(20, 4, init)
     with pytest.raises(ValueError, match="picture of 18 pixels cannot be halved twice"):
         networks.ResidualDiscriminator(18, 4, init, True, "sum")
@@ -369,7 +369,7 @@ def test_options_that_do_not_go_together(small, tmp_path, capsys):
         (["--generator", "autogan", "--sr-weight", "1"], "wants --sr-weight 0 and --locality none"),
         (["--generator", "resnet", "--locality", "4:22"], "wants --sr-weight 0 and --locality none"),
         (["--generator", "autogan", "--accumulate", "2"], "wants whole batches"),
-        (["--generator", "autogan", "--image-size", "20"], "cannot be halved three times"),
+        (["--generator", "autogan", "--image-size", "20"], "must divide by 8"),
         (["--generator", "biggan"], "invalid choice: 'biggan'"),
     ):
         assert message in support.fails(capsys, *args, "--out", tmp_path / "run"), args

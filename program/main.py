@@ -72,7 +72,7 @@ def add_places(parser):
     group.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads that share a batch; another "
                        "number gives the same run up to rounding (default: as many as pay)")  # fmt: skip
     group.add_argument("--plain", action="store_true", help="run on the definitions in autograd.py alone, without the "
-                       "faster forms of fast/; the same up to rounding, for the sizes tiny and S")  # fmt: skip
+                       "faster forms of fast/; the same up to rounding, and practical for tiny: S wants 9 GB")  # fmt: skip
 
 
 def add_watching(parser):

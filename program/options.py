@@ -124,11 +124,16 @@ OPTIONS = NETWORKS | TRAINING
 
 # What --dataset decides where nothing else is said; a folder of pictures is like cifar10.
 DEFAULTS = {
-    "stl10": {"size": "XL", "image_size": 48, "batch_size": 16, "gen_batch_size": 32},
-    "celeba": {"size": "XL", "image_size": 64, "batch_size": 16, "gen_batch_size": 32, "locality": presets.CELEBA},
+    "stl10": {"size": "XL", "image_size": 48},
+    "celeba": {"size": "XL", "image_size": 64},
     "shapes": {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "batch_size": 16, "gen_batch_size": 16,
                "diff_aug": "none"},
 }  # fmt: skip
+# What TransGAN's authors had on these where nothing else decides.
+COMMANDS = {
+    "stl10": {"batch_size": 16, "gen_batch_size": 32},
+    "celeba": {"batch_size": 16, "gen_batch_size": 32, "locality": presets.CELEBA},
+}
 # The peers of the paper's tables, as their authors trained them where there is an option for it; a mixed pair is trained as
 # its discriminator asks for.
 # What stays different is printed below their tables: DIFFERENCES of paper/tables.py.
@@ -195,13 +200,16 @@ def fill_in(given, preset=None):
     """The Options of a new run: those given, by name, and else those of the preset, the peer, the size and the data set."""
     preset = PRESETS.get(preset, {})
     dataset = given.get("dataset") or preset.get("dataset", "shapes")
+    if preset.get("dataset") != dataset:  # whose epochs its windows count
+        preset = {name: value for name, value in preset.items() if name != "locality"}
     chosen = {"dataset": dataset} | DEFAULTS.get(dataset, {}) | preset | given
     if chosen.get("generator", "transgan") != "transgan":
         chosen = {"sr_weight": 0.0, "locality": "none"} | chosen
     chosen = PEER_DEFAULTS.get(chosen.get("discriminator", "transgan"), {}) | chosen
     if chosen.get("size") == "tiny":
         chosen = TINY_DEFAULTS | chosen
-    return Options(**({"patch_size": transgan.patch_side(chosen.get("image_size", Options.image_size))} | chosen))
+    patch_size = transgan.patch_side(chosen.get("image_size", Options.image_size))
+    return Options(**({"patch_size": patch_size} | COMMANDS.get(dataset, {}) | chosen))
 
 
 def choose_options(args, saved=None):
@@ -209,6 +217,8 @@ def choose_options(args, saved=None):
     given = given_options(args)
     if not saved:
         options = fill_in(given, args.preset)
+        if "patch_size" in given and options.discriminator != "transgan":
+            raise UserError(f"--patch-size is TransGAN's: --discriminator {options.discriminator} has none; leave it out")
         pair = [options.generator, options.discriminator]
         parts = [Path(options.dataset).name, options.size, *(pair if pair != ["transgan", "transgan"] else [])]
         return check_options(options), args.out or Path("runs") / files.portable("-".join(parts))

@@ -43,8 +43,12 @@ def sources(dataset):
 
 def source_table(name, options):
     """Of a preset, a row for each value whose sources differ: what it is here, by the text, by the command, and why."""
-    rows = []
-    for what, stated in sources(PRESETS[name]["dataset"]).items():
+    rows, preset = [], PRESETS[name]
+    if options.dataset != preset["dataset"]:
+        return rows  # another run than anybody's
+    for what, stated in sources(options.dataset).items():
+        if what == "depths" and options.size != preset["size"]:
+            continue
         here = getattr(options, what, stated.here)
         reading = stated.reading if here == stated.here else "as you say"
         rows.append({"value": what, "here": str(here), "paper's text": stated.text or "-",

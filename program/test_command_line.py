@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from PIL import Image
 import autograd as ag
 import transgan
 from data import UserError
+from paper.networks import NAMES
 from program import checkpoints, main, run
 from program.log import Log
 from program.options import PRESETS, Options, choose_options, flags
@@ -202,6 +204,18 @@ def test_a_preset_gives_way_to_another_data_set(tmp_path):
     assert parsed("--preset", "cifar10-S", "--dataset", tmp_path, "--image-size", 64).patch_size == 8
     command = flags(dataclasses.asdict(parsed("--dataset", tmp_path / ".." / tmp_path.name)))
     assert shlex.split(command)[1] == str(tmp_path.resolve())
+
+
+def test_data_sets_sizes_and_networks_go_together():
+    """Every combination has defaults that are taken."""
+    for dataset, size, generator, discriminator in itertools.product(arguments.NAMES, transgan.SIZES, NAMES, NAMES):
+        options = parsed("--dataset", dataset, "--size", size, "--generator", generator, "--discriminator", discriminator)
+        assert (options.locality == "none") == (size == "tiny" or generator != "transgan")
+        if discriminator != "transgan" and dataset != "shapes":
+            assert (options.batch_size, options.gen_batch_size) == (64, 128)
+    with pytest.raises(UserError, match="--patch-size is TransGAN's"):
+        parsed("--discriminator", "autogan", "--patch-size", 4)
+    assert parsed("--preset", "celeba-XL", "--dataset", "cifar10").locality == Options.locality
 
 
 @pytest.mark.parametrize(("side", "patch"), [(8, 4), (16, 4), (20, 4), (32, 4), (36, 4), (44, 4), (48, 6), (64, 8)])

@@ -25,7 +25,8 @@ def make_networks(options, dtype=np.float32, rng=None):
             ours = name == "transgan"
             made.append(own(options, rng, dtype) if ours else peer(name, options.size, options.image_size, rng, dtype))
     except ValueError as error:
-        raise UserError(f"{error}; choose another --image-size or --patch-size") from None
+        patches = " or --patch-size" if made and options.discriminator == "transgan" else ""  # the generator was made
+        raise UserError(f"{error}; choose another --image-size{patches}") from None
     return made
 
 
