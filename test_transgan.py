@@ -1,21 +1,17 @@
-"""The project's promises, as properties: python -m pytest
+"""How one tests derivatives, and the paper's equations as tests: python -m pytest
 
-Every derivative is held against central differences in float64, in first and second order, over drawn shapes; every fused
-operation against its composition; the whole of training against PyTorch, where PyTorch is installed. On a machine with a
-GPU and CuPy the same tests run there.
+Every derivative is held against central differences in float64, in first and second order, over drawn shapes and values;
+values against the definition written out by hand. These tests run once as the book is written, and once more with the fast
+forms in use (fast/test_book.py). All else is tested beside what it is of, in the folders.
 
 Contents
     1. Setting up             device, hypothesis profiles, what tests draw
-    2. Primitive operations   first and second derivatives, extreme values, errors
-    3. Fused operations       derivatives, and equality with their compositions
-    4. Pictures               convolution, pooling, resizing, batch and spectral norm
-    5. The engine             deep graphs, many paths, memory, modes, gradient_check, Adam
-    6. The networks           pixel shuffle, derivatives of whole networks, parameter counts, losses
-    7. Training               augmentation, resuming to the bit, threads
-    8. Data                   CIFAR-10, drawn shapes, batches, grids
-    9. Command line           what a person can get wrong
-    10. Losing nothing        kills, signals, full disks, checkpoints that are damaged, numbers that are not finite
-    12. The README            its links, commands and programs
+    2. Primitive operations   first and second derivatives, extreme values
+    3. Parts of networks      softmax, layer norm, linear, attention
+    4. The engine             many paths, gradients' sums, grad's errors, gradient_check, Adam
+    5. The networks           pixel shuffle, derivatives of whole networks, losses
+    6. Training               augmentation, co-training, average, clipping, windows
+    7. Data                   drawn shapes, batches, grids
 """
 
 import functools
@@ -24,9 +20,7 @@ import os
 import types
 import warnings
 
-import transgan  # before NumPy: it decides how many threads NumPy's matrix products use
-
-import numpy as np  # isort: skip
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
@@ -35,9 +29,9 @@ from PIL import Image
 
 import autograd as ag
 import data
+import transgan
 from autograd import Tensor, grad, gradient_check
 from data import UserError
-from store.support import leftovers
 
 # --- 1. Setting up ----------------------------------------------------------------------------------------------------
 
@@ -315,7 +309,7 @@ def test_attention_is_its_formula_for_every_head_and_query(tokens, heads, width,
     close(ag.attention(Tensor(ag.xp.asarray(qkv)), heads, ag.xp.asarray(mask)), expected.reshape(1, tokens, -1), 1e-9)
 
 
-# --- 5. The engine ----------------------------------------------------------------------------------------------------
+# --- 4. The engine ----------------------------------------------------------------------------------------------------
 
 
 def test_each_node_is_visited_once():
@@ -448,7 +442,7 @@ def test_clipping_by_global_norm(size, seed, bound):
     assert float(factor) == (1 if expected + 1e-6 <= bound else pytest.approx(bound / expected, rel=1e-3 / expected))
 
 
-# --- 6. The networks --------------------------------------------------------------------------------------------------
+# --- 5. The networks --------------------------------------------------------------------------------------------------
 
 
 @given(batch=st.integers(1, 2), channels=st.integers(1, 3), height=st.integers(1, 3), width=st.integers(1, 3),
@@ -646,7 +640,7 @@ def test_networks_refuse_pictures_they_cannot_make_or_cut():
         transgan.Discriminator(32, 5, 64, 1, rng)
 
 
-# --- 7. Training ------------------------------------------------------------------------------------------------------
+# --- 6. Training ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -905,7 +899,7 @@ def test_the_generator_looks_only_as_far_as_its_window():
     assert generator.masks == [None] * 3
 
 
-# --- 8. Data ----------------------------------------------------------------------------------------------------------
+# --- 7. Data ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("image_size", [8, 16, 32])
@@ -957,4 +951,4 @@ def test_scaling_and_grids_keep_every_pixel(tmp_path):
     assert np.asarray(Image.open(tmp_path / "bright.png"))[30, [30, 150]].tolist() == [[255] * 3, [0] * 3]
     data.save_grid(np.zeros((1, 3, 97, 97)), tmp_path / "large.png", columns=1)
     assert Image.open(tmp_path / "large.png").size == (99, 99)
-    assert leftovers(tmp_path) == ["bright.png", "grid.png", "large.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bright.png", "grid.png", "large.png"]

@@ -9,7 +9,7 @@ import re
 import types
 from pathlib import Path
 
-import transgan  # before NumPy: it decides how many threads NumPy's matrix products use
+import transgan
 
 import numpy as np  # isort: skip
 import pytest

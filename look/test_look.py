@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tracemalloc
 
-import test_transgan as base  # first: it imports transgan before NumPy
+import test_transgan as base
 
 import numpy as np  # isort: skip
 import pytest

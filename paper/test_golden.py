@@ -1,6 +1,6 @@
 """What the published code itself computes, number by number: a reference that cannot drift together with ours."""
 
-import transgan  # first: it decides how many threads NumPy's matrix products use
+import transgan
 
 import numpy as np  # isort: skip
 import pytest

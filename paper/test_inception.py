@@ -15,7 +15,7 @@ import functools
 import hashlib
 import re
 
-import test_transgan as base  # first: it imports transgan before NumPy
+import test_transgan as base
 
 import numpy as np  # isort: skip
 import pytest

@@ -2,7 +2,7 @@
 
 import json
 
-import test_transgan as base  # first: it imports transgan before NumPy
+import test_transgan as base
 
 import numpy as np  # isort: skip
 import pytest

@@ -6,7 +6,7 @@ import json
 import sys
 import types
 
-import test_transgan as base  # first: it imports transgan before NumPy
+import test_transgan as base
 
 import numpy as np  # isort: skip
 import pytest

@@ -23,7 +23,7 @@ import tracemalloc
 import zipfile
 from typing import Any, NamedTuple
 
-import test_transgan as base  # first: it imports transgan before NumPy
+import test_transgan as base
 
 import numpy as np  # isort: skip
 import pytest

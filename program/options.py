@@ -216,12 +216,11 @@ def choose_options(args, saved=None):
     """(Options, the run's folder) of parsed arguments: filled in, or those `saved` in a checkpoint. Raises UserError."""
     given = given_options(args)
     if not saved:
-        options = fill_in(given, args.preset)
-        if "patch_size" in given and options.discriminator != "transgan":
-            raise UserError(f"--patch-size is TransGAN's: --discriminator {options.discriminator} has none; leave it out")
+        options = check_options(fill_in(given, args.preset))
+        refuse_idle(given, options, args.preset)
         pair = [options.generator, options.discriminator]
         parts = [Path(options.dataset).name, options.size, *(pair if pair != ["transgan", "transgan"] else [])]
-        return check_options(options), args.out or Path("runs") / files.portable("-".join(parts))
+        return options, args.out or Path("runs") / files.portable("-".join(parts))
     begun = args.resume or args.evaluate or args.begun  # the last is --from
     if args.begun:
         given.pop("seed", None)  # of the pictures, not of the run
@@ -233,6 +232,19 @@ def choose_options(args, saved=None):
         if name not in changeable and value != getattr(saved, name):
             raise UserError(f"the run in {begun} has {flag(name)} {getattr(saved, name)}; leave out {flag(name)} {value}")
     return check_options(dataclasses.replace(saved, **given)), args.out or (begun / "look" if args.begun else begun)
+
+
+def refuse_idle(given, options, preset):
+    """Raise UserError for an option, of those given, that changes nothing but itself; its default may be named."""
+    no_window = "there is no --locality"
+    for name, why in (
+        ("patch_size", options.discriminator != "transgan" and f"--discriminator {options.discriminator} has no patches"),
+        ("locality_shape", options.locality == "none" and no_window),
+        ("locality_stages", options.locality == "none" and no_window),
+    ):
+        others = {key: value for key, value in given.items() if key != name}
+        if why and getattr(options, name) != getattr(fill_in(others, preset), name):
+            raise UserError(f"{flag(name)} does nothing here: {why}; leave it out")
 
 
 def check_options(options):

@@ -213,8 +213,11 @@ def test_data_sets_sizes_and_networks_go_together():
         assert (options.locality == "none") == (size == "tiny" or generator != "transgan")
         if discriminator != "transgan" and dataset != "shapes":
             assert (options.batch_size, options.gen_batch_size) == (64, 128)
-    with pytest.raises(UserError, match="--patch-size is TransGAN's"):
-        parsed("--discriminator", "autogan", "--patch-size", 4)
+    for idle in (("--discriminator", "autogan", "--patch-size", 2), ("--locality-shape", "band"), ("--locality-stages", 2)):
+        with pytest.raises(UserError, match=f"{idle[-2]} does nothing here"):
+            parsed(*idle)
+    for pair in ((), ("--discriminator", "autogan"), ("--generator", "resnet"), ("--locality", "4:9")):
+        assert parsed(*shlex.split(flags(dataclasses.asdict(parsed(*pair))))) == parsed(*pair)  # what --summary prints
     assert parsed("--preset", "celeba-XL", "--dataset", "cifar10").locality == Options.locality
 
 

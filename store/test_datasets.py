@@ -12,7 +12,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import test_transgan as base  # first: it imports transgan before NumPy
+import test_transgan as base
 
 import numpy as np  # isort: skip
 import pytest

@@ -6,8 +6,6 @@ import shutil
 import sys
 import types
 
-import test_transgan  # noqa: F401 (first: it imports transgan before NumPy)
-
 import pytest  # isort: skip
 
 import data

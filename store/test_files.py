@@ -4,8 +4,6 @@ import io
 import tracemalloc
 import zipfile
 
-import test_transgan  # noqa: F401 (first: it imports transgan before NumPy)
-
 import numpy as np  # isort: skip
 import pytest
 from hypothesis import given
