@@ -73,56 +73,89 @@ def look(trainer, noise, real, samples):
     return {"distance": transgan.sliced_wasserstein(pictures, real)}
 
 
-def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=None, measure=None):
+def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=None, measure=None, kept=None):
     """Train until `trainer.options.steps`, writing samples, log and checkpoints into the folder `out`.
 
     sample_every, save_every: generator steps between sample grids and between checkpoints. Either is also made when it is
     PATIENCE seconds old, because a step of the large sizes takes a CPU half a minute. evaluate_every: generator steps
-    between calls of measure(), which returns more numbers for the log. Returns the number of the signal that stopped it
-    before (the step was finished, and saved), or None. Raises NotFinite; the last checkpoint is then from before.
+    between calls of measure(), which returns more numbers for the log. kept: see `options.commands`. Returns the number of
+    the signal that stopped it before (the step was finished, and saved), or None. Raises NotFinite; the last checkpoint is
+    then from before.
     """
     settings = trainer.options
+    if not resumed:
+        checkpoints.save(trainer, out / CHECKPOINTS[0])  # first, so that whatever stops the run can be gone on from
     rng = data.random_stream("judge", settings.seed)
     noise = trainer.noise(JUDGED, rng)
     pictures = trainer.batches.pictures
     real = data.scale(pictures[rng.choice(len(pictures), JUDGED, replace=len(pictures) < JUDGED)])
-    log = Log(out / "log.csv", trainer.step, settings.steps, resumed)
-    report = Report(trainer, out, options.command(settings), trainer.update.threads)
+    looks_every = min(sample_every, evaluate_every or sample_every)
+    log = Log(out / "log.csv", trainer.step, settings.steps, resumed, looks_every)
+    report = Report(trainer, out, options.commands(settings, out, kept or {}), trainer.update.threads)
+    measured = (1 if ag.xp is np else 2) if trainer.step == 0 else None  # a GPU's first step compiles its kernels
+    updates = itertools.count()
+
+    def watch():
+        number = next(updates) % (settings.disc_steps + 1)
+        log.busy(f"discriminator {number + 1} of {settings.disc_steps}" if number < settings.disc_steps else "generator")
+
+    trainer.update.watch = watch
+
+    def judge():
+        with log.aside("drawing samples"):
+            log.measure(look(trainer, noise, real, out / "samples"))
+
+    def score():
+        with log.aside("scoring"):
+            log.measure(measure())
+
+    def draw():
+        with log.aside("drawing the report"):
+            report.update()
+
     if settings.locality != "none":
         explain_locality(settings, out / "locality.png")
     with contextlib.closing(log), stop_signals() as stop:
-        if not resumed:
-            checkpoints.save(trainer, out / CHECKPOINTS[0])  # first, so that whatever stops the run can be gone on from
-        if trainer.step == 0:
-            log.add(0, {}, 0)
-            log.measure(look(trainer, noise, real, out / "samples") | (measure() if measure else {}))
-            log.tick()
-            report.update()
-        sampled = saved = time.monotonic()
-        asked = stop.asked
-        for step, losses in transgan.train(trainer) if not asked else ():
-            last, now = step == settings.steps, time.monotonic()
-            log.add(step, losses, settings.batch_size * settings.disc_steps)
-            if last or step % sample_every == 0 or now - sampled > PATIENCE:
-                log.check()
-                log.measure(look(trainer, noise, real, out / "samples"))
-                sampled = now
-            if measure and evaluate_every and (last or step % evaluate_every == 0):
-                log.check()
-                log.measure(measure())
+        try:
+            if trainer.step == 0:
+                log.add(0, {}, 0)
+                judge()
+                if measure:
+                    score()
+                log.tick()
+            if trainer.step == 0 or report.path.exists():
+                log.write()
+                draw()
+            sampled = saved = time.monotonic()
             asked = stop.asked
-            if last or asked or step % save_every == 0 or now - saved > PATIENCE:
-                log.check()
-                log.write()
-                files.sync(out / "log.csv")  # whose rows are not to be older than the checkpoint
-                checkpoints.save(trainer, out / CHECKPOINTS[0])
-                saved = now
-            log.tick()
-            if sampled == now:  # in this step
-                log.write()
-                report.update()
-            if asked:
-                break
+            for step, losses in transgan.train(trainer) if not asked else ():
+                last, now = step == settings.steps, time.monotonic()
+                log.add(step, losses, settings.batch_size * settings.disc_steps)
+                if last or step % sample_every == 0 or now - sampled > PATIENCE:
+                    log.check()
+                    judge()
+                    sampled = now
+                if measure and evaluate_every and (last or step % evaluate_every == 0):
+                    log.check()
+                    score()
+                asked = stop.asked
+                if last or asked or step % save_every == 0 or now - saved > PATIENCE:
+                    log.check()
+                    log.write()
+                    files.sync(out / "log.csv")  # whose rows are not to be older than the checkpoint
+                    checkpoints.save(trainer, out / CHECKPOINTS[0])
+                    saved = now
+                log.tick()
+                if step == measured and (line := long_run(settings.size, log.left())):
+                    log.say(line, event="long", seconds=log.left())
+                if asked and not last:
+                    break
+                if sampled == now:  # in this step
+                    log.write()
+                    draw()
+        finally:
+            if trainer.step < settings.steps:
+                report.stop()
     return asked if trainer.step < settings.steps else None
 
 

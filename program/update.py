@@ -43,14 +43,17 @@ class Update:
     the scores away, and computes them a second time for the last part. Several GPUs, joined by a `Group`, tell each other
     their scores, and add up their gradients.
 
-    rate_scale: of the learning rate, halved by each rewind, see program/run.py. map: the threads', for other uses.
+    rate_scale: of the learning rate, halved by each rewind, see program/run.py. map: the threads', for other uses. watch:
+    called before each update, by whoever shows what is being done.
     """
 
     def __init__(self, threads=1, accumulate=1, group=None):
         self.threads, self.accumulate, self.group, self.rate_scale = threads, accumulate, group, 1.0
         self.map = futures.ThreadPoolExecutor(threads).map if threads > 1 else map
+        self.watch = lambda: None
 
     def __call__(self, scores, inputs, loss, adam, rate):
+        self.watch()
         again, group = self.accumulate > 1, self.group
         if group:
             inputs = [split(x, group.size)[group.rank] for x in inputs]
