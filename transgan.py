@@ -524,6 +524,11 @@ def locality_phases(options: Options) -> list[tuple[int, float]]:
     return [(half_width, epoch * scale) for half_width, epoch in locality_pairs(options.locality)]
 
 
+def half_width_at(options: Options, step: int) -> int | None:
+    """How far a token sees in generator step number `step`, from 0, as the schedule has it; None is without limit."""
+    return next((half_width for half_width, end in locality_phases(options) if step < end), None)
+
+
 def locality_pairs(text: str) -> list[tuple[int, float]]:
     """[(half_width, epoch), ...] from "half_width:epoch,...". Raises ValueError for any other text."""
     pairs = (pair.split(":") for pair in text.split(","))
@@ -636,8 +641,7 @@ class Trainer:
 
     def set_window(self) -> None:
         """Let the generator see as far as the schedule says for this step."""
-        phases = locality_phases(self.options)
-        half_width = next((half_width for half_width, end in phases if self.step < end), None)
+        half_width = half_width_at(self.options, self.step)
         if half_width != self.half_width:
             self.half_width = half_width
             self.generator.attend_within(half_width, self.options.locality_stages, self.options.locality_shape)

@@ -28,7 +28,7 @@ from look import architecture, drawing, pictures, report
 from program import checkpoints, options, support
 from program.log import Log
 from program.support import fails, run_main
-from store import output
+from store import datasets, output
 from store.support import holds, leftovers
 
 # --- 1. Setting up ----------------------------------------------------------------------------------------------------
@@ -60,10 +60,10 @@ def texts(monkeypatch):
     return written
 
 
-def trainer_of(run):
+def trainer_of(run, side=16):
     """A trainer of the run's options, with its checkpoint's weights."""
     path, options = checkpoints.newest_checkpoint(run)
-    trainer = support.make_trainer(options, data.draw_shapes(40, 16), 1)
+    trainer = support.make_trainer(options, data.draw_shapes(40, side), 1)
     checkpoints.load(trainer, path)
     return trainer
 
@@ -535,6 +535,50 @@ def test_pictures_of_a_run(run, tmp_path, capsys):
     trainer = trainer_of(run)
     first = data.to_bytes(trainer.sample(trainer.noise(5, data.random_stream("look", 0))))[0].transpose(1, 2, 0)
     assert np.abs(grid[6:102:6, 6:102:6].astype(int) - first).max() <= 1
+
+
+PEERS = [[], ["--generator", "resnet", "--discriminator", "resnet"],
+         ["--generator", "autogan", "--discriminator", "autogan"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", PEERS)
+def test_looking_needs_a_checkpoint_alone(pair, tmp_path, monkeypatch, capsys):
+    """Not the pictures that were learnt, nor as many as a batch; what is made is what the run itself would make."""
+    out, asked = tmp_path / "run", ["--sample", 5, "--interpolate", 2, *([] if pair else ["--attention"])]
+    locality = [] if pair else ["--locality", "2:1600"]  # a window, until its last step
+    assert run_main(*support.TRAIN, "--steps", 2, *pair, *locality, "--out", out) == 0
+    trainer = trainer_of(out, 8)
+    trainer.options.steps = 9
+    trainer.set_window()
+    noise = trainer.noise(70, np.random.default_rng(0))
+    sampler = checkpoints.load_sampler(trainer.options, out / "checkpoint.npz")
+    assert (trainer.half_width is None) == bool(pair)
+    np.testing.assert_array_equal(sampler.sample(noise), trainer.sample(noise))
+
+    def gone(*_):
+        raise data.UserError("there is no folder; say where the pictures are")
+
+    monkeypatch.setattr(datasets, "load_pictures", gone)
+    assert run_main("--from", out, *asked) == 0
+    kinds = {path.name.split("-")[0] for path in (out / "look").iterdir()}
+    assert kinds == {"sample", "interpolate", *([] if pair else ["attention"])}
+    shutil.rmtree(out / "look")
+    message = fails(capsys, "--from", out, *asked, "--nearest", 2)
+    assert "--nearest looks among the training pictures: there is no folder" in message
+    assert leftovers(out / "look") == []  # said before anything is made
+
+
+def test_a_generator_alone_is_looked_at(run, tmp_path):
+    """Of a file without Adam's state, the generator's own weights and the discriminator."""
+    path, chosen = checkpoints.newest_checkpoint(run)
+    with np.load(path) as saved, (tmp_path / "alone.npz").open("wb") as file:
+        np.savez(file, **{name: x for name, x in saved.items() if name.partition("/")[0] in ("options", "step", "average")})
+    sampler = checkpoints.load_sampler(chosen, tmp_path / "alone.npz")
+    noise = sampler.noise(1, np.random.default_rng(0))
+    picture, found = pictures.views(sampler, noise, (5, 14))
+    np.testing.assert_array_equal(picture, trainer_of(run).sample(noise)[0])
+    assert list(found) == [("generator", "the token of pixel 5, 14")]
+    pictures.attention(sampler, noise, (5, 14), tmp_path / "attention.png")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ Contents
 """
 
 import datetime
+import functools
 import json
 import os
-import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -24,6 +24,8 @@ import numpy as np
 import autograd as ag
 import data
 from data import UserError, first_line
+from paper import classifier
+from paper.inception import FEATURES, load_inception
 from paper.networks import NAMES
 from store import files, output
 
@@ -150,16 +152,21 @@ def at_once(extractor):
 def reference_statistics(pictures, dataset, extractor, data_dir):
     """Mean (D,) and covariance (D, D) of a data set's pictures, bytes (N, 3, S, S): kept in a file of data_dir.
 
-    The file goes by the pictures' fingerprint and the network's, and is in the layout of fid_stats_*.npz. Raises UserError.
+    The file goes by the pictures' fingerprint and the network's, and is in the layout of fid_stats_*.npz, with `network`,
+    its digest, beside; one that is damaged is made anew. Raises UserError, before the work, if it could not be kept.
     """
     name = f"{files.short_name(dataset)}-{pictures.shape[-1]}-{files.fingerprint(pictures)}"
     path = Path(data_dir) / f"fid-stats{extractor.suffix}-{extractor.digest}-{name}.npz"
     if path.exists():
-        return read_statistics(path, extractor.dims)
+        try:
+            return read_statistics(path, extractor.dims)
+        except UserError as error:
+            output.note(f"{first_line(error).rpartition(';')[0]}; it is made anew")
+    files.need_folder(Path(data_dir), "--data-dir")
     step = at_once(extractor)
     batches = (pictures[i : i + step] for i in range(0, len(pictures), step))
     statistics, _ = look(batches, len(pictures), extractor, "real pictures", splits=1)
-    files.save_arrays(path, mu=statistics.mean, sigma=statistics.covariance)
+    files.save_arrays(path, mu=statistics.mean, sigma=statistics.covariance, network=extractor.digest)
     return statistics.mean, statistics.covariance
 
 
@@ -170,7 +177,8 @@ def read_statistics(path, dims):
             read = (files.read_array(saved, name, LARGE) for name in ("mu", "sigma"))
             mean, covariance = (np.asarray(x, np.float64) for x in read)
     except Exception as error:  # a damaged archive can raise anything at all
-        raise UserError(f"cannot read {path}: {first_line(error)}; delete it, or name another file") from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot read {path}: {reason}; name a file with mu and sigma") from None
     if mean.shape != (dims,) or covariance.shape != (dims, dims):
         raise UserError(f"{path}: expected mu of shape ({dims},) and sigma of ({dims}, {dims}), found "
                         f"{mean.shape} and {covariance.shape}; name another file")  # fmt: skip
@@ -179,8 +187,17 @@ def read_statistics(path, dims):
     return mean, covariance
 
 
-def score_generator(trainer, count, extractor, reference):
-    """FID and Inception Score of `count` pictures of a trainer's averaged generator, against the reference statistics.
+def network_of(path):
+    """The digest of the network that looked, as this program's own files of statistics say it, or None for others'."""
+    try:
+        with zipfile.ZipFile(path) as saved:
+            return str(files.read_array(saved, "network", 1 << 10))
+    except Exception:  # most files know nothing of it
+        return None
+
+
+def score_generator(sampler, count, extractor, reference):
+    """FID and Inception Score of `count` pictures of a sampler's averaged generator, against the reference statistics.
 
     Returns {"fid": ..., "is": ..., "is_deviation": ...}. The noise is always the same for a seed and a count.
     """
@@ -188,8 +205,8 @@ def score_generator(trainer, count, extractor, reference):
 
     def batches():
         for number, first in enumerate(range(0, count, 256)):  # blocks of noise that no memory decides on
-            rng = data.random_stream("evaluate", trainer.options.seed, number)
-            made = data.to_bytes(trainer.sample(trainer.noise(min(256, count - first), rng)))
+            rng = data.random_stream("evaluate", sampler.options.seed, number)
+            made = data.to_bytes(sampler.sample(sampler.noise(min(256, count - first), rng)))
             yield from (made[i : i + step] for i in range(0, len(made), step))
 
     statistics, score = look(batches(), count, extractor, "generated pictures")
@@ -198,21 +215,25 @@ def score_generator(trainer, count, extractor, reference):
             "is_deviation": deviation}  # fmt: skip
 
 
-def load_extractor(features, pictures, dataset, data_dir, inception=None):
-    """The network that looks: "inception", with weights from a file or downloaded, or "own". Raises UserError."""
-    if features == "own":
-        from paper.classifier import load_classifier
+DIMS = {"inception": FEATURES, "own": classifier.FEATURES}
 
-        return load_classifier(pictures, dataset, data_dir)
-    from paper.inception import load_inception
 
-    return load_inception(inception, data_dir)
+def load_extractor(features, load, dataset, data_dir, inception=None, digest=None):
+    """The network that looks: "inception", with weights from a file or downloaded, or "own". Raises UserError.
+
+    load: gives the data set's pictures, bytes (N, 3, S, S), which the own one is of; a digest finds it without them.
+    """
+    if features == "inception":
+        return load_inception(inception, data_dir)
+    kept = classifier.kept_classifier(digest, dataset, data_dir) if digest else None
+    return kept or classifier.load_classifier(load(), dataset, data_dir)
 
 
 def need_two(pictures):
-    """Raise UserError if a single picture is all there is: it has no covariance."""
+    """The pictures. Raises UserError if a single one is all there is: it has no covariance."""
     if len(pictures) < 2:
         raise UserError("FID needs two real pictures or more; add some to the folder, or give --fid-stats")
+    return pictures
 
 
 def own_scores(trainer, count, data_dir):
@@ -221,8 +242,7 @@ def own_scores(trainer, count, data_dir):
     Trains the classifier first, and has it look at the real pictures, where that was not done before. Raises UserError.
     """
     pictures, dataset = trainer.batches.pictures, trainer.options.dataset
-    need_two(pictures)
-    extractor = load_extractor("own", pictures, dataset, data_dir)
+    extractor = load_extractor("own", lambda: need_two(pictures), dataset, data_dir)
     reference = reference_statistics(pictures, dataset, extractor, data_dir)
 
     def measure():
@@ -234,45 +254,48 @@ def own_scores(trainer, count, data_dir):
 
 def read_scores(path):
     """The entries of a run's scores.json, [] if there is none. Raises UserError, also where it cannot be written."""
+    files.need_folder(path.parent, "--out")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
         entries = json.loads(path.read_text()) if path.exists() else []
         if any({"step", "weights", "images"} - entry.keys() for entry in entries):
             raise ValueError
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; choose another --out") from None
     except (ValueError, TypeError, AttributeError):
         raise UserError(f"{path} is not a list of this program's scores; move it away and start again") from None
     return entries
 
 
-def evaluate(run, trainer, pictures, features, count, data_dir, inception=None, fid_stats=None):
+def evaluate(run, sampler, load, features, count, data_dir, inception=None, fid_stats=None):
     """Score a run's generator, write the numbers into scores.json in its folder, and return them as one line to quote.
 
-    features: "inception" or "own"; count: generated pictures; fid_stats: a file to take the reference statistics from
-    instead of the run's data set. Raises UserError.
+    sampler: program.sampler.Sampler, or what has the like of its noise, sample, options and step; load: a function that
+    gives the pictures of the run's data set, called only where they are needed; features: "inception" or "own"; count:
+    generated pictures; fid_stats: a file to take the reference statistics from instead. What is to be read is read before
+    any work is begun. Raises UserError.
     """
-    options, path = trainer.options, run / "scores.json"
-    read_scores(path)  # what is wrong there is better said before hours of work than after
-    if not fid_stats:
-        need_two(pictures)
-    extractor = load_extractor(features, pictures, options.dataset, data_dir, inception)
-    if fid_stats:
-        reference, against = read_statistics(fid_stats, extractor.dims), f"the statistics in {Path(fid_stats).name}"
+    options, path, load = sampler.options, run / "scores.json", functools.cache(load)
+    read_scores(path)
+    given = read_statistics(fid_stats, DIMS[features]) if fid_stats else None
+    digest = network_of(fid_stats) if fid_stats else None
+    extractor = load_extractor(features, load if given else lambda: need_two(load()), options.dataset, data_dir, inception,
+                               digest)  # fmt: skip
+    if given:
+        reference, against = given, f"the statistics in {Path(fid_stats).name}"
     else:
+        pictures = need_two(load())
         reference = reference_statistics(pictures, options.dataset, extractor, data_dir)
         against = f"{len(pictures):,} pictures of {Path(options.dataset).name}"
-    scores = score_generator(trainer, count, extractor, reference)
+    scores = score_generator(sampler, count, extractor, reference)
     suffix = extractor.suffix
     named = {f"{name}{suffix.replace('-', '_')}": value for name, value in scores.items()}
-    entry = {"step": trainer.step, "images": count, "against": against, "weights": extractor.weights,
+    entry = {"step": sampler.step, "images": count, "against": against, "weights": extractor.weights,
              "resizing": extractor.resizing, "date": datetime.date.today().isoformat()} | named  # fmt: skip
-    known = [old for old in read_scores(path) if (old["step"], old["weights"]) != (trainer.step, extractor.weights)]
+    known = [old for old in read_scores(path) if (old["step"], old["weights"]) != (sampler.step, extractor.weights)]
     with files.whole_file(path) as part:
         part.write_text(json.dumps([*known, entry], indent=2) + "\n")
     network = f"{NAMES[options.generator]}-{options.size}"
     return (
         f"FID{suffix} {scores['fid']:.2f}, IS{suffix} {scores['is']:.2f} ± {scores['is_deviation']:.2f} ({network}, step "
-        f"{trainer.step}; {count:,} pictures against {against}; {extractor.weights}; resizing: {extractor.resizing})"
+        f"{sampler.step}; {count:,} pictures against {against}; {extractor.weights}; resizing: {extractor.resizing})"
     )

@@ -3,6 +3,7 @@
 import decimal
 import itertools
 import json
+import re
 import sys
 import types
 
@@ -235,7 +236,7 @@ def test_reference_statistics_are_computed_once_and_in_the_usual_layout(tmp_path
     assert eye.seen == 139
     for path in tmp_path.glob("fid-stats-eye-eye-shapes-8-*.npz"):
         with np.load(path) as saved:
-            assert set(saved) == {"mu", "sigma"}
+            assert set(saved) == {"mu", "sigma", "network"}
     with pytest.raises(UserError, match="cannot write"):
         scores.reference_statistics(pictures[:68], "shapes", eye, path)
 
@@ -333,6 +334,51 @@ def test_evaluating_a_run(quick, tmp_path, capsys):
     assert "cannot read" in support.fails(capsys, "--evaluate", tmp_path / "nowhere")
     (out / "scores.json").write_text("[1")
     assert "scores.json is not a list" in support.fails(capsys, "--evaluate", out, "--num-images", 30, *where)
+
+
+def test_statistics_that_are_given_take_the_place_of_the_pictures(quick, tmp_path, monkeypatch, capsys):
+    """Through the network that they are of, which is known by its digest; other statistics need the pictures' own."""
+    out, where = tmp_path / "run", ("--data-dir", tmp_path / "data", "--num-images", 30)
+    assert support.run_main(*support.TRAIN, "--out", out) == 0
+    assert support.run_main("--evaluate", out, *where) == 0
+    expected = capsys.readouterr().out.splitlines()[-1].split("(")[0]
+    (stats,) = (tmp_path / "data").glob("fid-stats-own-*.npz")
+    stats = stats.rename(tmp_path / "mine.npz")
+
+    def gone(*_):
+        raise UserError("there are no pictures")
+
+    monkeypatch.setattr(datasets, "load_pictures", gone)
+    assert support.run_main("--evaluate", out, "--fid-stats", stats, *where) == 0
+    assert capsys.readouterr().out.split("(")[0] == expected
+    assert "there are no pictures" in support.fails(capsys, "--evaluate", out, *where)
+    np.savez(tmp_path / "other.npz", mu=np.zeros(128), sigma=np.eye(128))
+    assert "there are no pictures" in support.fails(
+        capsys, "--evaluate", out, "--fid-stats", tmp_path / "other.npz", *where
+    )
+    assert len(quick) == 1
+    seen = []
+    monkeypatch.setattr(scores, "load_extractor", lambda features, *_: seen.append(features) or Eye())
+    monkeypatch.setitem(scores.DIMS, "inception", 3)
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
+    chosen = "--features", "inception", "--fid-stats", tmp_path / "other.npz"
+    assert support.run_main("--evaluate", out, *chosen, *where) == 0
+    assert seen == ["inception"]
+
+
+@pytest.mark.parametrize("command", ["--evaluate", "--evaluate-every"])
+def test_a_data_dir_that_takes_nothing_is_said_before_the_work(command, quick, tmp_path, capsys):
+    """The work whose result is to be kept there: the classifier, and the statistics of the real pictures."""
+    (tmp_path / "file").write_text("no folder")
+    where = "--data-dir", tmp_path / "file" / "within"
+    assert support.run_main(*support.TRAIN, "--out", tmp_path / "run", *where) == 0  # shapes keep nothing there
+    words = [*support.TRAIN, "--out", tmp_path / "new", command, 1] if command[-1] == "y" else [command, tmp_path / "run"]
+    message = support.fails(capsys, *words, *where, "--num-images", 10)
+    assert re.search("cannot write in .*within: .*; choose another --data-dir", message)
+    eye = Eye()
+    with pytest.raises(UserError, match="cannot write in"):
+        scores.reference_statistics(data.draw_shapes(9, 8), "shapes", eye, where[1])
+    assert (quick, eye.seen) == ([], 0)
 
 
 def test_what_is_wrong_is_said_before_the_work(quick, tmp_path, capsys):

@@ -13,7 +13,10 @@ import numpy as np
 
 import autograd as ag
 from data import UserError, first_line
+from paper.convolutions import Stateful
 from program.options import read_options
+from program.sampler import Sampler
+from program.trainer import make_networks
 from store import files
 from store.files import CHECKPOINTS
 from store.output import one_line
@@ -56,6 +59,27 @@ def load(trainer, path):
     trainer.step, trainer.update.rate_scale = step, float(scale)
     trainer.gen_adam.t, trainer.disc_adam.t = step, step * trainer.options.disc_steps
     trainer.set_window()
+
+
+def load_sampler(options, path, threads=None):
+    """The Sampler of a checkpoint of these options: reads the averaged generator, and the discriminator if there is one.
+
+    Raises UserError if these do not fit the options.
+    """
+    generator, discriminator = make_networks(options)
+    with open_checkpoint(path) as saved:
+        if not any(name.startswith("discriminator/") for name in saved.names):
+            discriminator = None
+        wanted = {f"average/{name}": p.data for name, p in generator.parameters().items()}
+        wanted |= (
+            {f"discriminator/{name}": p.data for name, p in discriminator.parameters().items()} if discriminator else {}
+        )
+        for network, kind in ((generator, "generator"), (discriminator, "discriminator")):
+            if isinstance(network, Stateful):
+                wanted |= {f"{kind}/{name}": x for name, x in network.buffers().items()}
+        for name, x in wanted.items():
+            x[...] = ag.xp.asarray(saved.read(name, x))
+        return Sampler(options, saved.step(), generator, discriminator, threads)
 
 
 class open_checkpoint:

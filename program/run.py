@@ -8,6 +8,7 @@ Contents
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import signal
@@ -279,6 +280,16 @@ def resume_command(args, parser, out):
     return " ".join(["python transgan.py --resume", quoted(out), *([more] if more else []), *(["--plain"] * args.plain)])
 
 
+def look_back(args, sampler, load, out):
+    """Make the pictures or the scores that are asked for of a run's Sampler; load: gives its data set's pictures."""
+    if args.begun:
+        return looks.make(args, sampler, load, out)
+    features = args.features or ("own" if sampler.options.dataset == "shapes" and not args.inception else "inception")
+    line = scores.evaluate(out, sampler, load, features, args.num_images or 50_000, args.data_dir, args.inception,
+                           args.fid_stats)  # fmt: skip
+    return output.tell(line, event="scores", **scores.read_scores(out / "scores.json")[-1])
+
+
 def run(args, parser):
     """What the command line asks for, as `parser` understood it: returns the exit code. Raises UserError."""
     refuse_idle_options(args)
@@ -293,25 +304,19 @@ def run(args, parser):
         device = ag.use_device(args.device)
     except RuntimeError as error:
         raise UserError(str(error)) from None
-    forms, pair = choose_forms(args, chosen), make_networks(chosen)
-    if not (args.evaluate or args.begun):
-        checkpoints.prepare_folder(out, args.resume)
-    pictures = datasets.load_pictures(chosen.dataset, args.data_dir, chosen.image_size)
+    forms = choose_forms(args, chosen)
+    load = functools.partial(datasets.load_pictures, chosen.dataset, args.data_dir, chosen.image_size)
+    if args.evaluate or args.begun:
+        look_back(args, checkpoints.load_sampler(chosen, checkpoint, args.threads), load, out)
+        return 0
+    pair = make_networks(chosen)
+    checkpoints.prepare_folder(out, args.resume)
+    pictures = load()
     group = gather_gpus(args, chosen, checkpoint) if args.gpus > 1 else None
     trainer = make_trainer(chosen, pictures, args.threads, group=group, pair=pair)
     if checkpoint:
         checkpoints.load(trainer, checkpoint)
-        if args.resume:
-            go_on(trainer, args, checkpoint, out)
-    if args.evaluate:
-        features = args.features or ("own" if chosen.dataset == "shapes" and not args.inception else "inception")
-        line = scores.evaluate(out, trainer, pictures, features, args.num_images or 50_000, args.data_dir, args.inception,
-                               args.fid_stats)  # fmt: skip
-        output.tell(line, event="scores", **scores.read_scores(out / "scores.json")[-1])
-        return 0
-    if args.begun:
-        looks.make(args, trainer, pictures, out)
-        return 0
+        go_on(trainer, args, checkpoint, out)
     threads = f", {trainer.update.threads} threads" if device == "cpu" else ""
     output.tell(f"{NAMES[chosen.generator]}-{chosen.size} on {chosen.dataset} {chosen.image_size}x{chosen.image_size}, "
                 f"{len(pictures):,} pictures, {device}{threads}, {forms}, into {out}",

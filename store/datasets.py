@@ -64,8 +64,11 @@ def load_pictures(dataset: str, data_dir: str | Path, image_size: int) -> Bytes:
     return published[dataset](data_dir) if dataset in published else load_folder(dataset, data_dir, image_size)
 
 
+LABELLED = ("shapes", "cifar10")
+
+
 def load_labels(dataset: str, data_dir: str | Path, image_size: int) -> Labels | None:
-    """The class of each picture of `load_pictures`, whole numbers (N,) from 0, or None where none is known.
+    """The class of each picture of `load_pictures`, whole numbers (N,) from 0, or None for what is not LABELLED.
 
     CIFAR-10 comes with ten classes; of the shapes, kind and colour make one. Raises UserError.
     """

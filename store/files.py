@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import re
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,18 @@ def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def need_folder(folder: Path, option: str) -> None:
+    """Make a folder if it is missing, and see that it can be written to: before the work whose result it is for.
+
+    Raises UserError, which advises another one by `option`, the command line's name for it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror}; choose another {option}") from None
 
 
 def sync(path: Path) -> None:
