@@ -24,8 +24,11 @@ p patch_size; in Attention H heads of width D.
 from __future__ import annotations
 
 if __name__ == "__main__":  # the program around this book; here, because program/__init__.py has to come before NumPy
+    import signal
     import sys
 
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until the program says what Ctrl-C does
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from program.main import console
 
     sys.exit(console())

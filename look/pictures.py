@@ -302,21 +302,8 @@ def add_options(parser):
                        help="N samples beside the training pictures that are most like them")  # fmt: skip
 
 
-def refuse_idle_options(args):
-    """Raise UserError for options that would do nothing beside the others."""
-    wanted = [name for name in ("sample", "interpolate", "attention", "nearest") if getattr(args, name)]
-    if wanted and not args.begun:
-        raise UserError(f"--{wanted[0]} makes pictures of a run that has begun; name its folder with --from")
-    if args.query and not args.attention:
-        raise UserError("--query goes with --attention; leave it out")
-    if args.begun and not wanted:
-        raise UserError("--from wants to know which pictures: --sample N, --interpolate N, --attention or --nearest N")
-    if args.begun and (args.resume or args.evaluate):
-        raise UserError("--from only makes pictures of a run; leave it out, or --resume and --evaluate")
-
-
 def make(args, sampler, load, out):
-    """Write what the command line asks for into the folder `out`, and print its path. Raises UserError.
+    """Write what the command line asks for into the folder `out`, and print the path of each. Raises UserError.
 
     load: gives the training pictures, bytes (N, 3, S, S), of which --nearest alone makes use.
     """
@@ -344,4 +331,5 @@ def make(args, sampler, load, out):
         if count:
             path = out / f"{name}-{sampler.step:06d}-seed{seed}.png"
             draw(path)
-            output.tell(str(path), event="picture", path=str(path))
+            for made in (path.with_suffix(".gif"), path) if name == "interpolate" else (path,):
+                output.tell(str(made), event="picture", path=str(made))

@@ -54,7 +54,7 @@ def read_log(path):
         names = next(reader)
         measured = [names.index(name) for name in LABELS]
         rows = [row for i, row in enumerate(reader) if i % stride == 0 or any(row[column] for column in measured)]
-    columns = {}
+    columns = {name: np.zeros((2, 0)) for name in names}
     for name, values in zip(names, zip(*rows, strict=True), strict=False):
         pairs = np.array([(float(row[0]), float(x)) for row, x in zip(rows, values, strict=True) if x]).reshape(-1, 2)
         columns[name] = pairs[np.isfinite(pairs[:, 1])].T
@@ -333,7 +333,8 @@ class Report:
         try:
             self.draw()
         except Exception as error:
-            print(f"transgan: {self.path} could not be drawn: {one_line(first_line(error))}; the run goes on", file=sys.stderr)
+            reason = one_line(first_line(error))
+            print(f"transgan: {self.path} could not be drawn: {reason}; the run goes on", file=sys.stderr)
         now = time.monotonic()
         self.due = now + (now - begun) / self.SHARE
 

@@ -10,7 +10,7 @@ import time
 from data import UserError
 from look.report import LABELS
 from program import signals
-from program.checkpoints import NotFinite, holds_a_run
+from program.checkpoints import FIELDS, NotFinite, holds_a_run
 from store import files, output
 
 LONG = 2 * 86400  # seconds: a run that takes more is better thought over
@@ -41,9 +41,6 @@ class Log:
 
     PAUSES = 0.5, 10, 60  # seconds from line to line: live, elsewhere, and elsewhere within a step
 
-    FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "sr_loss", "distance", "fid_own", "is_own",
-              "pictures_per_second", "seconds")  # fmt: skip
-
     def __init__(self, path, step, steps, resumed=False, every=1):
         self.first, self.step, self.steps, self.every = step, step, steps, every
         kept, self.earlier = [], 0.0
@@ -62,7 +59,7 @@ class Log:
                 self.file = start.open("w" if resumed else "x", newline="", encoding="utf-8")
             except FileExistsError:
                 raise holds_a_run(path.parent) from None
-            self.writer = csv.DictWriter(self.file, self.FIELDS, restval="", extrasaction="ignore")
+            self.writer = csv.DictWriter(self.file, FIELDS, restval="", extrasaction="ignore")
             self.writer.writeheader()
             self.writer.writerows(kept)
             if resumed:
@@ -129,7 +126,7 @@ class Log:
         """Read the numbers that wait. Raises NotFinite at the first that is not."""
         for row in self.waiting:
             row |= numbers(row)
-            for name in self.FIELDS:
+            for name in FIELDS:
                 if not math.isfinite(row.get(name) or 0):
                     raise NotFinite(f"{name} is {row[name]} at step {row['step']}")
 

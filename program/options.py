@@ -1,15 +1,20 @@
 """What a run's options may be: on the command line, in a preset, in a checkpoint.
 
 OPTIONS says it of each once. `add_options` makes the command line of it, `read_options` checks what a checkpoint claims,
-and `choose_options` fills in what the data set, a preset and the other options decide.
+`choose_options` fills in what the data set, a preset and the other options decide, `refuse_idle_options` knows what does
+nothing, and `commands` writes it all down as one can paste it.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import shlex
-from pathlib import Path
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 import fast
@@ -152,9 +157,14 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
+def quoted(path):
+    """A word, such as a path, as one writes it in a command."""
+    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
+
+
 def flags(values):
     """Options by name, as one writes them on the command line."""
-    return " ".join(f"{flag(name)} {shlex.quote(str(value))}" for name, value in values.items())
+    return " ".join(flag(name) if value is True else f"{flag(name)} {quoted(value)}" for name, value in values.items())
 
 
 def add_options(group, options):
@@ -168,8 +178,8 @@ def is_valid(name, value):
     """Whether an option may have this value, of any type."""
     if type(value) is not type(getattr(Options, name)):
         return False
-    if name == "dataset":  # a folder may have been moved
-        return value in arguments.NAMES or Path(value).is_absolute()
+    if name == "dataset":  # a folder may have been moved, also from another kind of system
+        return value in arguments.NAMES or any(kind(value).is_absolute() for kind in (PurePosixPath, PureWindowsPath))
     values = OPTIONS[name].values
     try:
         return values(str(value)) == value if callable(values) else value in values
@@ -268,10 +278,88 @@ def check_options(options):
     return options
 
 
+# Where an option that is none of OPTIONS does something: in a training, with --summary, and so on. --quiet and --json do
+# anywhere.
+TRAINING_MODES = ("a training", "--resume")
+ACTS = {
+    **dict.fromkeys(("on_nan", "gpus", "sample_every", "save_every", "evaluate_every", "profile"), TRAINING_MODES),
+    **dict.fromkeys(("data_dir", "out", "device", "threads", "plain"), (*TRAINING_MODES, "--evaluate", "--from")),
+    **dict.fromkeys(("features", "inception", "fid_stats"), ("--evaluate",)),
+    **dict.fromkeys(("sample", "interpolate", "attention", "query", "nearest"), ("--from",)),
+    "num_images": ("--evaluate", *TRAINING_MODES),
+    "preset": ("a training", "--summary"),
+}
+# What an option does something with, or else does not.
+NEEDS = {"query": "attention", "num_images": "evaluate_every"}
+# Two of which only one can have its way.
+EITHER = (
+    ("resume", "evaluate"), ("resume", "begun"), ("evaluate", "begun"), ("summary", "evaluate"), ("summary", "begun"),
+    ("inception", "features"),
+)  # fmt: skip
+
+
+def refuse_idle_options(args, parser):
+    """Raise UserError for an option, of those that `parser` made `args` of, that does nothing beside the others.
+
+    What `choose_options` makes an Options of is its business. One that says no more than its default is no offence.
+    """
+    names = {name: flag(name) for name in vars(args)} | {"begun": "--from"}
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    for one, other in EITHER:
+        if {one, other} <= given and not (other == "features" and args.features != "own"):
+            raise UserError(f"{names[one]} and {names[other]} do not go together; leave out one of them")
+    mode = next((names[name] for name in ("summary", "evaluate", "begun", "resume") if name in given), "a training")
+    for name in sorted(given & ACTS.keys()):
+        if mode not in ACTS[name]:
+            where = " or ".join(other for other in ACTS[name] if other != "--resume")
+            raise UserError(f"{names[name]} does nothing here: it goes with {where}; leave it out")
+        if name in NEEDS and mode != "--evaluate" and not getattr(args, NEEDS[name]):
+            where = " or ".join(["--evaluate"] * (name == "num_images") + [names[NEEDS[name]]])
+            raise UserError(f"{names[name]} goes with {where}; leave it out")
+    if mode == "--from" and not given & {"sample", "interpolate", "attention", "nearest"}:
+        raise UserError("--from wants to know which pictures: --sample N, --interpolate N, --attention or --nearest N")
+    if args.threads and args.device == "gpu":
+        raise UserError("--threads are a CPU's, and do nothing with --device gpu; leave out one of them")
+
+
+def program():
+    """How this program is called, as one can paste it in the folder where it was."""
+    words = []
+    for path in (sys.executable or "python", transgan.__file__):
+        with contextlib.suppress(ValueError, OSError):  # the latter where that folder is gone
+            inside = Path(path).relative_to(Path.cwd())
+            path = inside if len(inside.parts) > 1 or inside.suffix == ".py" else Path(path)
+        words.append(quoted(path))
+    return " ".join(words)
+
+
 def command(options):
     """The shortest command that gives these options: with those that are not what the others decide."""
     given, deciding = {}, ["dataset", "size", "generator", "discriminator", "image_size"]
     for name in dict.fromkeys([*deciding, *OPTIONS]):
         if getattr(options, name) != getattr(fill_in(given), name):
             given[name] = getattr(options, name)
-    return " ".join(["python transgan.py", flags(given)] if given else ["python transgan.py"])
+    return f"{program()} {flags(given)}".rstrip()
+
+
+# What a checkpoint does not know of the command that made it.
+KEPT = ("data_dir", "device", "gpus", "threads", "plain", "on_nan", "sample_every", "save_every", "evaluate_every",
+        "num_images")  # fmt: skip
+
+
+def kept(args, parser):
+    """Those of KEPT that `args` of `parser` has not by default, by name."""
+    return {name: getattr(args, name) for name in KEPT if getattr(args, name) != parser.get_default(name)}
+
+
+def commands(options, out, kept):
+    """Three commands of a run in the folder `out`: what began it, what goes on with it, what makes pictures of it.
+
+    kept: see the function of this name.
+    """
+    looks = {name: value for name, value in kept.items() if "--from" in ACTS[name]}
+    return (
+        f"{command(options)} {flags({'out': out} | kept)}",
+        f"{program()} {flags({'resume': out} | kept)}",
+        f"{program()} --from {quoted(out)} --sample 64 --interpolate 8 --attention --nearest 8 {flags(looks)}".rstrip(),
+    )

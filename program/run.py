@@ -30,8 +30,8 @@ from look.report import Report
 from paper import scores
 from paper.networks import NAMES
 from program import checkpoints, options, presets
-from program.checkpoints import NotFinite, quoted
-from program.log import Log
+from program.checkpoints import NotFinite
+from program.log import Log, long_run
 from program.profile import profile, tell_profile
 from program.signals import stop_signals
 from program.trainer import make_networks, make_trainer
@@ -163,22 +163,23 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
 REWINDS = 5  # times that the learning rate may be halved
 
 
-def train_on(trainer, out, sample_every, save_every, resumed, evaluate_every=None, measure=None, on_nan="stop"):
+def train_on(trainer, out, sample_every, save_every, resumed, evaluate_every=None, measure=None, kept=None, on_nan="stop"):
     """`train`, and with on_nan="rewind" once more from the last checkpoint, at half the learning rate, after NotFinite.
 
     How often it was halved is part of a checkpoint. Raises UserError, saying what to try, after REWINDS times or at once.
     """
     while True:
         try:
-            return train(trainer, out, sample_every, save_every, resumed, evaluate_every, measure)
+            return train(trainer, out, sample_every, save_every, resumed, evaluate_every, measure, kept)
         except NotFinite as error:
             scale, resumed = trainer.update.rate_scale / 2, True
             if on_nan != "rewind" or scale < 0.5**REWINDS:
-                advice = f"go on from there at half the learning rate with --resume {quoted(out)} --on-nan rewind, or "
+                advice = f"start a new run with less than --learning-rate {trainer.options.learning_rate}"
                 if on_nan == "rewind":
-                    advice = f"{REWINDS} times half the learning rate did not help: "
-                raise UserError(f"{error}; the last checkpoint is from before: {advice}start a new run with less than "
-                                f"--learning-rate {trainer.options.learning_rate}") from None  # fmt: skip
+                    raise UserError(f"{error}; {REWINDS} times half the learning rate did not help: {advice}") from None
+                again = options.commands(trainer.options, out, (kept or {}) | {"on_nan": "rewind"})[1]
+                raise UserError(f"{error}; the last checkpoint is from before: {advice}, or go on from there at half the "
+                                f"rate: {again}") from None  # fmt: skip
             checkpoints.load(trainer, checkpoints.newest_checkpoint(out)[0])
             trainer.update.rate_scale = scale
             print(f"transgan: {error}; back to step {trainer.step}, at {scale:g} of the learning rate", file=sys.stderr)
@@ -227,23 +228,6 @@ def take_part(rank, port, args, options, checkpoint):
 # --- 3. Running -------------------------------------------------------------------------------------------------------
 
 
-def refuse_idle_options(args):
-    """Raise UserError for options that would do nothing beside the others."""
-    if args.resume and args.evaluate:
-        raise UserError("--resume trains and --evaluate looks; leave out one of them")
-    for name in ("features", "inception", "fid_stats"):
-        if getattr(args, name) and not args.evaluate:
-            raise UserError(f"--{name.replace('_', '-')} goes with --evaluate; leave it out")
-    if args.num_images and not (args.evaluate or args.evaluate_every):
-        raise UserError("--num-images goes with --evaluate or --evaluate-every; leave it out")
-    if (args.evaluate or args.begun) and (args.evaluate_every or args.profile):
-        raise UserError("--evaluate-every and --profile watch a training; leave them out")
-    if args.evaluate and args.gpus > 1:
-        raise UserError("--gpus shares training; leave it out")
-    if args.features == "own" and args.inception:
-        raise UserError("--features own does not look through --inception; leave out one of them")
-
-
 def choose_forms(args, options):
     """Enter the fast forms of the engine's operations, or none with --plain; returns which are in use, in a word or two."""
     if not args.plain:
@@ -268,16 +252,25 @@ def go_on(trainer, args, checkpoint, out):
             (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
 
 
-# What a checkpoint does not know of the command that made it.
-KEPT = ("data_dir", "device", "gpus", "threads", "plain", "on_nan", "sample_every", "save_every", "evaluate_every",
-        "num_images")  # fmt: skip
-
-
-def resume_command(args, parser, out):
-    """The command that goes on with the run in `out`, which knows its own options, as `args` of `parser` began it."""
-    changed = {name: getattr(args, name) for name in KEPT if getattr(args, name) != parser.get_default(name)}
-    more = options.flags({name: value for name, value in changed.items() if value is not True})
-    return " ".join(["python transgan.py --resume", quoted(out), *([more] if more else []), *(["--plain"] * args.plain)])
+@contextlib.contextmanager
+def saying_how_to_go_on(chosen, out, goes_on):
+    """Within this context, what stops a run for a while says by which command it goes on, if it has a checkpoint."""
+    try:
+        yield
+    except (MemoryError, OSError, KeyboardInterrupt) as error:
+        if not any((out / name).exists() for name in CHECKPOINTS):
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"stopped; go on from the last checkpoint with: {goes_on}") from None
+        if isinstance(error, BrokenPipeError):
+            reason = "nobody reads the output any more"
+        elif isinstance(error, OSError):
+            reason = f"{error.filename or 'writing'}: {error.strerror or error}; free some space"
+        elif chosen.generator == "transgan":
+            reason, goes_on = "not enough memory for this", f"{goes_on} --accumulate {2 * chosen.accumulate}"
+        else:
+            reason = "not enough memory for this; close other programs"
+        raise UserError(f"{reason}; go on from the last checkpoint with: {goes_on}") from None
 
 
 def look_back(args, sampler, load, out):
@@ -292,28 +285,31 @@ def look_back(args, sampler, load, out):
 
 def run(args, parser):
     """What the command line asks for, as `parser` understood it: returns the exit code. Raises UserError."""
-    refuse_idle_options(args)
-    looks.refuse_idle_options(args)
+    options.refuse_idle_options(args, parser)
     begun = args.resume or args.evaluate or args.begun
     checkpoint, saved = checkpoints.newest_checkpoint(begun) if begun else (None, None)
     chosen, out = options.choose_options(args, saved)
     if args.summary:
         tell_summary(chosen, args.preset)
         return 0
+    if not saved and not args.out:
+        out = checkpoints.own_folder(out, chosen.dataset)
     try:
         device = ag.use_device(args.device)
     except RuntimeError as error:
         raise UserError(str(error)) from None
     forms = choose_forms(args, chosen)
     load = functools.partial(datasets.load_pictures, chosen.dataset, args.data_dir, chosen.image_size)
+    checkpoints.refuse_among_pictures(out, chosen.dataset, trains=not (args.evaluate or args.begun))
     if args.evaluate or args.begun:
         look_back(args, checkpoints.load_sampler(chosen, checkpoint, args.threads), load, out)
         return 0
-    pair = make_networks(chosen)
-    checkpoints.prepare_folder(out, args.resume)
+    pair, kept = make_networks(chosen), options.kept(args, parser)
+    goes_on = options.commands(chosen, out, kept)[1]
+    checkpoints.prepare_folder(out, args.resume, goes_on)
     pictures = load()
     group = gather_gpus(args, chosen, checkpoint) if args.gpus > 1 else None
-    trainer = make_trainer(chosen, pictures, args.threads, group=group, pair=pair)
+    trainer = make_trainer(chosen, enough(pictures, chosen) if saved else pictures, args.threads, group=group, pair=pair)
     if checkpoint:
         checkpoints.load(trainer, checkpoint)
         go_on(trainer, args, checkpoint, out)
@@ -324,19 +320,30 @@ def run(args, parser):
                 threads=trainer.update.threads, forms=forms, out=str(out))  # fmt: skip
     start = time.monotonic()
     measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
-    with profile() if args.profile else contextlib.nullcontext() as times:
+    with saying_how_to_go_on(chosen, out, goes_on), profile() if args.profile else contextlib.nullcontext() as times:
         asked = train_on(trainer, out, args.sample_every, args.save_every, out == args.resume, args.evaluate_every, measure,
-                         args.on_nan)  # fmt: skip
+                         kept, args.on_nan)  # fmt: skip
     if times is not None:
         tell_profile(times, trainer.inputs.waited, time.monotonic() - start)
     if asked:
-        command = resume_command(args, parser, out)
-        print(f"stopped after step {trainer.step}, and saved; go on with: {command}", file=sys.stderr)
-        output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=command)
+        print(f"stopped after step {trainer.step}, and saved; go on with: {goes_on}", file=sys.stderr)
+        output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=goes_on)
         return 128 + asked
-    picture = out / "samples" / f"step-{trainer.step:06d}.png"
-    output.tell(f"done: {picture}", event="picture", path=str(picture))
+    picture, report = out / "samples" / f"step-{trainer.step:06d}.png", out / "report.html"
+    shown = f"; all about this run: {report}" if report.exists() else ""
+    output.tell(f"done: {picture}{shown}", event="picture", path=str(picture))
+    if shown:
+        output.tell(None, event="report", path=str(report))
     return 0
+
+
+def enough(pictures, chosen):
+    """The pictures that a run goes on with, if there are still as many as its batches want. Raises UserError."""
+    batch = max(chosen.batch_size, chosen.gen_batch_size if chosen.sr_weight else 0)
+    if len(pictures) < batch:
+        raise UserError(f"{chosen.dataset} holds {len(pictures)} pictures now, too few for this run's batches of {batch}; "
+                        "put back what is missing, name another folder with --dataset, or start a new run")  # fmt: skip
+    return pictures
 
 
 def tell_summary(chosen, preset):

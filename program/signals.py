@@ -40,6 +40,19 @@ def stop_signals():
         restore()
 
 
+@contextlib.contextmanager
+def interruptible():
+    """Within this context, Ctrl-C raises KeyboardInterrupt; before and after, in a program, it may end it at once."""
+    quiet = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    if quiet:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if quiet:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def hang_up():
     """What is to be done when a terminal turns out to be gone: as if SIGHUP had come, which may be on its way."""
     forget_terminal()

@@ -12,10 +12,11 @@ MANY = 2**31 - 1
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and exits with 2."""
+    """Says what is wrong in one line, keeps it as `mistake`, and exits with 2."""
 
     def error(self, message):
-        self.exit(2, f"transgan: {one_line(message)}; see --help\n")
+        self.mistake = f"{one_line(message)}; see --help"
+        self.exit(2, f"transgan: {self.mistake}\n")
 
 
 def number(kind, least, most=MANY):
