@@ -234,8 +234,6 @@ def choose_options(args, saved=None):
     begun = args.resume or args.evaluate or args.begun  # the last is --from
     if args.begun:
         given.pop("seed", None)  # of the pictures, not of the run
-    if args.preset:
-        raise UserError(f"a run has its own options; leave out --preset {args.preset}")
     moved = saved.dataset not in arguments.NAMES and given.get("dataset") not in arguments.NAMES
     changeable = ({"steps", "accumulate"} if args.resume else set()) | ({"dataset"} if moved else set())
     for name, value in given.items():
