@@ -227,7 +227,9 @@ def choose_options(args, saved=None):
     given = given_options(args)
     if not saved:
         options = check_options(fill_in(given, args.preset))
-        refuse_idle(given, options, args.preset)
+        for name, why in idle(options).items():
+            if name in given:
+                raise UserError(f"{flag(name)} does nothing here: {why}; leave it out")
         pair = [options.generator, options.discriminator]
         parts = [Path(options.dataset).name, options.size, *(pair if pair != ["transgan", "transgan"] else [])]
         return options, args.out or Path("runs") / files.portable("-".join(parts))
@@ -242,17 +244,14 @@ def choose_options(args, saved=None):
     return check_options(dataclasses.replace(saved, **given)), args.out or (begun / "look" if args.begun else begun)
 
 
-def refuse_idle(given, options, preset):
-    """Raise UserError for an option, of those given, that changes nothing but itself; its default may be named."""
-    no_window = "there is no --locality"
-    for name, why in (
-        ("patch_size", options.discriminator != "transgan" and f"--discriminator {options.discriminator} has no patches"),
-        ("locality_shape", options.locality == "none" and no_window),
-        ("locality_stages", options.locality == "none" and no_window),
-    ):
-        others = {key: value for key, value in given.items() if key != name}
-        if why and getattr(options, name) != getattr(fill_in(others, preset), name):
-            raise UserError(f"{flag(name)} does nothing here: {why}; leave it out")
+def idle(options):
+    """What does nothing beside the others, and why: {name: words}."""
+    found = {}
+    if options.discriminator != "transgan":
+        found["patch_size"] = f"--discriminator {options.discriminator} has no patches"
+    if options.locality == "none":
+        found |= dict.fromkeys(("locality_shape", "locality_stages"), "there is no --locality")
+    return found
 
 
 def check_options(options):
@@ -329,6 +328,11 @@ def program():
             path = inside if len(inside.parts) > 1 or inside.suffix == ".py" else Path(path)
         words.append(quoted(path))
     return " ".join(words)
+
+
+def long_command(options):
+    """The command that names all of these options, but for those that do nothing."""
+    return "transgan.py " + flags({name: x for name, x in dataclasses.asdict(options).items() if name not in idle(options)})
 
 
 def command(options):

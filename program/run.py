@@ -352,7 +352,7 @@ def tell_summary(chosen, preset):
     rows = summary.summary_rows(generator, discriminator)
     named = [{name: x for name, x in zip(summary.COLUMNS, row, strict=True) if x} for row in rows]
     values, stated = dataclasses.asdict(chosen), presets.source_table(preset, chosen) if preset else []
-    text = f"transgan.py {options.flags(values)}\n\n{summary.table(rows)}"
+    text = f"{options.long_command(chosen)}\n\n{summary.table(rows)}"
     if stated:
         text += "\n\n" + summary.in_columns([list(stated[0]), *(list(row.values()) for row in stated)], "<<<<<")
     output.tell(text, event="summary", options=values, rows=named, sources=stated)
