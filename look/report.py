@@ -241,7 +241,9 @@ def key_numbers(log, step, steps):
     """What a person asks first, (name, value) as text each: how fast, how long, how good."""
     if not log["seconds"].size:
         return []
-    elapsed, recent = log["seconds"][1][-1], log["seconds"][:, 1:][:, -100:]  # the first, before any step, is no measure
+    elapsed, recent = log["seconds"][1][-1], log["seconds"][:, -100:]
+    if len(log["seconds"][0]) > 2 and recent[0, 0] == 0:  # there the first grid was drawn, too
+        recent = recent[:, 1:]
     numbers = [("elapsed", clock(elapsed))]
     if len(recent[0]) > 1:
         pace = (recent[1, -1] - recent[1, 0]) / (recent[0, -1] - recent[0, 0])  # seconds a step
@@ -338,8 +340,8 @@ class Report:
         now = time.monotonic()
         self.due = now + (now - begun) / self.SHARE
 
-    def stop(self):
-        """Let a page that says that the run goes on say that it was stopped, if that is still possible."""
+    def restate(self, stopped=False):
+        """Let a page that is there say whether the run goes on, if that is possible."""
         with contextlib.suppress(Exception):
             if self.path.exists():
-                self.draw(stopped=True)
+                self.draw(stopped)

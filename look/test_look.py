@@ -125,8 +125,9 @@ def test_the_page_holds_all_that_it_shows(run):
     assert "Step 4 of 4, finished" in text
     assert f"<dd>{float(last['distance']):.3f}</dd>" in content
     assert f"<dt>elapsed</dt><dd>{output.clock(float(last['seconds']))}</dd>" in content
-    assert f"--resume '{run}' --steps 8" in text
-    assert f"python transgan.py --steps 4 --batch-size 4 --gen-batch-size 4 --sr-weight 1.0 --out '{run}'" in text
+    made = f"{options.program()} --steps 4 --batch-size 4 --gen-batch-size 4 --sr-weight 1.0 --out '{run}'"
+    assert made in text
+    assert re.search(rf"{options.program()} --resume '{run}'.* --steps 8", text)
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium")
@@ -161,7 +162,7 @@ def test_a_browser_shows_the_page(run, tmp_path):
 def test_the_command_of_a_run_makes_that_run(arguments):
     chosen = support.parsed(*arguments)
     words = shlex.split(options.command(chosen))
-    assert words[:2] == ["python", "transgan.py"]
+    assert words[:2] == shlex.split(options.program())
     assert support.parsed(*words[2:]) == chosen
     for i in range(2, len(words), 2):  # and each of its options is needed
         try:
@@ -171,7 +172,7 @@ def test_the_command_of_a_run_makes_that_run(arguments):
 
 
 def test_the_shortest_command_says_what_differs():
-    assert options.command(support.parsed("--steps", 7)) == "python transgan.py --steps 7"
+    assert options.command(support.parsed("--steps", 7)) == f"{options.program()} --steps 7"
 
 
 def colour_rows(path, colour, left, right, near=30):
@@ -350,7 +351,7 @@ def test_a_report_while_the_run_goes_on(run):
     trainer, log = trainer_of(run), report.read_log(run / "log.csv")
     trainer.step, log["seconds"] = 1, np.array([[0, 1], [10, 14.5]])
     trainer.options.dataset = "/of/<i>many</i>&amp;"
-    content = report.page(trainer, run, log, "python transgan.py", 1)
+    content = report.page(trainer, run, log, ("begin", "go on", "look"), 1)
     page = Page(content)
     assert "Step 1 of 4, training" in content
     assert "<dt>left</dt><dd>0:00:13</dd>" in content
@@ -522,7 +523,8 @@ def test_pictures_of_a_run(run, tmp_path, capsys):
     assert run_main("--from", run, *asked) == 0
     printed = capsys.readouterr().out.splitlines()
     kinds = ("sample", "interpolate", "attention", "nearest")
-    assert printed == [str(run / "look" / f"{kind}-000004-seed0.png") for kind in kinds]
+    shown = ("sample.png", "interpolate.gif", "interpolate.png", "attention.png", "nearest.png")
+    assert printed == [str(run / "look" / name.replace(".", "-000004-seed0.")) for name in shown]
     assert sorted(p.stem.split("-")[0] for p in (run / "look").iterdir()) == sorted([*kinds, "interpolate"])
     for seed, same in ((0, True), (1, False)):
         out = tmp_path / str(seed)
@@ -594,12 +596,12 @@ def test_a_generator_alone_is_looked_at(run, tmp_path):
         (["--from", "RUN", "--sample", 0], "from 1 to 1024"),
         (["--from", "RUN", "--interpolate", 1], "from 2 to 100"),
         (["--from", "RUN", "--nearest", 101], "from 1 to 100"),
-        (["--from", "RUN", "--sample", 4, "--resume", "RUN"], "leave it out"),
-        (["--from", "RUN", "--sample", 4, "--evaluate", "RUN"], "leave it out"),
-        (["--from", "RUN", "--sample", 4, "--profile"], "leave them out"),
+        (["--from", "RUN", "--sample", 4, "--resume", "RUN"], "leave out one"),
+        (["--from", "RUN", "--sample", 4, "--evaluate", "RUN"], "leave out one"),
+        (["--from", "RUN", "--sample", 4, "--profile"], "leave it out"),
         (["--from", "RUN", "--sample", 4, "--num-images", 20], "leave it out"),
         (["--from", "RUN", "--sample", 4, "--size", "S"], "leave out --size S"),
-        (["--from", "RUN", "--sample", 4, "--preset", "cifar10-S"], "leave out --preset"),
+        (["--from", "RUN", "--sample", 4, "--preset", "cifar10-S"], "leave it out"),
         (["--from", "RUN/samples", "--sample", 4], "name a run's folder"),
         (["--from", "RUN", "--sample", 4, "--out", "RUN/log.csv"], "choose another --out"),
     ],

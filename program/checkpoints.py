@@ -216,13 +216,26 @@ def refuse_among_pictures(out, dataset, trains):
         raise UserError(f"{out} is among the pictures of --dataset; choose another --out")
 
 
+@contextlib.contextmanager
+def owned(out):
+    """Within this context, the run's folder is there, and no other process trains in it. Raises UserError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            taken = f"another process trains in {out}; wait for its end, or choose another --out"
+            stack.enter_context(files.belongs_to_one(out / ".lock", taken))
+        except OSError as error:
+            raise UserError(f"cannot write in {out}: {error.strerror}; choose another --out") from None
+        yield
+
+
 def prepare_folder(out, resume, goes_on):
-    """Make the run's folder, and refuse one that holds another run, or anything else that this one would overwrite.
+    """Make ready a run's folder, and refuse one that holds another run, or anything else that this one would overwrite.
 
     goes_on: the command that goes on with a run there.
     """
     try:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
+        (out / "samples").mkdir(exist_ok=True)
         log = out / "log.csv"
         if out != resume:
             kept = log.read_bytes().strip() if log.exists() else b""

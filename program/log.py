@@ -39,6 +39,7 @@ class Log:
     every: steps from one grid of samples to the next, which the time left is to take into account.
     """
 
+    FIELDS = FIELDS
     PAUSES = 0.5, 10, 60  # seconds from line to line: live, elsewhere, and elsewhere within a step
 
     def __init__(self, path, step, steps, resumed=False, every=1):

@@ -309,6 +309,8 @@ def refuse_idle_options(args, parser):
     for name in sorted(given & ACTS.keys()):
         if mode not in ACTS[name]:
             where = " or ".join(other for other in ACTS[name] if other != "--resume")
+            if (mode, where) == ("a training", "--from"):
+                raise UserError(f"{names[name]} makes pictures of a run that has begun; name its folder with --from")
             raise UserError(f"{names[name]} does nothing here: it goes with {where}; leave it out")
         if name in NEEDS and mode != "--evaluate" and not getattr(args, NEEDS[name]):
             where = " or ".join(["--evaluate"] * (name == "num_images") + [names[NEEDS[name]]])

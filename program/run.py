@@ -124,9 +124,10 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
                 if measure:
                     score()
                 log.tick()
-            if trainer.step == 0 or report.path.exists():
                 log.write()
                 draw()
+            else:
+                report.restate()
             sampled = saved = time.monotonic()
             asked = stop.asked
             for step, losses in transgan.train(trainer) if not asked else ():
@@ -156,7 +157,7 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
                     draw()
         finally:
             if trainer.step < settings.steps:
-                report.stop()
+                report.restate(stopped=True)
     return asked if trainer.step < settings.steps else None
 
 
@@ -174,12 +175,13 @@ def train_on(trainer, out, sample_every, save_every, resumed, evaluate_every=Non
         except NotFinite as error:
             scale, resumed = trainer.update.rate_scale / 2, True
             if on_nan != "rewind" or scale < 0.5**REWINDS:
+                again = options.commands(trainer.options, out, {"on_nan": "rewind"} | (kept or {}))[1]
                 advice = f"start a new run with less than --learning-rate {trainer.options.learning_rate}"
                 if on_nan == "rewind":
-                    raise UserError(f"{error}; {REWINDS} times half the learning rate did not help: {advice}") from None
-                again = options.commands(trainer.options, out, (kept or {}) | {"on_nan": "rewind"})[1]
-                raise UserError(f"{error}; the last checkpoint is from before: {advice}, or go on from there at half the "
-                                f"rate: {again}") from None  # fmt: skip
+                    advice = f"{REWINDS} times half the learning rate did not help: {advice}"
+                else:
+                    advice += f", or go on from there at half the rate: {again}"
+                raise UserError(f"{error}; the last checkpoint is from before: {advice}") from None
             checkpoints.load(trainer, checkpoints.newest_checkpoint(out)[0])
             trainer.update.rate_scale = scale
             print(f"transgan: {error}; back to step {trainer.step}, at {scale:g} of the learning rate", file=sys.stderr)
@@ -304,12 +306,21 @@ def run(args, parser):
     if args.evaluate or args.begun:
         look_back(args, checkpoints.load_sampler(chosen, checkpoint, args.threads), load, out)
         return 0
-    pair, kept = make_networks(chosen), options.kept(args, parser)
+    pair = make_networks(chosen)  # before anything is written
+    with checkpoints.owned(out):
+        return begin(args, parser, chosen, out, checkpoint, device, forms, load, pair)
+
+
+def begin(args, parser, chosen, out, checkpoint, device, forms, load, pair):
+    """Train in the folder `out`, from a checkpoint if there is one, with the networks `pair` and the pictures of load()."""
+    kept = options.kept(args, parser)
     goes_on = options.commands(chosen, out, kept)[1]
     checkpoints.prepare_folder(out, args.resume, goes_on)
     pictures = load()
     group = gather_gpus(args, chosen, checkpoint) if args.gpus > 1 else None
-    trainer = make_trainer(chosen, enough(pictures, chosen) if saved else pictures, args.threads, group=group, pair=pair)
+    if checkpoint:
+        refuse_too_few(pictures, chosen)
+    trainer = make_trainer(chosen, pictures, args.threads, group=group, pair=pair)
     if checkpoint:
         checkpoints.load(trainer, checkpoint)
         go_on(trainer, args, checkpoint, out)
@@ -337,13 +348,12 @@ def run(args, parser):
     return 0
 
 
-def enough(pictures, chosen):
-    """The pictures that a run goes on with, if there are still as many as its batches want. Raises UserError."""
+def refuse_too_few(pictures, chosen):
+    """Raise UserError if there are no longer as many pictures as the batches of a run want that goes on."""
     batch = max(chosen.batch_size, chosen.gen_batch_size if chosen.sr_weight else 0)
     if len(pictures) < batch:
         raise UserError(f"{chosen.dataset} holds {len(pictures)} pictures now, too few for this run's batches of {batch}; "
                         "put back what is missing, name another folder with --dataset, or start a new run")  # fmt: skip
-    return pictures
 
 
 def tell_summary(chosen, preset):

@@ -21,7 +21,7 @@ import pytest
 import data
 import transgan
 from data import UserError
-from program import checkpoints, run, signals
+from program import checkpoints, options, run, signals
 from program.log import Log
 from program.support import (
     TRAIN,
@@ -73,13 +73,13 @@ def test_a_checkpoint_that_is_missing_or_damaged_gives_way_to_the_one_before(sma
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(small, tmp_path, monkeypatch):
     path = tmp_path / "x.npz"
     checkpoints.save(small_trainer(), path)
-    for options, message in (
+    for changed, message in (
         ({"image_size": 16}, "is of another run: its image_size is 8, not 16"),
         ({"loss": "hinge"}, "its loss is 'wgangp-eps', not 'hinge'"),
         ({"sr_weight": 0.0}, "its sr_weight is 2.0, not 0.0"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
-            checkpoints.load(small_trainer(**options), path)
+            checkpoints.load(small_trainer(**changed), path)
     checkpoints.load(small_trainer(steps=9, accumulate=2), path)
     for size, message in (
         (
@@ -255,7 +255,7 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint(small, tmp_path, capsys):
 
 
 @on_posix
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, code, small, tmp_path, capsys, monkeypatch):
     before = signal.getsignal(number)
     assert run_main(*TRAIN, "--out", tmp_path / "unbroken", "--threads", 2) == 0
@@ -267,7 +267,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, code, sm
     assert step_of(out) == 2
     assert [row["step"] for row in read_log(out)] == list("012")
     command = capsys.readouterr().err.strip().partition("go on with: ")[2]
-    assert shlex.split(command) == ["python", "transgan.py", "--resume", *map(str, (out, *more))]
+    assert shlex.split(command)[2:] == ["--resume", *map(str, (out, *more))]
     assert run_main(*shlex.split(command)[2:]) == 0
     assert same_arrays(tmp_path / "unbroken/checkpoint.npz", out / "checkpoint.npz")
 
@@ -306,7 +306,7 @@ def test_signals_that_are_ignored_and_other_threads_are_left_alone(small, tmp_pa
 
 
 @on_posix
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_as_a_program_it_ends_with_the_signals_exit_code(number, code, tmp_path):
     program = [sys.executable, str(Path(transgan.__file__)), "--image-size", "8", "--batch-size", "2",
                "--gen-batch-size", "2", "--device", "cpu", "--out", str(tmp_path / "run")]  # fmt: skip
@@ -315,7 +315,7 @@ def test_as_a_program_it_ends_with_the_signals_exit_code(number, code, tmp_path)
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
     assert process.returncode == code
-    assert f"go on with: python transgan.py --resume {tmp_path / 'run'} --device cpu\n" in error
+    assert f"go on with: {options.program()} --resume {tmp_path / 'run'} --device cpu\n" in error
     assert "Traceback" not in error
 
 
