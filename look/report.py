@@ -203,7 +203,7 @@ section { margin-top: 1rem; padding: 1rem; background: var(--card); border: 1px 
 .numbers, .options { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; margin: 0 }
 .numbers dd { font-size: 1.3rem; line-height: 1.2 } dl div { min-width: 0 } dt { font-size: .85rem }
 dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
-.legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; font-size: .9rem } .legend i { display: inline-block; width: 1.1rem;
+.legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; font-size: .9rem } .legend b { display: inline-block; width: 1.1rem;
   height: .2rem; margin-right: .4rem; vertical-align: middle }
 img { display: block; max-width: 100%; height: auto } img.drawn { width: 100%; min-width: 40rem } figure:has(.drawn) { overflow-x: auto }
 .pixels { image-rendering: pixelated }
@@ -232,7 +232,7 @@ def listed(pairs, kind):
 def legend(log):
     """The curves' names, colours and newest values as HTML, which takes as many lines as a narrow window needs."""
     drawn = ((title, look, log[name]) for title, columns in PANELS for name, look in columns.items() if name in log)
-    words = [f'<span><i style="background: rgb{colour}"></i>{html.escape(label)}, now {values[1, -1]:.4g}</span>'
+    words = [f'<span><b style="background: rgb{colour}"></b>{html.escape(label)}, now {values[1, -1]:.4g}</span>'
              for _, (label, colour), values in drawn if values.size]  # fmt: skip
     return f'<p class="legend">{"".join(words)}</p>'
 

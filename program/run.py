@@ -127,7 +127,8 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
                 log.write()
                 draw()
             else:
-                report.restate()
+                with log.aside("drawing the report"):
+                    report.restate()
             sampled = saved = time.monotonic()
             asked = stop.asked
             for step, losses in transgan.train(trainer) if not asked else ():
