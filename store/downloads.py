@@ -6,15 +6,14 @@ import contextlib
 import dataclasses
 import hashlib
 import http.client
-import os
 import shutil
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import IO
 
 from data import UserError
+from store.files import lock
 from store.output import Progress, note
 
 
@@ -69,23 +68,6 @@ def download(archive: Archive, path: str | Path) -> None:
         with contextlib.suppress(OSError):
             if locked and not part.stat().st_size:
                 part.unlink()
-
-
-def lock(file: IO[bytes]) -> None:
-    """Lock an open file for this process, until it is closed. Raises BlockingIOError where another has locked it."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        file.seek(0)  # the one byte from here on is what is locked
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except PermissionError:
-            raise BlockingIOError from None
-        file.seek(0, os.SEEK_END)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _receive(archive: Archive, out: IO[bytes], path: Path, by_hand: str) -> None:

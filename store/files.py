@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import math
 import os
 import re
+import stat
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -56,6 +59,75 @@ def need_folder(folder: Path, option: str) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"cannot write in {folder}: {error.strerror}; choose another {option}") from None
+
+
+@contextlib.contextmanager
+def belongs_to_one(path: Path, refusal: str) -> Iterator[None]:
+    """Within this context, whatever the lock file `path` stands for belongs to this process alone.
+
+    Raises UserError(refusal) where another process has it, and OSError where no file can be made at `path`. The system drops a
+    process's lock however that ends, so that what a killed one leaves behind, an empty file, is in nobody's way.
+    """
+    posix = os.name == "posix"  # Windows removes no open file
+    while True:
+        file = path.open("ab")
+        try:
+            lock(file)
+        except BlockingIOError:
+            file.close()
+            raise UserError(refusal) from None
+        with contextlib.suppress(FileNotFoundError):
+            if not posix or os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # its last owner removed it in between: what is locked now stands for nothing
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if posix:
+                path.unlink()
+        file.close()
+        with contextlib.suppress(OSError):
+            if not posix:
+                path.unlink()
+
+
+def lock(file: IO[bytes]) -> None:
+    """Lock an open file for this process, until it is closed. Raises BlockingIOError where another has locked it.
+
+    On file systems that have no locks, this does nothing.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(0)  # the one byte from here on is what is locked
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            raise BlockingIOError from None
+        file.seek(0, os.SEEK_END)
+    else:
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # a network file system without locks
+            pass
+
+
+def plain(path: str | Path) -> Path:
+    """`path` itself; for reading, of which a pipe has no beginning and a device no end.
+
+    Raises OSError, with a strerror to show, where something lies there that is not a file, nor a link to one, nor a folder.
+    """
+    path = Path(path)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", str(path))
+    return path
 
 
 def sync(path: Path) -> None:

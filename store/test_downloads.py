@@ -10,7 +10,7 @@ import pytest  # isort: skip
 
 import data
 from data import UserError
-from store import datasets, downloads
+from store import datasets, files
 from store.support import (  # noqa: F401 (a fixture)
     PUBLISHED,
     assert_pictures,
@@ -175,12 +175,12 @@ def test_on_windows_the_same_byte_is_locked(tmp_path, monkeypatch):
     path = tmp_path / "archive.part"
     path.write_bytes(b"half")
     with path.open("ab") as first:
-        downloads.lock(first)
+        files.lock(first)
         assert first.tell() == 4
         first.write(b" and more")
         first.flush()
         with path.open("ab") as second, pytest.raises(BlockingIOError):
-            downloads.lock(second)
+            files.lock(second)
     assert path.read_bytes() == b"half and more"
 
 

@@ -1,8 +1,12 @@
 """The promises of store/files.py: whole files, and arrays that claim no more than there is."""
 
 import io
+import os
+import subprocess
+import sys
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np  # isort: skip
 import pytest
@@ -10,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+from data import UserError
 from store import files
 from store.support import files_of_at_most, holds, leftovers
 
@@ -25,6 +30,60 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with files.whole_file(path) as part:
         part.write_text("after")
     assert (path.read_text(), leftovers(tmp_path)) == ("after", ["file"])
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from store import files
+with files.belongs_to_one(Path(sys.argv[1]), "taken"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_belongs_to_one_process_is_free_again_when_that_ends_or_is_killed(tmp_path):
+    path = tmp_path / "x.lock"
+    command, root = [sys.executable, "-c", HOLD, path], Path(files.__file__).parents[1]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="^taken$"), files.belongs_to_one(path, "taken"):
+            pass
+        assert path.exists()  # the second has not removed the first one's
+    finally:
+        other.kill()
+        other.communicate()
+    with files.belongs_to_one(path, "taken"), pytest.raises(UserError), files.belongs_to_one(path, "taken"):
+        pass
+    assert leftovers(tmp_path) == []
+
+
+def test_only_files_are_opened_to_be_read(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path, tmp_path / "file", tmp_path / "nothing", tmp_path / "file" / "within"):
+        assert files.plain(path) == path
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "link").symlink_to("/dev/zero")
+        for name in ("pipe", "link"):
+            with pytest.raises(OSError, match="a pipe or a device"):
+                files.plain(tmp_path / name)
+
+
+def test_a_lock_that_its_owner_removes_in_between_is_taken_anew(tmp_path, monkeypatch):
+    path, real, seen = tmp_path / "x.lock", files.lock, []
+
+    def late(file):
+        if not seen:
+            path.unlink()
+        seen.append(file)
+        real(file)
+
+    monkeypatch.setattr(files, "lock", late)
+    with files.belongs_to_one(path, "taken"), pytest.raises(UserError), files.belongs_to_one(path, "taken"):
+        pass
+    assert len(seen) == 3
 
 
 def test_a_grid_is_replaced_whole_or_not_at_all(tmp_path):
