@@ -79,7 +79,7 @@ def load_sampler(options, path, threads=None):
                 wanted |= {f"{kind}/{name}": x for name, x in network.buffers().items()}
         for name, x in wanted.items():
             x[...] = ag.xp.asarray(saved.read(name, x))
-        return Sampler(options, saved.step(), generator, discriminator, threads)
+        return Sampler(options, saved.step(), files.checksum(saved.file, "average/"), generator, discriminator, threads)
 
 
 class open_checkpoint:
@@ -96,7 +96,7 @@ class open_checkpoint:
 
     def __enter__(self):
         try:
-            self.file = zipfile.ZipFile(self.path)
+            self.file = zipfile.ZipFile(files.plain(self.path))
             members = self.file.infolist()
             self.names = {member.filename.removesuffix(".npy") for member in members}
             if not {"options", "step"} <= self.names:
@@ -114,7 +114,7 @@ class open_checkpoint:
     def __exit__(self, kind, error, _):
         self.file.close()
         if isinstance(error, Exception) and not isinstance(error, UserError):
-            raise UserError(f"{self.path} is damaged: {first_line(error)}; resume from another run") from None
+            raise UserError(f"{self.path} is damaged: {first_line(error)}; name another run's folder") from None
 
     def read(self, name, like=None):
         """The array of this name, read-only; of the shape and dtype of `like`, or of at most SMALL bytes."""
@@ -127,7 +127,9 @@ class open_checkpoint:
         if (shape, dtype) != (like.shape, like.dtype):
             found, needed = f"{dtype} of shape {shape}", f"{like.dtype} of shape {like.shape}"
             raise UserError(f"{self.path} does not fit: {name} is {found}, not {needed}")
-        return files.read_array(self.file, name, math.prod(shape) * dtype.itemsize)
+        if not np.isfinite(array := files.read_array(self.file, name, math.prod(shape) * dtype.itemsize)).all():
+            raise ValueError(f"its {name} is not finite")
+        return array
 
     def step(self):
         """The number of the generator step after which it was written."""

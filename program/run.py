@@ -250,11 +250,10 @@ def resume_command(args, parser, out):
 def look_back(args, sampler, load, out):
     """Make the pictures or the scores that are asked for of a run's Sampler; load: gives its data set's pictures."""
     if args.begun:
-        return looks.make(args, sampler, load, out)
+        looks.make(args, sampler, load, out)
+        return
     features = args.features or ("own" if sampler.options.dataset == "shapes" and not args.inception else "inception")
-    line = scores.evaluate(out, sampler, load, features, args.num_images or 50_000, args.data_dir, args.inception,
-                           args.fid_stats)  # fmt: skip
-    return output.tell(line, event="scores", **scores.read_scores(out / "scores.json")[-1])
+    scores.evaluate(out, sampler, load, features, args.num_images or 50_000, args.data_dir, args.inception, args.fid_stats)
 
 
 def run(args, parser):

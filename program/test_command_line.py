@@ -383,6 +383,11 @@ def nonsense_checkpoints(good):
         change(**{"generator/to_rgb.bias": np.ones(4, np.float32)}),
         "does not fit: generator/to_rgb.bias",
     )
+    yield (
+        "no numbers",
+        change(**{"average/to_rgb.bias": np.full(3, np.nan, np.float32)}),
+        "average/to_rgb.bias is not finite",
+    )
     yield "another type", change(**{"generator/to_rgb.bias": np.ones(3)}), "does not fit: generator/to_rgb.bias"
     yield "a step of words", change(step=np.array("three")), "is damaged"
     yield "a step too far", change(step=np.array(-1)), "is damaged"
