@@ -129,7 +129,8 @@ def test_the_larger_data_sets_are_learnt(name, side, stages, tmp_path, monkeypat
     monkeypatch.setitem(transgan.SIZES, "tiny", transgan.Size(256, (1, 1, 1), 16, 1))
     monkeypatch.setattr(run, "JUDGED", 8)
     pictures = np.stack([slope(side, side, i).transpose(2, 0, 1) for i in range(6)])
-    (tmp_path / f"{name}-{side}.pictures").write_bytes(pictures.tobytes())
+    cache = tmp_path / f"{name}-{side}-{'0' * 16}.pictures"
+    datasets.make(cache, side, tmp_path, len(pictures), lambda told, _: (picture for picture in pictures))
     made, grow = [], transgan.Generator.grow
 
     def counted(self, x, first):
