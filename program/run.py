@@ -267,9 +267,12 @@ def run(args, parser):
     group = gather_gpus(args, chosen, checkpoint) if args.gpus > 1 else None
     trainer = make_trainer(chosen, pictures, args.threads, group=group, pair=pair)
     if checkpoint:
-        checkpoints.load(trainer, checkpoint)
+        learnt_from = checkpoints.load(trainer, checkpoint)
         if args.resume:
             go_on(trainer, args, checkpoint, out)
+            if learnt_from is not None and not np.array_equal(learnt_from, checkpoints.pictures_of(trainer)):
+                print(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
+                      f"{len(pictures):,}", file=sys.stderr)  # fmt: skip
     if args.evaluate:
         features = args.features or ("own" if chosen.dataset == "shapes" and not args.inception else "inception")
         line = scores.evaluate(out, trainer, pictures, features, args.num_images or 50_000, args.data_dir, args.inception,

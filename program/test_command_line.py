@@ -118,7 +118,12 @@ def test_a_folder_of_anybodys_pictures_is_learnt(small, tmp_path, capsys):
     resume = ("--resume", out, "--steps", 6, "--data-dir", tmp_path / "data")
     assert "there is no folder" in fails(capsys, *resume)
     assert run_main(*resume, "--dataset", moved) == 0
+    assert "the pictures are not those" not in capsys.readouterr().err
     assert [row["step"] for row in read_log(out)] == list("0123456")
+    (moved / "3.png").write_bytes(encoded(slope(20, 30, 1)))
+    for steps, said in ((7, True), (8, False)):  # once: the next checkpoint is of the new ones
+        assert run_main("--resume", out, "--steps", steps, "--data-dir", tmp_path / "data") == 0
+        assert (f"the pictures are not those that {out} has learnt from so far" in capsys.readouterr().err) == said
     options, where = choose_options(main.make_parser().parse_args(["--dataset", str(moved)]))
     assert (options.size, options.image_size, options.steps, where.as_posix()) == ("S", 32, 500_000, "runs/elsewhere-S")
 

@@ -200,7 +200,7 @@ def make(path: Path, side: int, source: Path, count: int, read: Read) -> Told:
     told = Told()
     with whole_file(path) as part, part.open("wb") as file, hushed(), contextlib.closing(read(told, None)) as pictures:
         for picture in pictures:
-            file.write(picture)
+            file.write(picture.tobytes())
             told.pictures += 1
         if not told.pictures:
             example = "".join(f" ({name!r}: {reason})" for name, reason in [*told.skipped.items()][:1])
