@@ -48,6 +48,7 @@ STL10 = Archive(
     "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
     "md5:91f7769df0f17e558f3565bffb0c7dfb",
     "https://cs.stanford.edu/~acoates/stl10/",
+    3 << 30,
 )
 _CELEBA_KEY = "resourcekey=0-dYn9z10tMJOBAkviAcfdyQ"
 CELEBA = Archive(
@@ -56,6 +57,7 @@ CELEBA = Archive(
     f"&id=0B7EVK8r0v71pZjFTYXZWM3FlRnM&{_CELEBA_KEY}",
     "md5:00d2c5bc6d35e252742224ab0c1e8fcb",
     f"https://drive.google.com/file/d/0B7EVK8r0v71pZjFTYXZWM3FlRnM/view?{_CELEBA_KEY}",
+    2 << 30,
 )
 
 
@@ -196,7 +198,7 @@ def kept(path: Path, side: int, source: Path, read: Read) -> Told | None:
 
 def make(path: Path, side: int, source: Path, count: int, read: Read) -> Told:
     """Write a cache, and return what it tells. Raises UserError and OSError."""
-    need_space(path, count * 3 * side**2, "the decoded pictures")
+    need_space(path, count * 3 * side**2, "the decoded pictures need room")
     told = Told()
     with whole_file(path) as part, part.open("wb") as file, hushed(), contextlib.closing(read(told, None)) as pictures:
         for picture in pictures:

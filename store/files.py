@@ -106,10 +106,8 @@ def need_space(path: Path, size: int, what: str) -> None:
     """Raise UserError if the disk has no room for `size` bytes at `path`."""
     free = shutil.disk_usage(path.parent).free
     if size > free:
-        raise UserError(
-            f"{what} need {size / 1e6:,.0f} MB and {path.parent} has {free / 1e6:,.0f}; "
-            "free some, or choose another --data-dir"
-        )
+        have = f"{size / 1e6:,.0f} MB, and {path.parent} has {free / 1e6:,.0f}"
+        raise UserError(f"{what}: {have}; free some, or choose another --data-dir")
 
 
 def sweep(folder: Path) -> None:

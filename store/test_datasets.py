@@ -258,7 +258,7 @@ def load_small(folder, side=4):
     return datasets.load_folder(folder, folder.parent / "data", side)
 
 
-@fuzz(100)
+@fuzz(30)
 @given(seed=base.seeds)
 def test_a_fuzzed_cache_is_used_or_made_anew(seed, tmp_path):
     """Of its pictures nothing can be told; but there are all that it should have, and what was skipped."""
