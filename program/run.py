@@ -281,8 +281,11 @@ def run(args, parser):
     group = gather_gpus(args, chosen, checkpoint) if args.gpus > 1 else None
     trainer = make_trainer(chosen, pictures, args.threads, group=group, pair=pair)
     if checkpoint:
-        checkpoints.load(trainer, checkpoint)
+        learnt_from = checkpoints.load(trainer, checkpoint)
         go_on(trainer, args, checkpoint, out)
+        if learnt_from is not None and not np.array_equal(learnt_from, checkpoints.pictures_of(trainer)):
+            print(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
+                  f"{len(pictures):,}", file=sys.stderr)  # fmt: skip
     threads = f", {trainer.update.threads} threads" if device == "cpu" else ""
     output.tell(f"{NAMES[chosen.generator]}-{chosen.size} on {chosen.dataset} {chosen.image_size}x{chosen.image_size}, "
                 f"{len(pictures):,} pictures, {device}{threads}, {forms}, into {out}",

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import sys
 import tempfile
@@ -63,17 +64,18 @@ def need_folder(folder: Path, option: str) -> None:
 
 
 @contextlib.contextmanager
-def belongs_to_one(path: Path, refusal: str) -> Iterator[None]:
+def belongs_to_one(path: Path, refusal: str) -> Iterator[bool]:
     """Within this context, whatever the lock file `path` stands for belongs to this process alone.
 
-    Raises UserError(refusal) where another process has it, and OSError where no file can be made at `path`. The system drops a
-    process's lock however that ends, so that what a killed one leaves behind, an empty file, is in nobody's way.
+    Raises UserError(refusal) where another process has it, and OSError where no file can be made at `path`. The system
+    drops the lock of a process however that ends: what a killed one leaves behind, an empty file, is in nobody's way. The
+    context's value is whether there are locks at all: some network file systems have none, and all goes on without.
     """
     posix = os.name == "posix"  # Windows removes no open file
     while True:
         file = path.open("ab")
         try:
-            lock(file)
+            sure = lock(file)
         except BlockingIOError:
             file.close()
             raise UserError(refusal) from None
@@ -82,7 +84,7 @@ def belongs_to_one(path: Path, refusal: str) -> Iterator[None]:
                 break
         file.close()  # its last owner removed it in between: what is locked now stands for nothing
     try:
-        yield
+        yield sure
     finally:
         with contextlib.suppress(OSError):
             if posix:
@@ -93,10 +95,49 @@ def belongs_to_one(path: Path, refusal: str) -> Iterator[None]:
                 path.unlink()
 
 
-def lock(file: IO[bytes]) -> None:
+# Names of what is made in a data directory, of its lock, and of what is there of it so far.
+MADE = re.compile(r"(.+-[0-9a-f]{16}\.(?:pictures|npz|skipped\.txt)|cifar-10-batches-py)(\.lock|\.\d+\.part)?")
+
+
+@contextlib.contextmanager
+def being_made(path: Path) -> Iterator[None]:
+    """Within this context, this process alone makes `path` in its folder, which is made, too.
+
+    Raises UserError, before there was any work, where another process makes it or nothing can be written there.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            refusal = f"another process is making {path}; start again when it has finished"
+            held.enter_context(belongs_to_one(path.with_name(f"{path.name}.lock"), refusal))
+        except OSError as error:
+            reason = f"{error.strerror}; free some space or choose another --data-dir"
+            raise UserError(f"cannot write {path}: {reason}") from None
+        yield
+
+
+def need_space(path: Path, size: int, what: str) -> None:
+    """Raise UserError if the disk has no room for `size` bytes at `path`."""
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        have = f"{size / 1e6:,.0f} MB, and {path.parent} has {free / 1e6:,.0f}"
+        raise UserError(f"{what}: {have}; free some, or choose another --data-dir")
+
+
+def sweep(folder: Path) -> None:
+    """Remove from a data directory what killed processes have left half made; what a process is making stays."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if (made := MADE.fullmatch(path.name)) and made[2]:
+                with contextlib.suppress(OSError, UserError), belongs_to_one(folder / f"{made[1]}.lock", "in use") as sure:
+                    if sure:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def lock(file: IO[bytes]) -> bool:
     """Lock an open file for this process, until it is closed. Raises BlockingIOError where another has locked it.
 
-    On file systems that have no locks, this does nothing.
+    Returns False, and has done nothing, where the file system has no locks.
     """
     if sys.platform == "win32":
         import msvcrt
@@ -114,8 +155,9 @@ def lock(file: IO[bytes]) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
-        except OSError:  # a network file system without locks
-            pass
+        except OSError:
+            return False
+    return True
 
 
 def plain(path: str | Path) -> Path:
