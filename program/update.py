@@ -5,13 +5,14 @@ without asking Python for every launch. `Ahead` has the inputs of the next step 
 """
 
 import itertools
+import sys
 import time
 from concurrent import futures
 
 import autograd as ag
 import transgan
 from autograd import Tensor, grad
-from data import UserError
+from data import UserError, first_line
 from fast import CORES
 from fast.recording import Recording
 
@@ -94,11 +95,11 @@ class Played(Update):
 
     def __init__(self):
         super().__init__()
-        self.phase, self.now, self.recordings = lambda: None, None, {}
+        self.phase, self.now, self.recordings, self.refused = lambda: None, None, {}, False
         self.pool = ag.xp.cuda.MemoryPool()
 
     def __call__(self, scores, inputs, loss, adam, rate):
-        if ag.hook:  # a profiler wants to see every operation
+        if ag.hook or self.refused:  # a profiler wants to see every operation
             return super().__call__(scores, inputs, loss, adam, rate)
         if self.phase() != self.now:
             self.now = self.phase()
@@ -112,7 +113,14 @@ class Played(Update):
             return [factor, total.data, *([] if other is None else [other.data])]
 
         if id(adam) not in self.recordings:
-            self.recordings[id(adam)] = Recording(run, inputs, self.pool)
+            try:
+                self.recordings[id(adam)] = Recording(run, inputs, self.pool)
+            except Exception as error:  # CuPy, CUDA and cuBLAS refuse in many ways; without, a step is slower and the same
+                print(
+                    f"transgan: this GPU's work cannot be recorded, steps are slower: {first_line(error)}", file=sys.stderr
+                )
+                self.refused, adam.gradient[...] = True, 0
+                return super().__call__(scores, inputs, loss, adam, rate)
         factor, *values = self.recordings[id(adam)].play(inputs)
         adam.step(self.rate_scale * rate, factor)
         total, other = [Tensor(x.copy()) for x in values] + [None] * (2 - len(values))
