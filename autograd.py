@@ -267,7 +267,7 @@ def check_arguments(arguments: Iterable[tuple[str, Any]], optional: Iterable[str
 
 def describe(x: Any) -> str:
     """What somebody has passed, in a few words: its type, and that of what it holds."""
-    held = {describe(y) for y in x} if isinstance(x, (list, tuple)) else {str(x.dtype)} if hasattr(x, "ndim") else ()
+    held = {describe(y) for y in x} if isinstance(x, (list, tuple)) else {str(x.dtype)} if getattr(x, "ndim", 0) else ()
     return str(type(x))[8:-2] + " of " * bool(held) + ", ".join(sorted(held))  # <class 'name'>
 
 

@@ -491,8 +491,8 @@ def cutout(x: Tensor, draws: Array) -> Tensor:
     side = x.shape[-1]
     pixel, size = ag.xp.arange(side), (side + 1) // 2
     from_edge = (pixel - (draws[:, i].reshape(-1, 1) - size // 2) for i in (5, 6))  # (B, H), counted from the square's
-    rows, columns = (((edge >= 0) * (edge < size)).astype(x.dtype) for edge in from_edge)
-    return x * (1 - rows[:, None, :, None] * columns[:, None, None, :])
+    rows, columns = ((edge >= 0) * (edge < size) for edge in from_edge)
+    return ag.where(rows[:, None, :, None] * columns[:, None, None, :], 0.0, x)
 
 
 AUGMENTATIONS = {"translation": translation, "cutout": cutout, "color": color}
