@@ -81,7 +81,7 @@ NETWORKS = {
                         "residual network (default: transgan)"),
     "discriminator": Option(NAMES, None, "likewise (default: transgan)"),
     "image_size": Option(number(int, 8, 128), "N", "pixels a side, for a folder (default: 32) and for shapes (default: "
-                         "16); cifar10 has 32, stl10 48, celeba 64"),
+                         "16); cifar10 has 32, stl10 48, celeba 64, and what divides these is averaged"),
     "patch_size": Option(number(int, 1, 128), "N", "pixels a side of the discriminator's patches (default: an 8x8 grid, at "
                          "least 4)"),
 }  # fmt: skip
@@ -250,9 +250,10 @@ def refuse_idle(given, options, preset):
 def check_options(options):
     """The options, if they go together; what the networks refuse is theirs to say. Raises UserError otherwise."""
     side = datasets.SIDES.get(options.dataset, options.image_size)
-    if options.image_size != side:
-        raise UserError(f"{options.dataset} has pictures of {side} pixels a side, not {options.image_size}; "
-                        "leave out --image-size")  # fmt: skip
+    if side % options.image_size:
+        sides = ", ".join(str(side // n) for n in range(1, side // 8 + 1) if side % n == 0)
+        raise UserError(f"{options.dataset} has pictures of {side} pixels a side, which --image-size {options.image_size} "
+                        f"does not divide; choose one of {sides}")  # fmt: skip
     peer = options.generator != "transgan"
     if peer and (options.sr_weight or options.locality != "none"):
         raise UserError(f"co-training and locality are TransGAN's: --generator {options.generator} wants --sr-weight 0 "
