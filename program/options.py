@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,7 +170,7 @@ def is_valid(name, value):
     if type(value) is not type(getattr(Options, name)):
         return False
     if name == "dataset":  # a folder may have been moved
-        return value in arguments.NAMES or Path(value).is_absolute()
+        return value in arguments.NAMES or Path(value).is_absolute() or value == without_place(value)
     values = OPTIONS[name].values
     try:
         return values(str(value)) == value if callable(values) else value in values
@@ -189,6 +190,11 @@ def read_options(text, path):
         if not is_valid(name, getattr(options, name)):
             raise UserError(f"{path}: its option {name} is {getattr(options, name)!r}; start a new run")
     return options
+
+
+def without_place(dataset):
+    """A data set as other machines may know it: of a folder's path no more than its name, as ./NAME."""
+    return dataset if dataset in arguments.NAMES else "./" + re.split(r"[/\\]", dataset.rstrip("/\\"))[-1]
 
 
 def given_options(args):
@@ -231,7 +237,12 @@ def choose_options(args, saved=None):
     for name, value in given.items():
         if name not in changeable and value != getattr(saved, name):
             raise UserError(f"the run in {begun} has {flag(name)} {getattr(saved, name)}; leave out {flag(name)} {value}")
-    return check_options(dataclasses.replace(saved, **given)), args.out or (begun / "look" if args.begun else begun)
+    options, out = check_options(dataclasses.replace(saved, **given)), begun / "look" if args.begun else begun
+    if begun.is_file():
+        out = Path("runs") / f"{files.portable(begun.stem)}-look"
+        if not args.out and any((out / name).exists() for name in files.CHECKPOINTS):
+            raise UserError(f"{out}, where pictures of {begun} would go, holds a run; choose another place with --out")
+    return options, args.out or out
 
 
 def refuse_idle(given, options, preset):
@@ -269,10 +280,15 @@ def check_options(options):
     return options
 
 
-def command(options):
-    """The shortest command that gives these options: with those that are not what the others decide."""
+def needed(options):
+    """Those of the options, by name, that are not what the others decide."""
     given, deciding = {}, ["dataset", "size", "generator", "discriminator", "image_size"]
     for name in dict.fromkeys([*deciding, *OPTIONS]):
         if getattr(options, name) != getattr(fill_in(given), name):
             given[name] = getattr(options, name)
-    return " ".join(["python transgan.py", flags(given)] if given else ["python transgan.py"])
+    return given
+
+
+def command(options):
+    """The shortest command that gives these options."""
+    return f"python transgan.py {flags(needed(options))}".rstrip()

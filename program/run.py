@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
+import os
 import signal
 import socket
 import sys
@@ -248,13 +249,21 @@ def resume_command(args, parser, out):
 
 
 def look_back(args, sampler, load, out):
-    """Make the pictures or the scores that are asked for of a run's Sampler; load: gives its data set's pictures."""
+    """Make the export, the pictures or the scores that are asked for of a Sampler; load: gives its data set's pictures."""
+    if args.export:
+        checkpoints.export(sampler, args.export)
+        output.tell(str(args.export), event="export", path=str(args.export))
+    if looks.wanted(args):
+        looks.make(args, sampler, load, out)
     if args.begun:
-        return looks.make(args, sampler, load, out)
+        if not args.begun.is_dir():
+            command = options.command(sampler.options)
+            output.note(output.one_line(f"{args.begun} is the generator of step {sampler.step} of: {command}"))
+        return
     features = args.features or ("own" if sampler.options.dataset == "shapes" and not args.inception else "inception")
     line = scores.evaluate(out, sampler, load, features, args.num_images or 50_000, args.data_dir, args.inception,
                            args.fid_stats)  # fmt: skip
-    return output.tell(line, event="scores", **scores.read_scores(out / "scores.json")[-1])
+    output.tell(line, event="scores", **scores.read_scores(out / "scores.json")[-1])
 
 
 def run(args, parser):
@@ -262,6 +271,8 @@ def run(args, parser):
     refuse_idle_options(args)
     looks.refuse_idle_options(args)
     begun = args.resume or args.evaluate or args.begun
+    if args.resume and not os.path.isdir(args.resume):
+        raise UserError(f"--resume goes on with the training in a run's folder, and {args.resume} is none; name another")
     checkpoint, saved = checkpoints.newest_checkpoint(begun) if begun else (None, None)
     chosen, out = options.choose_options(args, saved)
     if args.summary:
