@@ -103,8 +103,9 @@ def export(sampler, path):
                             "export an earlier step")  # fmt: skip
     if isinstance(sampler.generator, Stateful):
         arrays |= {f"generator/{name}": ag.to_numpy(x) for name, x in sampler.generator.buffers().items()}
-    source = {"program": f"transgan-from-scratch {VERSION}", "command": f"python transgan.py {flags(needed(options))}",
-              "step": sampler.step, "dataset": options.dataset, "exported": datetime.date.today().isoformat()}  # fmt: skip
+    source = {"program": f"transgan-from-scratch {VERSION}", "step": sampler.step, "dataset": options.dataset,
+              "command": f"python transgan.py {flags(needed(options))}".rstrip(),
+              "exported": datetime.date.today().isoformat()}  # fmt: skip
     files.save_arrays(path, "--export", options=json.dumps(dataclasses.asdict(options)), step=sampler.step,
                       source=json.dumps(source), **arrays)  # fmt: skip
 
