@@ -1,4 +1,4 @@
-"""A run's folder and the checkpoints in it, from which training goes on to the bit as if it had not stopped."""
+"""A run's folder and the checkpoints in it, from which training goes on to the bit as if it had not stopped; exports."""
 
 import contextlib
 import dataclasses

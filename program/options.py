@@ -241,7 +241,7 @@ def choose_options(args, saved=None):
     if begun.is_file():
         out = Path("runs") / f"{files.portable(begun.stem)}-look"
         if not args.out and any((out / name).exists() for name in files.CHECKPOINTS):
-            raise UserError(f"{out}, where pictures of {begun} would go, holds a run; choose another place with --out")
+            raise UserError(f"{out}, where what is made of {begun} goes, holds a run; choose another place with --out")
     return options, args.out or out
 
 
