@@ -668,6 +668,20 @@ def test_an_export_takes_the_place_of_its_like_alone(run, tmp_path, capsys):
     checkpoints.export(sampler, path)
 
 
+def test_pictures_that_are_not_finite_are_none(tmp_path, capsys):
+    """They would be black, or noise, and get a score."""
+    out = tmp_path / "run"
+    assert run_main(*support.TRAIN, "--steps", 1, "--out", out) == 0
+    with np.load(out / "checkpoint.npz") as saved:
+        content = dict(saved)
+    content["average/project.weight"][:] = 3e38
+    np.savez(out / "checkpoint.npz", **content)
+    for asked in (["--from", out, "--sample", 2], ["--from", out, "--interpolate", 2], ["--from", out, "--attention"]):
+        with np.errstate(all="ignore"):
+            assert "step 1 makes pictures that are not finite" in fails(capsys, *asked)
+    assert leftovers(out / "look") == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

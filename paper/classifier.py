@@ -126,7 +126,7 @@ class Extractor:
 
     def __init__(self, network, what="", scale=1.0):
         self.network, self.scale = network, scale
-        self.digest = files.fingerprint(np.array([scale]), *map(ag.to_numpy, network.parameters().values()))
+        self.digest = files.fingerprint(np.array([scale], float), *map(ag.to_numpy, network.parameters().values()))
         self.weights = f"own classifier {what}, digest {self.digest[:8]}"  # two machines make two of the same pictures
 
     def __call__(self, pictures):
@@ -142,18 +142,21 @@ class Extractor:
 
 def read_classifier(path, dataset):
     """The Extractor in a file. Raises anything at all for one that is missing or damaged."""
-    with zipfile.ZipFile(path) as saved:
+    with zipfile.ZipFile(files.plain(path)) as saved:
 
         def read(name, shape=()):
-            array = files.read_array(saved, name, 1 << 24)
-            if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
-                raise ValueError(f"its {name} is no finite numbers of shape {shape}")
+            if (array := files.read_numbers(saved, name, 1 << 24)).shape != shape:
+                raise ValueError(f"its {name} is of shape {array.shape}, not {shape}")
             return array
 
-        network = Classifier(len(files.read_array(saved, "head.bias", 1 << 12)), data.random_stream("classifier", 0))
+        network = Classifier(len(files.read_numbers(saved, "head.bias", 1 << 12)), data.random_stream("classifier", 0))
         for key, p in network.parameters().items():
             p.data[...] = ag.xp.asarray(read(key, p.shape))
-        scale, accuracy = float(read("scale")), float(read("accuracy"))
+        return described(network, dataset, float(read("accuracy")), float(read("scale")))
+
+
+def described(network, dataset, accuracy, scale):
+    """The Extractor of a classifier, with what is to be quoted of it."""
     return Extractor(network, f"of {task(dataset, len(network.head.bias))}, {100 * accuracy:.0f}% right", scale)
 
 
@@ -177,10 +180,10 @@ def load_classifier(pictures, dataset, data_dir):
     output.note(f"training a classifier on {task(dataset, classes_of(labels))}, once, for FID-own and IS-own")
     network, accuracy = train_classifier(pictures, labels)
     features, _ = Extractor(network)(pictures[:4096])
-    scale = 1 / max(features.std(axis=0).mean(), 1e-6)
+    scale = 1 / max(float(features.std(axis=0).mean()), 1e-6)
     arrays = {key: ag.to_numpy(p) for key, p in network.parameters().items()}
     files.save_arrays(path, scale=scale, accuracy=accuracy, **arrays)
-    return read_classifier(path, dataset)
+    return described(network, dataset, accuracy, scale)
 
 
 def kept_classifier(digest, dataset, data_dir):

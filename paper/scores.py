@@ -14,6 +14,7 @@ Contents
 import datetime
 import functools
 import json
+import math
 import os
 import time
 import zipfile
@@ -26,7 +27,6 @@ import data
 from data import UserError, first_line
 from paper import classifier
 from paper.inception import FEATURES, load_inception
-from paper.networks import NAMES
 from store import files, output
 
 # --- 1. One pass ------------------------------------------------------------------------------------------------------
@@ -103,12 +103,16 @@ def frechet_distance(mean1, covariance1, mean2, covariance2):
     The trace of the root needs no root of a matrix that is not symmetric. Write S1 = A A^T and S2 = B B^T, from their
     eigenvectors: the eigenvalues of S1 S2 other than 0 are those of (A^T B)(A^T B)^T, so that the trace of its root is the
     sum of the singular values of A^T B. A covariance of too few pictures has eigenvalues of 0, of which rounding makes
-    small numbers of either sign: those below 0 are put back, and nothing is ever divided by one.
+    small numbers of either sign: those below 0 are put back, and nothing is ever divided by one. Nor is a distance below 0
+    anything but rounding. Raises OverflowError if it is not finite.
     """
     a, b = _factor(covariance1), _factor(covariance2)
     root = np.linalg.svd(a.T @ b, compute_uv=False).sum()
     apart = mean1 - mean2
-    return float(apart @ apart + np.trace(covariance1) + np.trace(covariance2) - 2 * root)
+    distance = float(apart @ apart + np.trace(covariance1) + np.trace(covariance2) - 2 * root)
+    if not math.isfinite(distance):
+        raise OverflowError("a distance is too large for a number")
+    return max(0.0, distance)
 
 
 def _factor(covariance):
@@ -135,6 +139,9 @@ def look(batches, total, extractor, what, splits=10):
             score.add(logits)
             left = (time.monotonic() - start) / statistics.count * (total - statistics.count)
             progress(f"{what}: {statistics.count:,} of {total:,} pictures, {output.clock(left)} left")
+    if not all(np.isfinite(x).all() for x in (statistics.mean, statistics.scatter, score.result())):
+        raise UserError(f"the network that looks gives numbers for the {what} that are not finite; choose another one with "
+                        "--features or --inception")  # fmt: skip
     return statistics, score
 
 
@@ -170,20 +177,28 @@ def reference_statistics(pictures, dataset, extractor, data_dir):
     return statistics.mean, statistics.covariance
 
 
+ROUNDING = 1e-5  # of a covariance's largest number: what float32 and a sum over many pictures leave behind
+MOST = 1e100  # of a feature's mean and covariance, whose squares are numbers still
+
+
 def read_statistics(path, dims):
     """Mean (D,) and covariance (D, D) from a file in the layout of fid_stats_*.npz: mu and sigma. Raises UserError."""
     try:
-        with zipfile.ZipFile(path) as saved:
-            read = (files.read_array(saved, name, LARGE) for name in ("mu", "sigma"))
-            mean, covariance = (np.asarray(x, np.float64) for x in read)
+        with zipfile.ZipFile(files.plain(path)) as saved:
+            mean, covariance = (files.read_numbers(saved, name, LARGE) for name in ("mu", "sigma"))
     except Exception as error:  # a damaged archive can raise anything at all
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot read {path}: {reason}; name a file with mu and sigma") from None
     if mean.shape != (dims,) or covariance.shape != (dims, dims):
         raise UserError(f"{path}: expected mu of shape ({dims},) and sigma of ({dims}, {dims}), found "
                         f"{mean.shape} and {covariance.shape}; name another file")  # fmt: skip
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and np.allclose(covariance, covariance.T)):
-        raise UserError(f"{path}: its numbers are not finite, or sigma is not symmetric; name another file")
+    if max(abs(mean).max(), largest := abs(covariance).max()) > MOST:
+        raise UserError(f"{path}: its numbers are too large for a network's features; name another file")
+    if abs(covariance - covariance.T).max() > ROUNDING * largest:
+        raise UserError(f"{path}: its sigma is not symmetric, and so no covariance; name another file")
+    covariance = (covariance + covariance.T) / 2
+    if np.linalg.eigvalsh(covariance / (largest or 1))[0] < -ROUNDING:
+        raise UserError(f"{path}: its sigma has variances below 0, and so is no covariance; name another file")
     return mean, covariance
 
 
@@ -229,10 +244,10 @@ def load_extractor(features, load, dataset, data_dir, inception=None, digest=Non
     return kept or classifier.load_classifier(load(), dataset, data_dir)
 
 
-def need_two(pictures):
-    """The pictures. Raises UserError if a single one is all there is: it has no covariance."""
+def need_two(pictures, otherwise="give --fid-stats"):
+    """The pictures. Raises UserError if a single one is all there is, which has no covariance, and says what else to do."""
     if len(pictures) < 2:
-        raise UserError("FID needs two real pictures or more; add some to the folder, or give --fid-stats")
+        raise UserError(f"FID needs two real pictures or more; add some to the folder, or {otherwise}")
     return pictures
 
 
@@ -242,7 +257,7 @@ def own_scores(trainer, count, data_dir):
     Trains the classifier first, and has it look at the real pictures, where that was not done before. Raises UserError.
     """
     pictures, dataset = trainer.batches.pictures, trainer.options.dataset
-    extractor = load_extractor("own", lambda: need_two(pictures), dataset, data_dir)
+    extractor = load_extractor("own", lambda: need_two(pictures, "leave out --evaluate-every"), dataset, data_dir)
     reference = reference_statistics(pictures, dataset, extractor, data_dir)
 
     def measure():
@@ -252,50 +267,73 @@ def own_scores(trainer, count, data_dir):
     return measure
 
 
+MEASURED_BY = ("images", "against", "reference", "statistics", "weights", "network", "resizing")
+
+
+def measured_by(entry):
+    """What has to be the same of two scores that are compared: how many pictures, against which, through which network."""
+    return tuple(repr(entry.get(name)) for name in MEASURED_BY)
+
+
+def made_of(entry):
+    """What has to be the same of two scores that are one and the same: also the generator. The rest is numbers and date."""
+    return entry["step"], entry.get("generator"), *measured_by(entry)
+
+
 def read_scores(path):
     """The entries of a run's scores.json, [] if there is none. Raises UserError, also where it cannot be written."""
     files.need_folder(path.parent, "--out")
     try:
-        entries = json.loads(path.read_text()) if path.exists() else []
-        if any({"step", "weights", "images"} - entry.keys() for entry in entries):
-            raise ValueError
+        entries = files.parse_json(files.plain(path).read_text("utf-8")) if path.exists() else []
+        if type(entries) is not list:
+            raise ValueError("it holds no list")
+        for entry in entries:
+            if not all(type(entry[name]) is kind for name, kind in (("step", int), ("images", int), ("weights", str))):
+                raise ValueError("an entry lacks its step, images or weights")
+            if not all(type(value) is float for name, value in entry.items() if name.startswith(("fid", "is"))):
+                raise ValueError("a score is no number")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; choose another --out") from None
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a list of this program's scores; move it away and start again") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not a list of this program's scores ({first_line(error)}); move it away, or choose "
+                        "another --out") from None  # fmt: skip
     return entries
 
 
 def evaluate(run, sampler, load, features, count, data_dir, inception=None, fid_stats=None):
-    """Score a run's generator, write the numbers into scores.json in its folder, and return them as one line to quote.
+    """Score a run's generator: print the numbers as one line to quote, and add them to scores.json in its folder.
 
-    sampler: program.sampler.Sampler, or what has the like of its noise, sample, options and step; load: a function that
-    gives the pictures of the run's data set, called only where they are needed; features: "inception" or "own"; count:
-    generated pictures; fid_stats: a file to take the reference statistics from instead. What is to be read is read before
-    any work is begun. Raises UserError.
+    sampler: program.sampler.Sampler, or what has the like of its noise, sample, options, step and digest; load: a function
+    that gives the pictures of the run's data set, called only where they are needed; features: "inception" or "own";
+    count: generated pictures; fid_stats: a file to take the reference statistics from instead. What is to be read is read
+    before any work is begun. A score takes the place of one that is made of the same, and of no other: an entry of the file
+    says so by digests of the generator, the reference and the network. Raises UserError.
     """
     options, path, load = sampler.options, run / "scores.json", functools.cache(load)
     read_scores(path)
-    given = read_statistics(fid_stats, DIMS[features]) if fid_stats else None
-    digest = network_of(fid_stats) if fid_stats else None
-    extractor = load_extractor(features, load if given else lambda: need_two(load()), options.dataset, data_dir, inception,
-                               digest)  # fmt: skip
-    if given:
-        reference, against = given, f"the statistics in {Path(fid_stats).name}"
+    if fid_stats:
+        reference = read_statistics(fid_stats, DIMS[features])
+        extractor = load_extractor(features, load, options.dataset, data_dir, inception, digest := network_of(fid_stats))
+        if digest not in (None, extractor.digest):
+            raise UserError(f"{fid_stats} is of another network than {extractor.weights}; name statistics of this one")
+        against, digest = f"the statistics in {Path(fid_stats).name}", files.fingerprint(*reference)
     else:
+        extractor = load_extractor(features, lambda: need_two(load()), options.dataset, data_dir, inception)
         pictures = need_two(load())
         reference = reference_statistics(pictures, options.dataset, extractor, data_dir)
-        against = f"{len(pictures):,} pictures of {Path(options.dataset).name}"
+        against, digest = f"{len(pictures):,} pictures of {Path(options.dataset).name}", files.fingerprint(pictures)
     scores = score_generator(sampler, count, extractor, reference)
     suffix = extractor.suffix
-    named = {f"{name}{suffix.replace('-', '_')}": value for name, value in scores.items()}
-    entry = {"step": sampler.step, "images": count, "against": against, "weights": extractor.weights,
-             "resizing": extractor.resizing, "date": datetime.date.today().isoformat()} | named  # fmt: skip
-    known = [old for old in read_scores(path) if (old["step"], old["weights"]) != (sampler.step, extractor.weights)]
-    with files.whole_file(path) as part:
-        part.write_text(json.dumps([*known, entry], indent=2) + "\n")
-    network = f"{NAMES[options.generator]}-{options.size}"
-    return (
-        f"FID{suffix} {scores['fid']:.2f}, IS{suffix} {scores['is']:.2f} ± {scores['is_deviation']:.2f} ({network}, step "
-        f"{sampler.step}; {count:,} pictures against {against}; {extractor.weights}; resizing: {extractor.resizing})"
+    entry = {"step": sampler.step, "generator": sampler.digest, "images": count, "against": against, "reference": digest,
+             "statistics": fid_stats and str(fid_stats), "weights": extractor.weights, "network": extractor.digest,
+             "resizing": extractor.resizing, "date": datetime.date.today().isoformat()}  # fmt: skip
+    entry |= {f"{name}{suffix.replace('-', '_')}": value for name, value in scores.items()}
+    line = (
+        f"FID{suffix} {scores['fid']:.2f}, IS{suffix} {scores['is']:.2f} ± {scores['is_deviation']:.2f} ({options.pair}, "
+        f"step {sampler.step}; {count:,} pictures against {against}; {extractor.weights}; "
+        f"resizing: {extractor.resizing}; reference digest {digest[:8]})"
     )
+    output.tell(line, event="scores", **entry)  # before it is written, which may fail
+    known = [old for old in read_scores(path) if made_of(old) != made_of(entry)]
+    with files.whole_file(path) as part:
+        part.write_text(json.dumps([*known, entry], indent=2, allow_nan=False) + "\n", "utf-8")

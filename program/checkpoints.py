@@ -40,11 +40,22 @@ def save(trainer, path):
             raise NotFinite(f"{name} is not finite after step {trainer.step}")
     options = json.dumps(dataclasses.asdict(trainer.options))
     with files.whole_file(path, path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
-        np.savez(file, options=options, step=trainer.step, rate_scale=trainer.update.rate_scale, **arrays)
+        known = {"step": trainer.step, "rate_scale": trainer.update.rate_scale, "pictures": pictures_of(trainer)}
+        np.savez(file, options=options, **known, **arrays)
+
+
+def pictures_of(trainer):
+    """The fingerprint of the pictures that a trainer learns from."""
+    if not hasattr(trainer, "learns_from"):  # it takes seconds for gigabytes
+        trainer.learns_from = np.uint64(int(files.fingerprint(trainer.batches.pictures), 16))
+    return trainer.learns_from
 
 
 def load(trainer, path):
-    """Take a checkpoint's arrays and step. Raises UserError, and takes nothing, if it does not fit these networks."""
+    """Take a checkpoint's arrays and step; returns the fingerprint of the pictures of its run, or None where it has none.
+
+    Raises UserError, and takes nothing, if it does not fit these networks.
+    """
     state = trainer.state()
     with open_checkpoint(path) as saved:
         theirs = saved.options()
@@ -52,16 +63,18 @@ def load(trainer, path):
             if name not in ("steps", "accumulate", "dataset") and getattr(theirs, name) != own:
                 raise UserError(f"{path} is of another run: its {name} is {getattr(theirs, name)!r}, not {own!r}")
         arrays = {name: saved.read(name, x) for name, x in state.items()}
-        if more := saved.names - state.keys() - {"options", "step", "rate_scale"}:
+        if more := saved.names - state.keys() - {"options", "step", "rate_scale", "pictures"}:
             raise UserError(f"{path} does not fit: these networks have no {min(more)!r}")
         step, scale = saved.step(), saved.read("rate_scale")
         if scale.dtype != np.float64 or scale.shape or not 0 < scale <= 1:
             raise ValueError("its rate_scale is no number above 0, up to 1")
+        pictures = saved.read("pictures") if "pictures" in saved.names else None
     for name, x in state.items():  # in place, because parameters and moments are views of Adam's flat arrays
         x[...] = ag.xp.asarray(arrays[name])
     trainer.step, trainer.update.rate_scale = step, float(scale)
     trainer.gen_adam.t, trainer.disc_adam.t = step, step * trainer.options.disc_steps
     trainer.set_window()
+    return pictures
 
 
 def load_sampler(options, path, threads=None):
@@ -82,7 +95,7 @@ def load_sampler(options, path, threads=None):
                 wanted |= {f"{kind}/{name}": x for name, x in network.buffers().items()}
         for name, x in wanted.items():
             x[...] = ag.xp.asarray(saved.read(name, x))
-        return Sampler(options, saved.step(), generator, discriminator, threads)
+        return Sampler(options, saved.step(), files.checksum(saved.file, "average/"), generator, discriminator, threads)
 
 
 def export(sampler, path):
@@ -155,7 +168,7 @@ class open_checkpoint:
     def __exit__(self, kind, error, _):
         self.file.close()
         if isinstance(error, Exception) and not isinstance(error, UserError):
-            raise UserError(f"{self.path} is damaged: {first_line(error)}; name another run") from None
+            raise UserError(f"{self.path} is damaged: {first_line(error)}; name another run's folder") from None
 
     def read(self, name, like=None):
         """The array of this name, read-only; of the shape and dtype of `like` and finite, or of at most SMALL bytes.
@@ -172,9 +185,8 @@ class open_checkpoint:
         if (shape, dtype) != (like.shape, expected):
             found, wanted = f"{dtype} of shape {shape}", f"{expected} of shape {like.shape}"
             raise UserError(f"{self.path} does not fit: {name} is {found}, not {wanted}")
-        array = files.read_array(self.file, name, math.prod(shape) * dtype.itemsize)
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} is not finite")
+        if not np.isfinite(array := files.read_array(self.file, name, math.prod(shape) * dtype.itemsize)).all():
+            raise ValueError(f"its {name} is not finite")
         return array
 
     def step(self):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import sys
+import warnings
 from pathlib import Path
 
 from data import UserError
@@ -139,4 +140,5 @@ def console():
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where the shell closed it
             stream.reconfigure(errors="backslashreplace")  # for names of files that cannot be printed as they are
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of what is not finite: that is refused in our words
     return main()

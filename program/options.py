@@ -170,7 +170,8 @@ def is_valid(name, value):
     if type(value) is not type(getattr(Options, name)):
         return False
     if name == "dataset":  # a folder may have been moved
-        return value in arguments.NAMES or Path(value).is_absolute() or value == without_place(value)
+        somewhere = Path(value).is_absolute() or value == without_place(value)
+        return value in arguments.NAMES or (somewhere and files.is_possible(value))
     values = OPTIONS[name].values
     try:
         return values(str(value)) == value if callable(values) else value in values
@@ -188,7 +189,7 @@ def read_options(text, path):
         raise UserError(f"{path} holds options of another version; start a new run") from None
     for name in OPTIONS:
         if not is_valid(name, getattr(options, name)):
-            raise UserError(f"{path}: its option {name} is {getattr(options, name)!r}; start a new run")
+            raise UserError(f"{path}: its option {name} is {getattr(options, name)!r:.99}; start a new run")
     return options
 
 

@@ -155,8 +155,8 @@ def train_on(trainer, out, sample_every, save_every, resumed, evaluate_every=Non
 # --- 2. Several GPUs --------------------------------------------------------------------------------------------------
 
 
-def gather_gpus(args, options, checkpoint):
-    """The Group of --gpus N, whose other processes are started here. Raises UserError if this machine has fewer GPUs."""
+def check_gpus(args, options):
+    """Raise UserError unless this machine has as many GPUs as --gpus says, and they can share these options' batches."""
     found = ag.xp.cuda.runtime.getDeviceCount() if ag.xp is not np else 0
     if found < args.gpus:
         raise UserError(f"--gpus {args.gpus} asks for more GPUs than the {found} in use here; lower it, or leave it out")
@@ -166,6 +166,10 @@ def gather_gpus(args, options, checkpoint):
         raise UserError(f"--gpus cannot be: the batch norm of --generator {options.generator} wants whole batches")
     if args.on_nan != "stop":
         raise UserError("--gpus and --on-nan rewind do not go together: only one of the GPUs would go back; leave out one")
+
+
+def gather_gpus(args, options, checkpoint):
+    """The Group of --gpus N, whose other processes are started here."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -224,13 +228,26 @@ def choose_forms(args, options):
     return "plain forms"
 
 
-def go_on(trainer, args, checkpoint, out):
-    """Make ready to go on with the run in args.resume, whose checkpoint was loaded. Raises UserError if it is finished.
+def need_steps(run, options, checkpoint):
+    """Raise UserError if the run in the folder `run` is finished."""
+    with checkpoints.open_checkpoint(checkpoint) as saved:
+        if (step := saved.step()) >= options.steps:
+            raise UserError(f"the run in {run} is finished; ask for more with --steps above {step}")
+
+
+def need_batch(pictures, options):
+    """Raise UserError if a run that goes on has fewer pictures now than its batches, which stay as they are."""
+    batch = max(options.batch_size, options.gen_batch_size if options.sr_weight else 0)
+    if len(pictures) < batch:
+        raise UserError(f"{options.dataset} holds {len(pictures)} pictures, and the run's batches are of {batch}; add "
+                        "some, or name the folder where they are as --dataset")  # fmt: skip
+
+
+def go_on(checkpoint, out):
+    """Make ready to go on with the run in `out`, whose checkpoint was loaded.
 
     If that is the previous one, a damaged newest goes out of its way: it would take its place with the next that is saved.
     """
-    if trainer.step >= trainer.options.steps:
-        raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {trainer.step}")
     if checkpoint.name != CHECKPOINTS[0]:
         with contextlib.suppress(FileNotFoundError):
             (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
@@ -261,9 +278,7 @@ def look_back(args, sampler, load, out):
             output.note(output.one_line(f"{args.begun} is the generator of step {sampler.step} of: {command}"))
         return
     features = args.features or ("own" if sampler.options.dataset == "shapes" and not args.inception else "inception")
-    line = scores.evaluate(out, sampler, load, features, args.num_images or 50_000, args.data_dir, args.inception,
-                           args.fid_stats)  # fmt: skip
-    output.tell(line, event="scores", **scores.read_scores(out / "scores.json")[-1])
+    scores.evaluate(out, sampler, load, features, args.num_images or 50_000, args.data_dir, args.inception, args.fid_stats)
 
 
 def run(args, parser):
@@ -288,13 +303,22 @@ def run(args, parser):
         look_back(args, checkpoints.load_sampler(chosen, checkpoint, args.threads), load, out)
         return 0
     pair = make_networks(chosen)
+    if args.gpus > 1:
+        check_gpus(args, chosen)
+    if args.resume:
+        need_steps(args.resume, chosen, checkpoint)
     checkpoints.prepare_folder(out, args.resume)
     pictures = load()
+    if args.resume:
+        need_batch(pictures, chosen)
     group = gather_gpus(args, chosen, checkpoint) if args.gpus > 1 else None
     trainer = make_trainer(chosen, pictures, args.threads, group=group, pair=pair)
     if checkpoint:
-        checkpoints.load(trainer, checkpoint)
-        go_on(trainer, args, checkpoint, out)
+        learnt_from = checkpoints.load(trainer, checkpoint)
+        go_on(checkpoint, out)
+        if learnt_from is not None and not np.array_equal(learnt_from, checkpoints.pictures_of(trainer)):
+            print(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
+                  f"{len(pictures):,}", file=sys.stderr)  # fmt: skip
     threads = f", {trainer.update.threads} threads" if device == "cpu" else ""
     output.tell(f"{NAMES[chosen.generator]}-{chosen.size} on {chosen.dataset} {chosen.image_size}x{chosen.image_size}, "
                 f"{len(pictures):,} pictures, {device}{threads}, {forms}, into {out}",

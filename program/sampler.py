@@ -5,6 +5,7 @@ import numpy as np
 import autograd as ag
 import transgan
 from autograd import Tensor
+from data import UserError
 from paper.convolutions import Stateful
 from program.update import Update, threads_that_pay
 
@@ -13,12 +14,13 @@ class Sampler:
     """What is left of a Trainer without its training: options, step and the averaged generator, set to make pictures.
 
     generator: holds the averaged weights; it sees as far as the options' locality says for `step`, the generator steps that
-    were done. discriminator: that of the same step, or None where nobody kept it. threads: of a CPU, which share a large
-    sample (default: as many as pay).
+    were done. digest: tells its weights from others. discriminator: that of the same step, or None where nobody kept it.
+    threads: of a CPU, which share a large sample (default: as many as pay).
     """
 
-    def __init__(self, options, step, generator, discriminator=None, threads=None):
-        self.options, self.step, self.generator, self.discriminator = options, step, generator, discriminator
+    def __init__(self, options, step, digest, generator, discriminator=None, threads=None):
+        self.options, self.step, self.digest = options, step, digest
+        self.generator, self.discriminator = generator, discriminator
         if (half_width := transgan.half_width_at(options, step)) is not None:
             generator.attend_within(half_width, options.locality_stages, options.locality_shape)
         for module in generator.modules() if isinstance(generator, Stateful) else ():
@@ -35,10 +37,16 @@ class Sampler:
         return rng.standard_normal((count, self.generator.latent_dim))
 
     def sample(self, z):
-        """Pictures made of noise (n, Z), 64 at a time as Trainer.sample has it: NumPy (n, 3, H, W), about [-1, 1]."""
+        """Pictures made of noise (n, Z), 64 at a time as Trainer.sample has it: NumPy (n, 3, H, W), about [-1, 1].
+
+        Raises UserError if they are not finite.
+        """
 
         def part(z):
             with ag.no_grad():
                 return ag.to_numpy(self.generator(Tensor(self.array(z))).data)
 
-        return np.concatenate(list(self.map(part, [z[i : i + 64] for i in range(0, len(z), 64)])))
+        pictures = np.concatenate(list(self.map(part, [z[i : i + 64] for i in range(0, len(z), 64)])))
+        if not np.isfinite(pictures).all():
+            raise UserError(f"the generator of step {self.step} makes pictures that are not finite; choose another run")
+        return pictures

@@ -118,7 +118,12 @@ def test_a_folder_of_anybodys_pictures_is_learnt(small, tmp_path, capsys):
     resume = ("--resume", out, "--steps", 6, "--data-dir", tmp_path / "data")
     assert "there is no folder" in fails(capsys, *resume)
     assert run_main(*resume, "--dataset", moved) == 0
+    assert "the pictures are not those" not in capsys.readouterr().err
     assert [row["step"] for row in read_log(out)] == list("0123456")
+    (moved / "3.png").write_bytes(encoded(slope(20, 30, 1)))
+    for steps, said in ((7, True), (8, False)):  # once: the next checkpoint is of the new ones
+        assert run_main("--resume", out, "--steps", steps, "--data-dir", tmp_path / "data") == 0
+        assert (f"the pictures are not those that {out} has learnt from so far" in capsys.readouterr().err) == said
     options, where = choose_options(main.make_parser().parse_args(["--dataset", str(moved)]))
     assert (options.size, options.image_size, options.steps, where.as_posix()) == ("S", 32, 500_000, "runs/elsewhere-S")
 
@@ -129,7 +134,8 @@ def test_the_larger_data_sets_are_learnt(name, side, stages, tmp_path, monkeypat
     monkeypatch.setitem(transgan.SIZES, "tiny", transgan.Size(256, (1, 1, 1), 16, 1))
     monkeypatch.setattr(run, "JUDGED", 8)
     pictures = np.stack([slope(side, side, i).transpose(2, 0, 1) for i in range(6)])
-    (tmp_path / f"{name}-{side}.pictures").write_bytes(pictures.tobytes())
+    cache = tmp_path / f"{name}-{side}-{'0' * 16}.pictures"
+    datasets.make(cache, side, tmp_path, len(pictures), lambda told, _: (picture for picture in pictures))
     made, grow = [], transgan.Generator.grow
 
     def counted(self, x, first):

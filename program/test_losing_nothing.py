@@ -40,9 +40,9 @@ from program.support import (
     step_of,
 )
 from program.trainer import make_trainer
-from store import files
+from store import datasets, files
 from store.files import CHECKPOINTS
-from store.support import files_of_at_most, holds, leftovers
+from store.support import encoded, files_of_at_most, holds, leftovers, slope
 from test_transgan import on_cpu
 
 
@@ -172,6 +172,35 @@ def test_a_training_that_is_killed_again_and_again_loses_nothing(small, tmp_path
     rows = read_log(out)
     assert [int(row["step"]) for row in rows] == list(range(before + 1))
     assert [row["gen_loss"] for row in rows[1:]] == [f"{float(step['gen_loss']):.6g}" for step in losses]
+
+
+def test_what_stands_in_the_way_is_said_before_pictures_are_read(small, tmp_path, monkeypatch, capsys):
+    """Which may be downloaded first, or decoded for an hour."""
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out) == 0
+    monkeypatch.setattr(datasets, "load_pictures", lambda *_: pytest.fail("it reads the pictures first"))
+    assert "is finished; ask for more with --steps above 4" in fails(capsys, "--resume", out)
+    for words in ([*TRAIN, "--out", tmp_path / "new"], ["--resume", out, "--steps", 9]):
+        assert "asks for more GPUs than the" in fails(capsys, *words, "--gpus", 64)
+
+
+def test_a_run_with_fewer_pictures_than_a_batch_is_told_what_it_can_do(small, tmp_path, capsys):
+    """Its batches stay as they are: to lower them is no advice."""
+    folder, where = tmp_path / "few", ("--data-dir", tmp_path / "data")
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.png").write_bytes(encoded(slope(9, 9, i)))
+    begun = [*TRAIN, "--dataset", folder, "--size", "tiny", "--out", tmp_path / "run", *where]
+    assert run_main(*begun) == 0
+    (folder / "0.png").rename(tmp_path / "0.png")
+    more = ("--resume", tmp_path / "run", *where, "--steps")
+    assert run_main(*more, 5) == 0
+    for i in range(1, 3):
+        (folder / f"{i}.png").rename(tmp_path / f"{i}.png")
+    message = fails(capsys, *more, 6)
+    assert "holds 3 pictures, and the run's batches are of 4; add some" in message
+    (folder / "0.png").write_bytes(encoded(slope(9, 9)))
+    assert run_main(*more, 6) == 0
 
 
 def test_a_run_killed_before_its_first_checkpoint_can_be_begun_again(small, tmp_path):

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from store import datasets
+from store import datasets, files
 from store.output import one_line
 
 NAMES = (*datasets.SIDES, "shapes")
@@ -37,7 +37,10 @@ def folder(text):
     """An argument type: a path. One from ~ on is in somebody's home, also where the shell has not seen to it: --out=~/x."""
     if not text:
         raise argparse.ArgumentTypeError("the name of a folder is empty")
-    return Path(os.path.expanduser(text))
+    path = os.path.expanduser(text)
+    if not files.is_possible(path):
+        raise argparse.ArgumentTypeError(f"{text!r:.99} is no name that a file could have")
+    return Path(path)
 
 
 def pictures(text):

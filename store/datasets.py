@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
+import glob
 import hashlib
 import io
+import json
+import operator
 import os
 import shutil
+import stat
 import sys
 import tarfile
-import tempfile
-import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+import PIL
+from PIL import Image
 
 import data
-from data import Bytes, Labels, UserError
+from data import Bytes, Labels, UserError, first_line
 from store.downloads import Archive, fetch
-from store.files import CHUNK, short_name, whole_file
-from store.output import Progress
+from store.files import CHUNK, MADE, being_made, need_space, plain, short_name, sweep, whole_file
+from store.output import Progress, one_line
+from store.reading import Room, fit, hushed, is_passing, read_picture
 
 SHAPES_COUNT = 8192
 SIDES = {"cifar10": 32, "stl10": 48, "celeba": 64}  # pixels a side of the published data sets, as the paper has them
+COUNTS = {"cifar10": 50_000, "stl10": 100_000, "celeba": 202_599}  # how many pictures they have
 
 CIFAR10 = Archive(
     data.CIFAR10_ARCHIVE,
@@ -41,6 +48,7 @@ STL10 = Archive(
     "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
     "md5:91f7769df0f17e558f3565bffb0c7dfb",
     "https://cs.stanford.edu/~acoates/stl10/",
+    3 << 30,
 )
 _CELEBA_KEY = "resourcekey=0-dYn9z10tMJOBAkviAcfdyQ"
 CELEBA = Archive(
@@ -49,6 +57,7 @@ CELEBA = Archive(
     f"&id=0B7EVK8r0v71pZjFTYXZWM3FlRnM&{_CELEBA_KEY}",
     "md5:00d2c5bc6d35e252742224ab0c1e8fcb",
     f"https://drive.google.com/file/d/0B7EVK8r0v71pZjFTYXZWM3FlRnM/view?{_CELEBA_KEY}",
+    2 << 30,
 )
 
 
@@ -100,103 +109,175 @@ def load_cifar10(data_dir: str | Path, archive: Archive = CIFAR10) -> Bytes:
     Uses data_dir/cifar-10-batches-py as it lies; if there is none, checks and extracts data_dir's archive, downloading
     it first where that is missing too. Raises UserError for whatever is wrong with network, archive or files.
     """
-    if not (Path(data_dir) / data.CIFAR10_FOLDER).is_dir():
+    folder = Path(data_dir) / data.CIFAR10_FOLDER
+    sweep(folder.parent)
+    if not folder.is_dir():
         fetch(archive, data_dir)
-        extract_cifar10(Path(data_dir))
-    return data.load_cifar10(data_dir)
+        with being_made(folder):
+            if not folder.is_dir():  # made by another process in the meantime
+                extract_cifar10(folder)
+    try:
+        for name in data.CIFAR10_TRAIN:
+            plain(folder / name)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; move {folder} away to fetch it again") from None
+    return whole("cifar10", data.load_cifar10(data_dir), folder)
 
 
-def extract_cifar10(data_dir: Path) -> None:
+def extract_cifar10(folder: Path) -> None:
     """Write the seven files that CIFAR-10's archive must hold into a folder beside it, which appears only when complete.
 
     Raises UserError if the archive is damaged or incomplete.
     """
-    folder = data_dir / data.CIFAR10_FOLDER
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=data_dir))
         try:
-            for path, content in data.cifar10_files(data_dir, CIFAR10_FILES):
-                (temporary / path.name).write_bytes(content)
-            temporary.chmod(0o755)
-            temporary.replace(folder)
+            part.mkdir()
+            for path, content in data.cifar10_files(folder.parent, CIFAR10_FILES):
+                (part / path.name).write_bytes(content)
+            part.replace(folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; free some space or choose another --data-dir") from None
 
 
+def whole(name: str, pictures: Bytes, source: Path) -> Bytes:
+    """The pictures of a published data set; if they are not as many as it has, that is said on standard error."""
+    if len(pictures) != COUNTS[name]:
+        print(f"transgan: {source} is not the whole of {name}: it gives {len(pictures):,} pictures, not {COUNTS[name]:,}; "
+              "if it broke off, move it away and start again", file=sys.stderr)  # fmt: skip
+    return pictures
+
+
+# What is decoded once is kept in a file: the pictures, byte after byte, and then what there is to tell of them.
+
 CACHE = ".pictures"  # how the name of a cache ends
+READING = 2  # to be raised when pictures are read in another way, so that no cache of the old way is used
 
 
-def fit(picture: Image.Image, side: int) -> Bytes:
-    """The largest square in the middle of a Pillow picture of any mode, resized (bicubic): bytes, (3, side, side).
+@dataclasses.dataclass
+class Told:
+    """What there is to tell of the pictures in a cache."""
 
-    A photograph is turned upright first, and what is transparent becomes white.
+    pictures: int = 0
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # what is not among them, and why
+    again: list[str] = dataclasses.field(default_factory=list)  # of that, what is worth another try: see is_passing
+
+
+Read = Callable[[Told, "list[str] | None"], Iterator[Bytes]]
+
+
+def cached(path: Path, side: int, source: Path, count: int, read: Read, unread: dict[str, str] | None = None) -> Bytes:
+    """The pictures of `source`, kept in the file `path`: bytes, (N, 3, side, side), left on disk until used (a memory map).
+
+    The file holds these bytes, and behind them what there is to tell. Where it is missing or damaged, or a picture can be
+    read that could not be before, it is made of read(told, None), which yields the `count` pictures (3, side, side) but for
+    those that it puts into `told`; read(told, names) yields only those of these names. What was skipped is named, as is
+    `unread`, which is to be named beside it. Raises UserError.
     """
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits of grey, of which Pillow would cut off all above 255
-        picture = Image.fromarray((np.clip(np.asarray(picture), 0, 65535) // 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        ground = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
-    picture = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
-    return np.asarray(picture).transpose(2, 0, 1)
-
-
-def decode(names: list[str], opened: Callable[[str], Path | IO[bytes]], side: int, source: Path) -> Iterator[Bytes]:
-    """Yield the pictures `opened(name)`, paths or files that Pillow can open, as bytes (n, 3, side, side), n <= CHUNK.
-
-    Names on standard error what cannot be read, and skips it. Raises UserError, naming `source`, if nothing can.
-    """
-
-    def one(name: str) -> Bytes | str:
-        try:
-            with Image.open(opened(name)) as picture:
-                picture.draft(None, (2 * side, 2 * side))  # a JPEG may come smaller, if not too small: that is faster
-                return fit(picture, side)
-        except Exception as error:  # Pillow's many readers raise anything at all on a damaged file
-            return f"{name!r}: {str(error) or type(error).__name__}"
-
-    skipped = []
-    with futures.ThreadPoolExecutor() as pool, Progress() as progress:
-        for first in range(0, len(names), CHUNK):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, about pictures that are large or odd but can be read
-                results = list(pool.map(one, names[first : first + CHUNK]))
-            skipped += [result for result in results if isinstance(result, str)]
-            if pictures := [result for result in results if not isinstance(result, str)]:
-                yield np.stack(pictures)
-            progress(f"decoding {source}: {first + len(results):,} of {len(names):,} pictures")
-    if len(skipped) == len(names):
-        example = f" ({skipped[0]})" if skipped else ""
-        raise UserError(f"{source} holds no picture that can be read{example}; name a folder of pictures as --dataset")
-    for line in skipped[:10]:
-        print(f"skipped {line}", file=sys.stderr)
-    if skipped[10:]:
-        print(f"skipped {len(skipped) - 10} more of {source}'s {len(names):,} files", file=sys.stderr)
-
-
-def cached(path: Path, side: int, chunks: Callable[[], Iterable[Bytes]]) -> Bytes:
-    """The pictures in the file `path`: bytes, (N, 3, side, side), left on disk until they are used (a memory map).
-
-    The file holds nothing but these bytes. Where it is missing, it is first made of `chunks()`, which yields arrays
-    (n, 3, side, side), and appears when it is whole. Raises UserError.
-    """
+    sweep(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            with whole_file(path) as part, part.open("wb") as file:
-                for pictures in chunks():
-                    file.write(pictures.tobytes())
-        count, rest = divmod(path.stat().st_size, 3 * side * side)
-        if rest:
-            raise ValueError("it ends within a picture")
-        return np.memmap(path, np.uint8, "r", shape=(count, 3, side, side)).view(np.ndarray)
-    except (OSError, ValueError) as error:  # a file without a single picture cannot be mapped
-        raise UserError(
-            f"cannot keep the decoded pictures in {path}: {getattr(error, 'strerror', None) or error}; "
-            "delete it if it is there, free some space, or choose another --data-dir"
-        ) from None
+        if not (told := kept(path, side, source, read)):
+            with being_made(path):
+                told = kept(path, side, source, read) or make(path, side, source, count, read)
+        name_skipped(path.with_suffix(".skipped.txt"), source, told.skipped | (unread or {}))
+        return np.memmap(path, np.uint8, "r", shape=(told.pictures, 3, side, side)).view(np.ndarray)
+    except OSError as error:
+        reason = f"{error.strerror or error}; free some space, or choose another --data-dir"
+        raise UserError(f"cannot keep the decoded pictures in {path}: {reason}") from None
+
+
+def kept(path: Path, side: int, source: Path, read: Read) -> Told | None:
+    """What a cache tells, or None if there is none, it is damaged, or what was worth another try can be read now."""
+    try:
+        with plain(path).open("rb") as file:
+            end = file.seek(0, os.SEEK_END) - 8
+            file.seek(max(0, end))
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(max(0, end - length))
+            told = Told(**json.loads(file.read(length) if length <= end else b""))
+        told.skipped = {str(name): str(reason) for name, reason in told.skipped.items()}
+        again = [name for name in told.again if name in told.skipped]
+        if 3 * side**2 * operator.index(told.pictures) + length != end or told.pictures < 1:
+            return None
+    except FileNotFoundError:
+        return None
+    except OSError:
+        raise
+    except Exception:  # a damaged file can raise anything at all
+        return None
+    if again and source.exists():
+        with hushed(), contextlib.suppress(UserError), contextlib.closing(read(Told(), again)) as pictures:
+            return None if any(True for _ in pictures) else told
+    return told
+
+
+def make(path: Path, side: int, source: Path, count: int, read: Read) -> Told:
+    """Write a cache, and return what it tells. Raises UserError and OSError."""
+    need_space(path, count * 3 * side**2, "the decoded pictures need room")
+    told = Told()
+    with whole_file(path) as part, part.open("wb") as file, hushed(), contextlib.closing(read(told, None)) as pictures:
+        for picture in pictures:
+            file.write(picture.tobytes())
+            told.pictures += 1
+        if not told.pictures:
+            example = "".join(f" ({name!r}: {reason})" for name, reason in [*told.skipped.items()][:1])
+            raise UserError(f"{source} holds no picture that can be read{example}; name a folder of pictures as --dataset")
+        record = json.dumps(dataclasses.asdict(told)).encode()
+        file.write(record + len(record).to_bytes(8, "little"))
+    return told
+
+
+def name_skipped(path: Path, source: Path, skipped: dict[str, str]) -> None:
+    """Name what was skipped: all of it in a file, the first ten on standard error."""
+    lines, shown = [f"skipped {name!r}: {reason}" for name, reason in skipped.items()], len(skipped)
+    with contextlib.suppress(OSError):  # where nothing can be written, all are shown
+        if lines:
+            text = "".join(f"{line}\n" for line in [f"of {source}:".encode("ascii", "backslashreplace").decode(), *lines])
+            if not path.exists() or plain(path).read_text("utf-8", "replace") != text:
+                with whole_file(path) as part:
+                    part.write_text(text, "utf-8", "backslashreplace")
+            shown = 10
+        else:
+            path.unlink(missing_ok=True)
+    for line in lines[:shown]:
+        print(line, file=sys.stderr)
+    if lines[shown:]:
+        print(f"skipped {len(lines) - shown} more of {source}; all {len(lines)} are named in {path}", file=sys.stderr)
+
+
+def decode(names: list[str], opened: Callable[[str], IO[bytes]], side: int, source: Path, told: Told) -> Iterator[Bytes]:
+    """Yield the pictures in the files `opened(name)`, bytes (3, side, side), in this order; and tell what was skipped."""
+    room, workers = Room(), min(16, (os.cpu_count() or 1) + 4)
+
+    def one(name: str) -> Bytes | Exception:
+        try:
+            with opened(name) as file:
+                return read_picture(file, side, room)
+        except Exception as error:  # Pillow's many readers raise anything at all on a damaged file
+            return error
+
+    waiting: collections.deque[futures.Future[Bytes | Exception]] = collections.deque()
+    pool = futures.ThreadPoolExecutor(workers)
+    try:
+        with Progress() as progress:
+            for i, name in enumerate(names):
+                while len(waiting) < 2 * workers and i + len(waiting) < len(names):
+                    waiting.append(pool.submit(one, names[i + len(waiting)]))
+                result = waiting.popleft().result()
+                if is_passing(result):
+                    result = one(name)
+                if isinstance(result, Exception):
+                    unknown = isinstance(result, PIL.UnidentifiedImageError)
+                    reason = getattr(result, "strerror", None) or first_line(result)
+                    told.skipped[name] = "it is no picture of a known kind" if unknown else one_line(reason)
+                    told.again += [name] if is_passing(result) else []
+                else:
+                    yield result
+                progress(f"decoding {source}: {i + 1:,} of {len(names):,} pictures")
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
@@ -205,36 +286,89 @@ def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
     They are decoded once, into a cache in data_dir that goes by the names, sizes and times of all files, so that it is made
     anew when one changes. Raises UserError.
     """
-
-    def skip(error: OSError) -> None:
-        print(f"skipped {error.filename!r}: {error.strerror}", file=sys.stderr)
-
-    folder, data_dir, files = Path(folder).resolve(), Path(data_dir), {}
+    folder, data_dir = Path(folder).resolve(), Path(data_dir)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; say where the pictures are with --dataset")
-    try:
-        for parent, folders, names in os.walk(folder, onerror=skip):
-            if {"checkpoint.npz", "log.csv"} <= {*names}:
-                folders.clear()
-                continue  # a run of this program, whose grids are no pictures to learn
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for path in (Path(parent, name) for name in names if not name.startswith(".") and CACHE not in name):
-                if path.is_file():
-                    state = path.stat()
-                    files[path.relative_to(folder).as_posix()] = (state.st_size, state.st_mtime_ns)
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}; name another folder as --dataset") from None
+    files, unread = find_files(folder)
     if not files:
-        raise UserError(f"{folder} holds no files; name a folder of pictures as --dataset")
+        example = "".join(f" ({name!r}: {reason})" for name, reason in [*unread.items()][:1])
+        raise UserError(f"{folder} holds no files{example}; name a folder of pictures as --dataset")
     names = sorted(files)
-    stem = f"{short_name(folder)}-{side}-{_digest(str(folder))}-"
-    cache = data_dir / f"{stem}{_digest(repr([(name, files[name]) for name in names]))}{CACHE}"
-    pictures = cached(cache, side, lambda: decode(names, folder.joinpath, side, folder))
-    with contextlib.suppress(OSError):  # one that another run is reading may stay, where the system says so
-        for old in data_dir.iterdir():
-            if old.name.startswith(stem) and old.name.endswith(CACHE) and old != cache:
-                old.unlink()
+    stem = f"{short_name(folder)}-{side}-{_digest(str(folder))}"
+    path = cache_path(data_dir, stem, repr([(name, files[name]) for name in names]))
+
+    def read(told: Told, some: list[str] | None) -> Iterator[Bytes]:
+        return decode(some or names, lambda name: plain(folder / name).open("rb"), side, folder, told)
+
+    pictures = cached(path, side, folder, len(names), read, unread)
+    remove_older(path, stem)
     return pictures
+
+
+def find_files(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """The files in a folder and its subfolders, by name: size and time of each; and what is none and why, to be named.
+
+    Links are followed, to each folder once. Left out are hidden files, runs of this program, and what it keeps in a data
+    directory.
+    """
+    files: dict[str, tuple[int, int]] = {}
+    unread: dict[str, str] = {}
+    seen, waiting = set(), [folder]
+    while waiting:
+        parent, name = waiting.pop(), ""
+        try:
+            name = parent.relative_to(folder).as_posix()
+            state = parent.stat()
+            if (place := (state.st_dev, state.st_ino)) in seen:
+                unread[name] = "it leads to a folder that is read already"
+                continue
+            seen.add(place)
+            inside = sorted(entry for entry in os.listdir(parent) if not entry.startswith("."))
+        except OSError as error:
+            unread[name] = error.strerror or str(error)
+            continue
+        if {"checkpoint.npz", "log.csv"} <= {*inside}:
+            continue  # a run of this program, whose grids are no pictures to learn
+        folders = []
+        for path in (parent / entry for entry in inside if not MADE.fullmatch(entry)):
+            name = path.relative_to(folder).as_posix()
+            try:
+                state = path.stat()
+            except OSError as error:
+                unread[name] = f"it is a link to nothing ({error.strerror})" if path.is_symlink() else error.strerror
+                continue
+            if stat.S_ISDIR(state.st_mode):
+                folders.append(path)
+            elif stat.S_ISREG(state.st_mode):
+                files[name] = (state.st_size, state.st_mtime_ns)
+            else:
+                unread[name] = "it is no file, but a pipe or a device"
+        folders.sort(key=lambda path: path.is_symlink())  # so that a folder goes by its own name where it has one beside
+        waiting += folders[::-1]
+    return files, unread
+
+
+def cache_path(data_dir: Path, stem: str, state: str, there: bool = True) -> Path:
+    """Where the cache of a data set lies that is in this state and read as it is now.
+
+    Whose source is no longer there has what was made of it, in whatever state it was.
+    """
+    path = data_dir / f"{stem}-{_digest(f'{state} {READING} {PIL.__version__}')}{CACHE}"
+    return path if there or path.exists() else next(iter(caches(data_dir, stem)), path)
+
+
+def caches(data_dir: Path, stem: str) -> list[Path]:
+    """The caches of a data set in whatever state."""
+    return sorted(data_dir.glob(f"{glob.escape(stem)}-{'[0-9a-f]' * 16}{CACHE}"))
+
+
+def remove_older(path: Path, stem: str) -> None:
+    """Remove the caches of a data set but this one, and what was skipped for them."""
+    for old in caches(path.parent, stem):
+        if old != path:
+            with contextlib.suppress(OSError):  # one that another run is reading may stay, where the system says so
+                old.unlink()
+                old.with_suffix(".skipped.txt").unlink(missing_ok=True)
 
 
 def _digest(text: str) -> str:
@@ -251,13 +385,13 @@ def load_stl10(data_dir: str | Path, side: int = 48, archive: Archive = STL10) -
     Read out of data_dir's archive, which is downloaded where it is missing, without extracting it; or out of
     data_dir/stl10_binary/unlabeled_X.bin if that lies there. Raises UserError.
     """
+    extracted = Path(data_dir) / STL10_FILE
 
-    def chunks() -> Iterator[Bytes]:
-        plain = Path(data_dir) / STL10_FILE
-        source = plain if plain.exists() else fetch(archive, data_dir)
+    def read(told: Told, _: list[str] | None) -> Iterator[Bytes]:
+        source = extracted if extracted.exists() else fetch(archive, data_dir)
         with data.reading(source):
-            if source == plain:
-                with plain.open("rb") as file:
+            if source == extracted:
+                with plain(source).open("rb") as file:
                     yield from pictures(file, source)
                 return
             with tarfile.open(source, "r|gz") as tar:  # a stream, read once from beginning to end
@@ -265,22 +399,23 @@ def load_stl10(data_dir: str | Path, side: int = 48, archive: Archive = STL10) -
                     if member.name == STL10_FILE and member.isfile() and (inside := tar.extractfile(member)):
                         yield from pictures(inside, source)
                         return
-            raise UserError(f"{source} is not STL-10: it holds no {STL10_FILE}; delete it and start again")
+            raise UserError(f"{source} is not STL-10: it holds no {STL10_FILE}; move it away and start again")
 
     def pictures(file: IO[bytes], source: Path) -> Iterator[Bytes]:
         size, count = 3 * STL10_SIDE**2, 0
         with Progress() as progress:
             while block := file.read(CHUNK * size):
                 if len(block) % size:
-                    raise UserError(f"{source}: {STL10_FILE} ends within a picture; delete it and start again")
+                    raise UserError(f"{source}: {STL10_FILE} ends within a picture; move it away and start again")
                 columns = np.frombuffer(block, np.uint8).reshape(-1, 3, STL10_SIDE, STL10_SIDE)  # (n, 3, W, H)
-                yield np.stack([fit(Image.fromarray(x), side) for x in columns.transpose(0, 3, 2, 1)])
+                for x in columns.transpose(0, 3, 2, 1):
+                    yield fit(Image.fromarray(x), side)
                 count += len(columns)
                 progress(f"decoding {source}: {count:,} pictures")
         if not count:
-            raise UserError(f"{source}: {STL10_FILE} is empty; delete it and start again")
+            raise UserError(f"{source}: {STL10_FILE} is empty; move it away and start again")
 
-    return cached(Path(data_dir) / f"stl10-{side}{CACHE}", side, chunks)
+    return published("stl10", extracted, archive, Path(data_dir), side, read)
 
 
 def load_celeba(data_dir: str | Path, side: int = 64, archive: Archive = CELEBA) -> Bytes:
@@ -289,8 +424,11 @@ def load_celeba(data_dir: str | Path, side: int = 64, archive: Archive = CELEBA)
     Read out of data_dir's archive, which is downloaded where it is missing, without extracting it; or out of the folder
     data_dir/img_align_celeba if that lies there. Raises UserError.
     """
+    folder = Path(data_dir) / "img_align_celeba"
+    if folder.is_dir():
+        return whole("celeba", load_folder(folder, data_dir, side), folder)
 
-    def chunks() -> Iterator[Bytes]:
+    def read(told: Told, some: list[str] | None) -> Iterator[Bytes]:
         path = fetch(archive, data_dir)
         with data.reading(path), zipfile.ZipFile(path) as file:
             faces = {face.filename: face for face in file.infolist() if face.filename.endswith(".jpg")}
@@ -300,9 +438,19 @@ def load_celeba(data_dir: str | Path, side: int = 64, archive: Archive = CELEBA)
                     raise ValueError("it is too large for a face of CelebA")
                 return io.BytesIO(file.read(name))
 
-            yield from decode(sorted(faces), opened, side, path)
+            yield from decode(some or sorted(faces), opened, side, path, told)
 
-    folder = Path(data_dir) / "img_align_celeba"
-    if folder.is_dir():
-        return load_folder(folder, data_dir, side)
-    return cached(Path(data_dir) / f"celeba-{side}{CACHE}", side, chunks)
+    return published("celeba", folder, archive, Path(data_dir), side, read)
+
+
+def published(name: str, extracted: Path, archive: Archive, data_dir: Path, side: int, read: Read) -> Bytes:
+    """The pictures of a published data set, from its cache, which goes by the file that it was made of; see `cached`."""
+    source, state = data_dir / archive.name, archive.digest
+    if extracted.exists():
+        source, state = extracted, repr((extracted.stat().st_size, extracted.stat().st_mtime_ns))
+    stem = f"{name}-{side}"
+    path = cache_path(data_dir, stem, state, source.exists())
+    count = min(COUNTS[name], source.stat().st_size // 500) if source.exists() else 0  # none has less than 500 bytes
+    pictures = cached(path, side, source, count, read)
+    remove_older(path, stem)
+    return whole(name, pictures, source)

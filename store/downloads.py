@@ -6,14 +6,17 @@ import contextlib
 import dataclasses
 import hashlib
 import http.client
-import shutil
+import queue
+import threading
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from data import UserError
-from store.files import lock
+from store.files import being_made, need_space, plain
 from store.output import Progress, note
 
 
@@ -25,15 +28,18 @@ class Archive:
     url: str
     digest: str  # as published: the algorithm, and the first hexadecimal digits or all of them
     page: str  # where a person can fetch it by hand
+    most: int = 1 << 28  # bytes that it can have
 
 
 def fetch(archive: Archive, data_dir: str | Path) -> Path:
     """The path of an archive in the folder data_dir, downloaded if it is not there, and checked. Raises UserError."""
     path = Path(data_dir) / archive.name
-    if path.exists():
-        check_digest(path, archive, path)
-    else:
-        download(archive, path)
+    if not path.exists():
+        with being_made(path):
+            if not path.exists():  # another process has fetched it in the meantime
+                download(archive, path)
+                return path
+    check_digest(path, archive, path)
     return path
 
 
@@ -43,12 +49,10 @@ def download(archive: Archive, path: str | Path) -> None:
     What arrives is kept in path.part, so that the next call goes on where a connection broke off or a disk filled up (an
     HTTP range request). The file appears under its own name only when it is whole and right. Raises UserError.
     """
-    path, locked = Path(path), True
+    path = Path(path)
     part, by_hand = path.with_name(path.name + ".part"), f"or fetch {archive.page} by hand and save it as {path}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("ab") as out:
-            lock(out)
+        with plain(part).open("ab") as out:
             _receive(archive, out, path, by_hand)
         try:
             check_digest(part, archive, archive.url)
@@ -56,9 +60,6 @@ def download(archive: Archive, path: str | Path) -> None:
             part.unlink()
             raise
         part.replace(path)
-    except BlockingIOError:
-        locked = False  # the part is another's, empty or not
-        raise UserError(f"another run is downloading {path}; start again when it has finished") from None
     except (OSError, ValueError, http.client.HTTPException) as error:  # a malformed URL is a ValueError
         reason = getattr(error, "reason", None) or error
         raise UserError(
@@ -66,43 +67,91 @@ def download(archive: Archive, path: str | Path) -> None:
         ) from None
     finally:
         with contextlib.suppress(OSError):
-            if locked and not part.stat().st_size:
+            if not part.stat().st_size:
                 part.unlink()
 
 
+PATIENCE = 60.0  # seconds within which a server has to send SLOWEST bytes a second
+SLOWEST = 1000
+
+
 def _receive(archive: Archive, out: IO[bytes], path: Path, by_hand: str) -> None:
-    """Append to the open file `out` what it lacks of an archive."""
+    """Append to the open file `out` what it lacks of an archive. Raises whatever goes wrong with that."""
     done = out.tell()
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={done}-"} if done else {})
-    try:
-        answer = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and done:  # nothing comes after these bytes: they are all
-            return
-        raise
-    with answer, Progress() as progress:
-        block = answer.read(1 << 18)
-        if answer.status != 206:  # the file from its beginning, whatever was asked for
+    with contextlib.closing(_arriving(request, by_hand)) as arriving, Progress() as progress:
+        try:
+            status, length, block = next(arriving)
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and done:  # nothing comes after these bytes: they are all
+                return
+            raise
+        if status != 206:  # the file from its beginning, whatever was asked for
             if block.lstrip()[:1] == b"<":
                 raise UserError(f"{archive.url} answered with a web page, not with {archive.name}; try later, {by_hand}")
             out.truncate(done := 0)
-        total = done + int(answer.headers.get("Content-Length") or 0)
-        free = shutil.disk_usage(path.parent).free
-        if total - done > free:
-            raise UserError(
-                f"{archive.name} needs {(total - done) / 1e6:.0f} MB more and {path.parent} has {free / 1e6:.0f}; "
-                "free some, or choose another --data-dir"
-            )
-        note(f"downloading {archive.url}, {(total - done) / 1e6:.0f} MB, to {path}")
+        total = done + length
+        need_space(path, length, f"{archive.name} needs more room")
+        note(f"downloading {archive.url}, {length / 1e6:.0f} MB, to {path}")
         while block:
+            if max(total, done + len(block)) > archive.most:
+                out.truncate(0)
+                raise UserError(f"{archive.url} sends more than {archive.name} can have; try later, {by_hand}")
             out.write(block)
             done += len(block)
-            progress(f"{done / 1e6:.0f} MB" + (f" ({100 * done / total:.0f}%)" if total else ""))
-            block = answer.read(1 << 18)
+            progress(f"{archive.name}: {done / 1e6:.0f} MB" + (f" ({100 * done / total:.0f}%)" if total else ""))
+            block = next(arriving)
     if done < total:
         raise UserError(
             f"the download of {archive.url} broke off after {done} of {total} bytes; start again to go on from there"
         )
+
+
+def _arriving(request: urllib.request.Request, by_hand: str) -> Iterator[Any]:
+    """Yield what a server answers: (status, announced length or 0, first block), then block after block, b"" at the end.
+
+    Another thread does the waiting, because a server that sends a byte now and then keeps one waiting in places that know
+    no time. Raises what the request does, and UserError for a server that sends less than SLOWEST.
+    """
+    blocks: queue.Queue[Any] = queue.Queue(64)
+    given_up = threading.Event()
+
+    def put(block: Any) -> None:
+        waits = True
+        while waits and not given_up.is_set():
+            with contextlib.suppress(queue.Full):
+                blocks.put(block, timeout=1)
+                waits = False
+
+    def receive() -> None:
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                block = answer.read1(1 << 18)
+                put((answer.status, max(0, int(answer.headers.get("Content-Length") or 0)), block))
+                while block and not given_up.is_set():
+                    put(block := answer.read1(1 << 18))
+        except Exception as error:
+            put(error)
+
+    threading.Thread(target=receive, daemon=True).start()
+    since, received = time.monotonic(), 0
+    try:
+        while True:
+            block = None
+            with contextlib.suppress(queue.Empty):
+                block = blocks.get(timeout=1)
+            if isinstance(block, Exception):
+                raise block
+            received += len(block) if isinstance(block, bytes) else 0
+            if (now := time.monotonic()) - since > PATIENCE:
+                if received < SLOWEST * PATIENCE:
+                    slow = f"{request.full_url} sends less than {SLOWEST} bytes a second"
+                    raise UserError(f"{slow}; start again later to go on from what has arrived, {by_hand}")
+                since, received = now, 0
+            if block is not None:
+                yield block
+    finally:
+        given_up.set()
 
 
 def check_digest(path: str | Path, archive: Archive, source: str | Path) -> None:
@@ -110,13 +159,13 @@ def check_digest(path: str | Path, archive: Archive, source: str | Path) -> None
     algorithm, expected = archive.digest.split(":")
     digest = hashlib.new(algorithm, usedforsecurity=False)
     try:
-        with Path(path).open("rb") as file:
+        with plain(path).open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; delete it, or choose another --data-dir") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; move it away, or choose another --data-dir") from None
     if not digest.hexdigest().startswith(expected):
         raise UserError(
             f"{source} is not the file expected ({algorithm} {digest.hexdigest()}, not {expected}); "
-            f"delete it if it lies here, and start again, or fetch {archive.page} by hand into --data-dir"
+            f"move it away if it lies here, and start again, or fetch {archive.page} by hand into --data-dir"
         )

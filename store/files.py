@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import math
 import os
 import re
+import shutil
 import stat
 import sys
 import tempfile
@@ -62,17 +64,18 @@ def need_folder(folder: Path, option: str) -> None:
 
 
 @contextlib.contextmanager
-def belongs_to_one(path: Path, refusal: str) -> Iterator[None]:
+def belongs_to_one(path: Path, refusal: str) -> Iterator[bool]:
     """Within this context, whatever the lock file `path` stands for belongs to this process alone.
 
-    Raises UserError(refusal) where another process has it, and OSError where no file can be made at `path`. The system drops a
-    process's lock however that ends, so that what a killed one leaves behind, an empty file, is in nobody's way.
+    Raises UserError(refusal) where another process has it, and OSError where no file can be made at `path`. The system
+    drops the lock of a process however that ends: what a killed one leaves behind, an empty file, is in nobody's way. The
+    context's value is whether there are locks at all: some network file systems have none, and all goes on without.
     """
     posix = os.name == "posix"  # Windows removes no open file
     while True:
         file = path.open("ab")
         try:
-            lock(file)
+            sure = lock(file)
         except BlockingIOError:
             file.close()
             raise UserError(refusal) from None
@@ -81,7 +84,7 @@ def belongs_to_one(path: Path, refusal: str) -> Iterator[None]:
                 break
         file.close()  # its last owner removed it in between: what is locked now stands for nothing
     try:
-        yield
+        yield sure
     finally:
         with contextlib.suppress(OSError):
             if posix:
@@ -92,10 +95,49 @@ def belongs_to_one(path: Path, refusal: str) -> Iterator[None]:
                 path.unlink()
 
 
-def lock(file: IO[bytes]) -> None:
+# Names of what is made in a data directory, of its lock, and of what is there of it so far.
+MADE = re.compile(r"(.+-[0-9a-f]{16}\.(?:pictures|npz|skipped\.txt)|cifar-10-batches-py)(\.lock|\.\d+\.part)?")
+
+
+@contextlib.contextmanager
+def being_made(path: Path) -> Iterator[None]:
+    """Within this context, this process alone makes `path` in its folder, which is made, too.
+
+    Raises UserError, before there was any work, where another process makes it or nothing can be written there.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            refusal = f"another process is making {path}; start again when it has finished"
+            held.enter_context(belongs_to_one(path.with_name(f"{path.name}.lock"), refusal))
+        except OSError as error:
+            reason = f"{error.strerror}; free some space or choose another --data-dir"
+            raise UserError(f"cannot write {path}: {reason}") from None
+        yield
+
+
+def need_space(path: Path, size: int, what: str) -> None:
+    """Raise UserError if the disk has no room for `size` bytes at `path`."""
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        have = f"{size / 1e6:,.0f} MB, and {path.parent} has {free / 1e6:,.0f}"
+        raise UserError(f"{what}: {have}; free some, or choose another --data-dir")
+
+
+def sweep(folder: Path) -> None:
+    """Remove from a data directory what killed processes have left half made; what a process is making stays."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if (made := MADE.fullmatch(path.name)) and made[2]:
+                with contextlib.suppress(OSError, UserError), belongs_to_one(folder / f"{made[1]}.lock", "in use") as sure:
+                    if sure:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def lock(file: IO[bytes]) -> bool:
     """Lock an open file for this process, until it is closed. Raises BlockingIOError where another has locked it.
 
-    On file systems that have no locks, this does nothing.
+    Returns False, and has done nothing, where the file system has no locks.
     """
     if sys.platform == "win32":
         import msvcrt
@@ -113,8 +155,9 @@ def lock(file: IO[bytes]) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
-        except OSError:  # a network file system without locks
-            pass
+        except OSError:
+            return False
+    return True
 
 
 def plain(path: str | Path) -> Path:
@@ -128,6 +171,17 @@ def plain(path: str | Path) -> Path:
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", str(path))
     return path
+
+
+def is_possible(path: str) -> bool:
+    """Whether there could be a file of this name: without NUL and halves of characters, no longer than the system takes."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    except ValueError:
+        return False
+    return True
 
 
 def sync(path: Path) -> None:
@@ -203,3 +257,39 @@ def read_array(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
             raise ValueError(f"{name} claims {size} bytes, more than {most}")
         content = member.read(size + 1)  # one more: only at its end is a member held against its checksum
     return np.frombuffer(content, dtype).reshape(shape, order="F" if in_columns else "C")
+
+
+def read_numbers(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[np.float64]:
+    """`read_array` of real numbers: whole or floating-point, all finite. Raises ValueError for anything else, too."""
+    array = read_array(archive, name, most)
+    if array.dtype.kind not in "iuf":  # NumPy would make numbers of truth values, dates, words and halves of complex ones
+        raise ValueError(f"{name} holds {array.dtype}, not numbers")
+    with np.errstate(all="ignore"):
+        if not np.isfinite(array := array.astype(np.float64)).all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+    return array
+
+
+def checksum(archive: zipfile.ZipFile, prefix: str) -> str:
+    """Sixteen hexadecimal digits that tell the arrays of an .npz file whose names begin so from others."""
+    found = sorted((member.filename, member.CRC) for member in archive.infolist() if member.filename.startswith(prefix))
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says. Raises ValueError also for what Python would take and no other program: numbers that are not
+    finite, or of hundreds of digits; and for one that is nested deeper than Python can go.
+    """
+
+    def number(kind: type[int] | type[float]) -> Any:
+        def convert(digits: str) -> float:
+            if len(digits) > 99 or not math.isfinite(kind(digits)):
+                raise ValueError(f"{digits[:20]} is no number of JSON")
+            return kind(digits)
+
+        return convert
+
+    try:
+        return json.loads(text, parse_float=number(float), parse_int=number(int), parse_constant=number(float))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

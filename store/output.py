@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from typing import TextIO
@@ -51,16 +52,26 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """One line on standard error that changes while something goes on; nothing where it cannot, see `is_live`."""
+    """Says on standard error what goes on, in a line that changes in place; where none can, see `is_live`, now and then.
+
+    That is after three seconds, and then each time after twice as long, up to a minute.
+    """
 
     def __enter__(self) -> Progress:
-        self.live, self.shown = mode != "quiet" and is_live(sys.stderr), 0.0
+        self.live = mode != "quiet" and is_live(sys.stderr)
+        self.wait, self.shown = (0.2, 0.0) if self.live else (3.0, time.monotonic())
         return self
 
     def __call__(self, text: str) -> None:
-        if self.live and time.monotonic() - self.shown > 0.2:
-            self.shown = time.monotonic()
+        if mode == "quiet" or time.monotonic() - self.shown < self.wait:
+            return
+        self.shown = time.monotonic()
+        if self.live:
+            text = one_line(text)[: shutil.get_terminal_size().columns - 1]
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        else:
+            note(one_line(text))
+            self.wait = min(2 * self.wait, 60.0)
 
     def __exit__(self, *_: object) -> None:
         if self.live:

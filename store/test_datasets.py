@@ -5,6 +5,7 @@ import gzip
 import io
 import os
 import pickle
+import re
 import shutil
 import tarfile
 import tempfile
@@ -22,7 +23,7 @@ from PIL import Image
 
 import data
 from data import UserError
-from store import datasets
+from store import datasets, reading
 from store.support import (
     PUBLISHED,
     assert_pictures,
@@ -144,9 +145,7 @@ def test_a_fuzzed_archive_only_ever_raises_our_own_error(name, seed):
         content = gzip.compress(fuzzed(gzip.decompress(content), seed), 1)
     else:
         content = fuzzed(content, seed)
-    caches = {"stl10": "stl10-48.pictures", "celeba": "celeba-64.pictures"}
     folder = [data.CIFAR10_FOLDER, *(f"{data.CIFAR10_FOLDER}/{file}" for file in datasets.CIFAR10_FILES)]
-    made = [caches[name]] if name in caches else folder
     with tempfile.TemporaryDirectory() as top:
         where = Path(top) / "data"
         where.mkdir()
@@ -156,7 +155,9 @@ def test_a_fuzzed_archive_only_ever_raises_our_own_error(name, seed):
             assert pictures.dtype == np.uint8
             assert pictures.shape[1:] == (3, *[{"cifar10": 32, "stl10": 48, "celeba": 64}[name]] * 2)
             assert len(pictures)
-        assert set(leftovers(Path(top))) <= {"data", *(f"data/{file}" for file in [published.name, *made])}
+        made = {*leftovers(where)} - {published.name, *(folder if name == "cifar10" else ())}
+        assert all(re.fullmatch(rf"{name}-\d\d-[0-9a-f]{{16}}\.(pictures|skipped\.txt)", file) for file in made)
+        assert os.listdir(top) == ["data"]
 
 
 # --- 2. CIFAR-10's pickles --------------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def test_modern_pickles_and_missing_files(tmp_path):
 
 
 def test_what_python_says_of_a_pickle_in_two_lines_becomes_one():
-    with pytest.raises(UserError, match=r"persistent id instruction was encountered,\); delete folder and"):
+    with pytest.raises(UserError, match=r"persistent id instruction was encountered,\); move folder away and"):
         read(b"\x80\2K\1Q.")
 
 
@@ -253,13 +254,24 @@ def test_labels_belong_to_their_pictures(tmp_path):
 # --- 3. Any pictures --------------------------------------------------------------------------------------------------
 
 
-@fuzz(100)
+def load_small(folder, side=4):
+    return datasets.load_folder(folder, folder.parent / "data", side)
+
+
+@fuzz(30)
 @given(seed=base.seeds)
-def test_a_fuzzed_cache_only_ever_raises_our_own_error(seed, tmp_path):
-    path = tmp_path / f"x{datasets.CACHE}"
-    path.write_bytes(fuzzed(bytes(4 * 48), seed))
+def test_a_fuzzed_cache_is_used_or_made_anew(seed, tmp_path):
+    """Of its pictures nothing can be told; but there are all that it should have, and what was skipped."""
+    folder = tmp_path / "pictures"
+    folder.mkdir(exist_ok=True)
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(encoded(slope(9, 9, i)))
+    (folder / "x.png").write_bytes(b"nothing")
+    load_small(folder)
+    (path,) = (tmp_path / "data").glob("*.pictures")
+    path.write_bytes(fuzzed(path.read_bytes(), seed))
     with one_line_at_most():
-        assert datasets.cached(path, 4, None).nbytes == path.stat().st_size > 0
+        assert load_small(folder).shape == (3, 3, 4, 4)
 
 
 def picture_kinds():
@@ -329,8 +341,8 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(tmp_path, capsys, mo
     (folder / "notes.txt").write_text("no picture")
     noise = np.random.default_rng(0).integers(0, 256, (50, 50, 3), dtype=np.uint8)
     (folder / "cut.png").write_bytes(encoded(noise)[:700])
-    decoded, fit = [], datasets.fit
-    monkeypatch.setattr(datasets, "fit", lambda picture, side: decoded.append(side) or fit(picture, side))
+    decoded, fit = [], reading.fit
+    monkeypatch.setattr(reading, "fit", lambda picture, side: decoded.append(side) or fit(picture, side))
 
     def load(side=8):
         decoded.clear()
@@ -342,17 +354,17 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(tmp_path, capsys, mo
     assert "skipped 'cut.png'" in first[2]
     assert "skipped 'notes.txt'" in first[2]
     assert "hidden" not in first[2]
-    assert load() == ([1, 0, 2, 3], 0, "")
+    assert load() == (first[0], 0, first[2])  # and what was skipped is named again
     (folder / "e.png").write_bytes(encoded(np.full((9, 9, 3), 4, np.uint8)))
     assert load()[0] == [1, 0, 4, 2, 3]
     os.utime(folder / "e.png", ns=(1, 1))
     assert load()[1] == 6
     (folder / "b.png").unlink()
     assert load()[0] == [1, 4, 2, 3]
-    assert len(leftovers(cache)) == 1
+    assert len(leftovers(cache)) == 2  # the pictures, and what was skipped
     assert load(16)[1] == 5
     assert load()[1] == 0
-    assert len(leftovers(cache)) == 2
+    assert len(leftovers(cache)) == 4
     assert datasets.load_folder(folder, folder, 8).shape == (4, 3, 8, 8)
     decoded.clear()
     assert datasets.load_folder(folder, folder, 8).shape == (4, 3, 8, 8)  # a cache among the pictures is none of them
@@ -395,7 +407,9 @@ def test_many_unreadable_files_are_counted_and_an_empty_folder_is_refused(tmp_pa
     assert len(datasets.load_folder(folder, tmp_path, 8)) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 11
-    assert lines[-1] == f"skipped 4 more of {folder}'s 15 files"
+    (named,) = tmp_path.glob("*.skipped.txt")
+    assert lines[-1] == f"skipped 4 more of {folder}; all 14 are named in {named}"
+    assert all(f"'{i}.txt': it is no picture" in named.read_text() for i in range(14))
     with pytest.raises(UserError, match="cannot keep the decoded pictures in .* choose another --data-dir"):
         datasets.load_folder(folder, folder / "1.txt", 8)
 
@@ -403,13 +417,15 @@ def test_many_unreadable_files_are_counted_and_an_empty_folder_is_refused(tmp_pa
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
 @fuzz(30)
 @given(seed=base.seeds)
-def test_a_fuzzed_picture_is_read_or_skipped(kind, seed, capsys):
+def test_a_fuzzed_picture_is_read_or_skipped(kind, seed):
     good, bad = encoded(slope(9, 9)), fuzzed(encoded(slope(20, 20), kind), seed)
     with warnings.catch_warnings(), one_line_at_most():
         warnings.simplefilter("ignore")  # Pillow's, on odd pictures
-        pictures = list(datasets.decode(["bad", "good"], lambda name: io.BytesIO(good if name == "good" else bad), 8, "x"))
-    assert pictures[0].shape in ((1, 3, 8, 8), (2, 3, 8, 8))
-    assert ("skipped 'bad': " in capsys.readouterr().err) == (len(pictures[0]) == 1)
+        told, files = datasets.Told(), {"good": good, "bad": bad}
+        pictures = [*datasets.decode([*files], lambda name: io.BytesIO(files[name]), 8, "x", told)]
+    assert [x.shape for x in pictures] == [(3, 8, 8)] * (2 - len(told.skipped))
+    assert {*told.skipped} <= {"bad"}
+    assert told.again == []
 
 
 def test_cifar10_is_read_from_its_files_or_out_of_their_archive(tmp_path):

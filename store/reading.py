@@ -1,0 +1,223 @@
+"""One picture of any kind: read right, or refused with a reason; in bounded memory, and without a library's chatter.
+
+Pillow opens some forty formats. What it decodes is taken where it is certain what the numbers mean: bytes, and 16 bits of
+grey whose black and white are known. Floats, 32 bits and numbers with a sign say nowhere what is white.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import IO
+
+import numpy as np
+from PIL import Image
+
+from data import Bytes
+
+MEMORY = 870_000_000  # bytes that pictures may take together while they are decoded
+SMALL = 1 << 20  # bytes of a file that is read as a whole
+LARGE = 1 << 22  # pixels of a picture's square from which on it is averaged down before it is resized
+BAND = 1 << 18  # pixels of a larger one that are converted at once
+
+SAMPLES = {"1": 1, "L": 1, "P": 1, "LA": 4, "La": 4, "PA": 4, "RGB": 4, "RGBA": 4, "RGBa": 4, "RGBX": 4, "CMYK": 4,
+           "YCbCr": 4, "LAB": 4, "HSV": 4}  # fmt: skip  # Pillow's modes of bytes, and how many a pixel takes in memory
+GREY16 = {"PNG": ("I;16", "I;16B", "I"), "TIFF": ("I;16", "I;16B", "I;16L", "I;16N"), "JPEG2000": ("I;16",), "PPM": ("I",)}
+
+# Bytes for a pixel that decoders take beside the picture, as measured; those for each channel of a pixel.
+DECODERS = {"PNG": 0, "BMP": 0, "DIB": 0, "GIF": 0, "PPM": 0, "TGA": 0, "PCX": 0, "WEBP": 13, "AVIF": 8}
+CHANNELS = {"JPEG2000": 6}
+
+PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
+
+# EXIF's orientation: how an array (3, S, S) is turned upright.
+UPRIGHT = {
+    2: lambda x: x[:, :, ::-1],
+    3: lambda x: x[:, ::-1, ::-1],
+    4: lambda x: x[:, ::-1],
+    5: lambda x: x.swapaxes(1, 2),
+    6: lambda x: x.swapaxes(1, 2)[:, :, ::-1],
+    7: lambda x: x[:, ::-1, ::-1].swapaxes(1, 2),
+    8: lambda x: x.swapaxes(1, 2)[:, ::-1],
+}
+
+
+def is_passing(error: object) -> bool:
+    """Whether what kept a picture from being read is no property of it: memory ran out, or its file could not be read."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and bool(error.errno))
+
+
+class Room:
+    """MEMORY bytes, shared by threads: each takes what its picture needs, and waits until as much is free."""
+
+    def __init__(self) -> None:
+        self.used, self.changed = 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, size: int) -> Iterator[None]:
+        """Within this context, so many bytes are taken. Raises ValueError for more than there are at all."""
+        if size > MEMORY:
+            raise ValueError(f"it is too large: to decode it takes {size / 1e6:,.0f} MB of memory")
+        with self.changed:
+            self.changed.wait_for(lambda: self.used + size <= MEMORY)
+            self.used += size
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.used -= size
+                self.changed.notify_all()
+
+
+def read_picture(file: IO[bytes], side: int, room: Room) -> Bytes:
+    """The picture in an open file, as `fit` makes it: bytes, (3, side, side). Raises whatever Pillow raises."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if size <= SMALL:  # so that no decoder meets the disk
+        file = io.BytesIO(file.read())
+    try:
+        return _decode(file, side, room)
+    except Exception as error:
+        file.seek(0)
+        whole = file.read(8) != PNG or 2 * size > MEMORY or is_passing(error)
+        with contextlib.nullcontext() if whole else room.take(2 * size):
+            bare = b"" if whole else bare_png(file)  # what is said beside the pixels may be damaged, and they fine
+        if not 0 < len(bare) < size:
+            raise
+        try:
+            return _decode(io.BytesIO(bare), side, room)
+        except Exception:
+            raise error from None
+
+
+def _decode(file: IO[bytes], side: int, room: Room) -> Bytes:
+    with Image.open(file) as picture:
+        if picture.format in ("EPS", "WMF"):
+            raise ValueError("it is a drawing that another program would have to make a picture of")
+        extra, most = extra_memory(picture), 16 * BAND + 4 * min(min(picture.size), max(1 << 11, 8 * side)) ** 2
+        picture.draft(None, (2 * side, 2 * side))  # a JPEG may come smaller, if not too small: that is faster
+        with room.take(extra + picture.width * picture.height * SAMPLES.get(picture.mode, 4) + most):
+            return fit(picture, side)
+
+
+def bare_png(file: IO[bytes]) -> bytes:
+    """What a PNG, open behind its signature, has to have, and nothing else: no EXIF, no profile of colours, no text."""
+    parts = [PNG]
+    while len(head := file.read(8)) == 8:
+        body = file.read(int.from_bytes(head[:4], "big") + 4)
+        if head[4:] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            parts += [head, body]
+    return b"".join(parts)
+
+
+def extra_memory(picture: Image.Image) -> int:
+    """About how many bytes its decoder takes beside an open picture's own, which has not been loaded."""
+    pixels, channels = picture.width * picture.height, len(picture.getbands())
+    if picture.format in ("JPEG", "MPO"):  # a progressive one's coefficients are all there before its first pixel
+        return 2 * channels * pixels if picture.info.get("progressive") else 0
+    if picture.format == "TIFF":
+        tags = picture.tag_v2
+        rows = min(tags.get(323) or tags.get(278) or picture.height, picture.height)  # of a tile, or of a strip
+        turned = 4 * pixels if tags.get(274, 1) != 1 else 0  # Pillow does that itself
+        return turned + 2 * rows * min(tags.get(322) or picture.width, picture.width) * channels
+    return pixels * (DECODERS.get(picture.format, 4) + CHANNELS.get(picture.format, 0) * channels)
+
+
+def fit(picture: Image.Image, side: int) -> Bytes:
+    """The largest square in the middle of a Pillow picture, resized (bicubic): bytes, (3, side, side).
+
+    A photograph is turned upright, and what is transparent becomes white. Raises ValueError where it is not certain what
+    the picture's numbers mean, and whatever Pillow does.
+    """
+    white, negative = meaning(picture)
+    try:
+        orientation = picture.getexif().get(0x0112) if picture.format != "TIFF" else 1  # these, Pillow has turned itself
+    except MemoryError:
+        raise
+    except Exception:  # it is damaged, which does not make it another picture
+        orientation = 1
+    picture.load()
+    square = min(picture.size)
+    factor = max(1, square // (4 * side)) if square**2 > LARGE else 1  # averaged down by this first, to save memory
+    (left, x), (top, y) = (divmod(length - square, 2) for length in picture.size)  # x and y: half a pixel more
+    right, bottom = left + square + x, top + square + y
+    small = Image.new("RGB", (-(-(square + x) // factor), -(-(square + y) // factor)))
+    step = max(1, BAND // square // factor) * factor
+    for row in range(top, bottom, step):
+        band = to_rgb(picture.crop((left, row, right, min(row + step, bottom))), white, negative)
+        small.paste(band.reduce(factor), (0, (row - top) // factor))
+    box = x / 2 / factor, y / 2 / factor, (x / 2 + square) / factor, (y / 2 + square) / factor
+    small = small.resize((side, side), Image.Resampling.BICUBIC, box)
+    turn = UPRIGHT.get(orientation, lambda x: x)
+    return np.ascontiguousarray(turn(np.asarray(small).transpose(2, 0, 1)))
+
+
+def meaning(picture: Image.Image) -> tuple[int, bool]:
+    """Which number of 16-bit grey is white, and whether that means black; before the picture is loaded.
+
+    What PNG says of a colour that is transparent is put as Pillow's conversion wants it. Raises ValueError for what is not
+    certainly understood.
+    """
+    tags = picture.tag_v2 if picture.format == "TIFF" else {}
+    if any(kind != 1 for kind in np.atleast_1d(tags.get(339, 1))):  # SampleFormat
+        raise ValueError("its numbers are floats or have a sign: which of them is white is not known")
+    if picture.mode not in SAMPLES and picture.mode not in GREY16.get(picture.format or "", ()):
+        raise ValueError(f"its numbers, {picture.mode} to Pillow, are no bytes: which of them is white is not known")
+    transparent = picture.info.get("transparency")
+    if picture.format == "PNG" and isinstance(transparent, (int, tuple)) and picture.mode != "P" and picture.tile:
+        stored = picture.tile[0][3]
+        if stored == "RGB;16B":
+            raise ValueError("a colour of 16 bits is transparent, of which Pillow keeps 8")
+        picture.info["transparency"] = {"1": 255, "L;2": 85, "L;4": 17}.get(stored, 1) * transparent
+    bits = np.atleast_1d(tags.get(258, 16))[0]
+    return (1 << int(bits)) - 1, tags.get(262) == 0
+
+
+def to_rgb(picture: Image.Image, white: int, negative: bool) -> Image.Image:
+    """A picture of any mode that `meaning` takes, in RGB and without transparency."""
+    if picture.mode.startswith("I"):
+        grey = np.clip(np.asarray(picture).astype(np.int64), 0, white)
+        hidden = grey == picture.info.get("transparency", -1)
+        grey = (white - grey if negative else grey) * 255 // white
+        return Image.fromarray(np.where(hidden, 255, grey).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        ground = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Within this context, what libraries say of odd files (Python's warnings, logs, C's standard error) is not shown.
+
+    What Python prints on sys.stderr is.
+    """
+    stream, saved, disabled = sys.stderr, None, logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            logging.disable()
+            with contextlib.suppress(OSError):  # there may be no standard error
+                saved = os.dup(2)
+                with contextlib.suppress(AttributeError, OSError):  # or Python's may be no file
+                    if stream.fileno() == 2:
+                        stream.flush()
+                        sys.stderr = os.fdopen(os.dup(2), "w", 1, stream.encoding, "backslashreplace")
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, 2)
+                os.close(null)
+            yield
+        finally:
+            logging.disable(disabled)
+            if sys.stderr is not stream:
+                sys.stderr.close()
+                sys.stderr = stream
+            if saved is not None:
+                os.dup2(saved, 2)
+                os.close(saved)
