@@ -1,12 +1,12 @@
 """The same training in this project and in PyTorch, side by side: the distance to real pictures over steps and seconds.
 
-    python benchmarks/training.py [--data-dir DIR] [--steps 2000] [--seeds 1,2,0] [--short 500] [--nudge] [--out FOLDER]
-                                                                               (needs: pip install '.[test,parity]')
+    python benchmarks/training.py [--data-dir DIR] [--steps 2000] [--seeds 1,2,0] [--short 500] [--out FOLDER]
+                                                            [--nudge] [--float64]    (needs: pip install '.[test,parity]')
 
-Both begin with the same weights and use the same batches, noise and augmentations, in float32 on one thread of the CPU;
-they take turns, step by step. PyTorch is as it is, eager, in benchmarks/reference.py. The last seed makes --steps, those
-before it --short. With --nudge a third side is ours once more, each first weight moved by about its last digit: how far it
-goes from ours is how far rounding alone takes a training.
+Both begin with the same weights and use the same batches, noise and augmentations, on one thread of the CPU; they take
+turns, step by step. PyTorch is as it is, eager, in benchmarks/reference.py. The last seed makes --steps, those before it
+--short. Should they part, two more runs tell whether that is rounding: with --nudge a third side is ours once more, each
+first weight moved by about its last digit, and parts from ours as far; with --float64 they part later.
 
 FOLDER gets distances.csv, a row of each side after every measurement, and training.png, its curves. Seconds are the
 processor's, and of training alone, so that other programs matter little.
@@ -36,26 +36,26 @@ from store import arguments, datasets
 
 COLUMNS = ("seed", "step", "side", "seconds", "distance")
 COLOURS = {"ours": BLUE, "PyTorch": ORANGE, "ours, nudged": GREEN}
-NUDGE = 1e-7  # relative: a float32 has a little over seven digits
+NUDGE = 1e-7  # relative: float32 has a little over seven digits
 ONE_SIDED = {"generator", "discriminator", "accumulate", "precision", "locality_stages", "locality_shape"}  # options
 
 
-def make_sides(chosen, pictures, nudge):
+def make_sides(chosen, pictures, nudge, dtype):
     """{name: trainer} with the same first weights, or nearly so."""
     import torch
 
     from benchmarks import reference
 
     torch.set_num_threads(1)
-    ours, nudged = (transgan.Trainer(chosen, pictures, *make_networks(chosen)) for _ in range(2))
+    ours, nudged = (transgan.Trainer(chosen, pictures, *make_networks(chosen, dtype)) for _ in range(2))
     for adam in (nudged.gen_adam, nudged.disc_adam):
         adam.p *= 1 + NUDGE * np.random.default_rng(0).standard_normal(len(adam.p))
     return {"ours": ours, "PyTorch": reference.Trainer(ours)} | ({"ours, nudged": nudged} if nudge else {})
 
 
-def compare(chosen, pictures, every, nudge):
+def compare(chosen, pictures, every, nudge, dtype):
     """Train all sides; hands out a row of each, in COLUMNS, before the first step, after every `every`, and at the end."""
-    sides, rng = make_sides(chosen, pictures, nudge), data.random_stream("judge", chosen.seed)
+    sides, rng = make_sides(chosen, pictures, nudge, dtype), data.random_stream("judge", chosen.seed)
     noise = sides["ours"].noise(JUDGED, rng)
     real = data.scale(pictures[rng.choice(len(pictures), JUDGED, replace=len(pictures) < JUDGED)])
     seconds = dict.fromkeys(sides, 0.0)
@@ -103,6 +103,7 @@ def main():
     parser.add_argument("--short", type=options.WHOLE, default=500, help="steps of all seeds but the last (default 500)")
     parser.add_argument("--every", type=options.WHOLE, default=100, help="steps between measurements (default 100)")
     parser.add_argument("--nudge", action="store_true", help="add ours with first weights that differ in the last digit")
+    parser.add_argument("--float64", action="store_true", help="in twice the digits, for about twice the time")
     parser.add_argument("--preset", choices=options.PRESETS, default="cifar10-laptop", help="(default cifar10-laptop)")
     parser.add_argument("--data-dir", type=arguments.folder, default=Path("data"), help="of data sets (default data)")
     parser.add_argument("--out", type=arguments.folder, default=Path("training"), help="(default training)")
@@ -123,7 +124,7 @@ def main():
         table = csv.writer(file)
         table.writerow(COLUMNS)
         for chosen in runs:
-            for measured in compare(chosen, pictures, args.every, args.nudge):
+            for measured in compare(chosen, pictures, args.every, args.nudge, np.float64 if args.float64 else np.float32):
                 table.writerows(measured)
                 file.flush()
                 for row in measured:
