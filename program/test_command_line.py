@@ -166,7 +166,7 @@ def test_the_larger_data_sets_are_learnt(name, side, stages, tmp_path, monkeypat
         assert grid.size == ((8 * (side + 1) + 1) * factor, (rows * (side + 1) + 1) * factor), kind
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PAPERS)
 def test_presets_are_the_papers_runs(name, capsys):
     dataset, size = name.split("-")
     options = parsed("--preset", name)
@@ -188,7 +188,7 @@ def test_presets_are_the_papers_runs(name, capsys):
     assert len(command) == 1 + 2 * len(dataclasses.fields(options))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PAPERS)
 def test_a_preset_says_whose_its_values_are(name, capsys):
     """A row each where text and commands differ or one is silent; what is given here is nobody else's."""
     dataset = name.split("-")[0]
@@ -321,7 +321,7 @@ ACTING = {
     "--device cpu": RUNS, "--threads 1": RUNS, "--plain": RUNS, "--features own": "--evaluate",
     "--inception x": "--evaluate", "--fid-stats x": "--evaluate", "--num-images 20": "--evaluate",
     "--interpolate 2": "--from", "--attention": "--from", "--nearest 2": "--from", "--sample 3": "--from",
-    "--query 1,1": "", "--resume x": "--summary", "--evaluate x": "", "--from x": "", "--summary": "--resume",
+    "--query 1,1": "", "--export x": "--from", "--resume x": "--summary", "--evaluate x": "", "--from x": "", "--summary": "--resume",
     "--quiet": ANY, "--json": ANY,
 }  # fmt: skip
 OTHERS = {
@@ -380,7 +380,7 @@ def test_options_that_need_another_are_refused_without_it():
         ("--from x", "--from wants to know which pictures"),
         ("--device gpu --threads 2", "--threads are a CPU's"),
         ("--profile --summary", "--profile does nothing here: it goes with a training; leave it out"),
-        ("--sample 2", "--sample makes pictures of a run that has begun; name its folder with --from"),
+        ("--sample 2", "--sample is of a run that has begun; name its folder with --from"),
     ):
         assert message in line(*words.split())
     parser = main.make_parser()
@@ -423,8 +423,11 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
         (["--patch-size", "5"], "patches of 5 pixels do not tile a picture of 16"),
         (["--batch-size", "1000"], "lower --batch-size"),
         (["--out", tmp_path / "file" / "run"], "choose another --out"),
-        (["--dataset", "cifar10", "--image-size", "48"], "cifar10 has pictures of 32 pixels a side, not 48"),
-        (["--preset", "stl10-XL", "--image-size", "32"], "stl10 has pictures of 48 pixels a side, not 32"),
+        (
+            ["--dataset", "cifar10", "--image-size", "48"],
+            "cifar10 has pictures of 32 pixels a side, which --image-size 48 does not divide; choose one of 32, 16, 8",
+        ),
+        (["--preset", "stl10-XL", "--image-size", "32"], "choose one of 48, 24, 16, 12, 8"),
         (["--dataset", "cifar10", "--data-dir", tmp_path / "file"], "cannot download"),
     ):
         if not {"--out", "--summary"} & {*args}:
