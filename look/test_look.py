@@ -690,8 +690,8 @@ def test_pictures_that_are_not_finite_are_none(tmp_path, capsys):
     [
         (["--sample", 4], "name its folder with --from"),
         (["--attention"], "name its folder with --from"),
-        (["--export", "RUN/x.npz"], "name its folder with --from"),
-        (["--export", "RUN/x.npz", "--resume", "RUN"], "name its folder with --from"),
+        (["--export", "RUN/x.npz"], "with --from"),
+        (["--export", "RUN/x.npz", "--resume", "RUN"], "with --from"),
         (["--from", "RUN", "--export", "RUN/x.npz", "--seed", 1], "nothing here asks for"),
         (["--from", "RUN", "--export", ""], "is empty"),
         (["--from", "RUN"], "which pictures"),

@@ -27,7 +27,6 @@ from paper.networks import NAMES
 from program import VERSION, checkpoints, main, run
 from program.log import Log
 from program.options import (
-    PRESETS,
     Options,
     choose_options,
     commands,
@@ -38,6 +37,7 @@ from program.options import (
     program,
     refuse_idle_options,
 )
+from program.presets import PAPERS
 from program.support import (
     POLICY,
     TRAIN,
