@@ -321,8 +321,8 @@ ACTING = {
     "--device cpu": RUNS, "--threads 1": RUNS, "--plain": RUNS, "--features own": "--evaluate",
     "--inception x": "--evaluate", "--fid-stats x": "--evaluate", "--num-images 20": "--evaluate",
     "--interpolate 2": "--from", "--attention": "--from", "--nearest 2": "--from", "--sample 3": "--from",
-    "--query 1,1": "", "--export x": "--from", "--resume x": "--summary", "--evaluate x": "", "--from x": "", "--summary": "--resume",
-    "--quiet": ANY, "--json": ANY,
+    "--query 1,1": "", "--export x": "--from", "--resume x": "--summary", "--evaluate x": "", "--from x": "",
+    "--summary": "--resume", "--quiet": ANY, "--json": ANY,
 }  # fmt: skip
 OTHERS = {
     "dataset": "cifar10", "size": "S", "generator": "resnet", "discriminator": "resnet", "image_size": 24, "patch_size": 2,
