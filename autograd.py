@@ -250,13 +250,11 @@ LEAST = {"num_heads": 1, "factor": 1}  # the smallest that a number may be
 
 
 def check_arguments(arguments: Iterable[tuple[str, Any]], optional: Iterable[str] = ()) -> None:
-    """Raise TypeError where an argument is not of its parameter's kind, ValueError where a number is too small.
-
-    arguments: (name, value) pairs; optional: the names of those that may be None. Appendices enter their own into KINDS.
-    """
+    """Raise TypeError where one of the arguments, pairs (name, value), is not of its parameter's kind, ValueError where a
+    number is too small. optional: the names of those that may be None. Appendices enter their own names into KINDS."""
     for name, x in arguments:
         types, dtypes, words = KINDS.get(name, (object, "", ""))
-        if (isinstance(x, types) and name not in LEAST) or (x is None and name in optional):
+        if x is None and name in optional:
             continue
         for part in x if isinstance(x, SEVERAL.get(name, ())) else (x,):
             if not isinstance(part, types) and not (type(part) is xp.ndarray and part.dtype.kind in dtypes):
@@ -279,12 +277,14 @@ def operation(definition: Callable[P, R]) -> Callable[P, R]:
     """
     parameters = inspect.signature(definition).parameters
     names, optional = tuple(parameters), {name for name, parameter in parameters.items() if parameter.default is None}
+    types = [() if name in LEAST else KINDS.get(name, [object])[0] for name in names]  # for which no closer look is needed
 
     @functools.wraps(definition)
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
         form: Callable[P, R] = faster.get(named, definition)
         try:
-            check_arguments(itertools.chain(zip(names, args, strict=False), kwargs.items()), optional)
+            if kwargs or not all(map(isinstance, args, types)):
+                check_arguments((*zip(names, args, strict=False), *kwargs.items()), optional)
             if hook is None:
                 return form(*args, **kwargs)
             return hook(definition.__name__, "forward", form, *args, **kwargs)
