@@ -9,7 +9,7 @@ differentiated again. TransGAN's loss needs exactly that, because it penalises t
 
 Contents
     1. Where arrays live      xp, use_device, to_numpy
-    2. Tensor                 Tensor, Node, recording, operation, result
+    2. Tensor                 Tensor, Node, recording, result, operation, KINDS of its arguments
     3. Walking back           grad, unbroadcast
     4. Primitive operations   add ... concatenate
     5. Parts of networks      linear, gelu, softmax, layer_norm, attention, pixel_shuffle, as their definitions read
@@ -21,8 +21,8 @@ All of it is written to be understood. The folder fast/ holds the same operation
 enters them into the table `faster`; each is tested to equal its definition here, which knows nothing of them.
 
 Errors: every operation raises ValueError (IndexError for an index out of range) with one line naming the operation, or
-the one within it that failed, and the shapes it was given, and TypeError when float32 and float64 meet. The docstrings
-below name only what goes beyond.
+the one within it that failed, and the shapes it was given, and TypeError when float32 and float64 meet or an argument is
+of another kind than KINDS says. The docstrings below name only what goes beyond.
 """
 
 from __future__ import annotations

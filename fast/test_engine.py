@@ -51,7 +51,7 @@ def forms(request):
         (lambda t: ag.linear(t(2, 3), t(4, 5)), r"linear of shapes \(2, 3\), \(4, 5\)"),
         (lambda t: ag.linear(t(2, 3), t(3, 4), t(1)), r"linear of shapes \(2, 3\), \(3, 4\), \(1,\)"),
         (lambda t: ag.linear(t(2, 3), t(3, 4), t(2, 4)), r"linear of shapes \(2, 3\), \(3, 4\), \(2, 4\)"),
-        (lambda t: ag.softmax(t(2, 3), ag.xp.ones((2, 4), bool)), r"softmax of shapes \(2, 3\), \(2, 4\)"),
+        (lambda t: ag.softmax(x=t(2, 3), mask=ag.xp.ones((2, 4), bool)), r"softmax of shapes \(2, 3\), \(2, 4\)"),
         (lambda t: ag.softmax(t(2, 3), ag.xp.ones((4, 2, 3), bool)), r"\(4, 2, 3\): the mask, .* must broadcast to x"),
         (lambda t: ag.softmax(t(2, 1), ag.xp.ones(3, bool)), r"\(2, 1\), \(3,\): the mask, .* must broadcast to x"),
         (lambda t: ag.layer_norm(t(2, 3), t(2), t(3)), r"layer_norm of shapes \(2, 3\), \(2,\), \(3,\)"),
