@@ -246,7 +246,7 @@ KINDS: dict[str, tuple[Any, str, str]] = {  # of a parameter by its name: the ty
     "mask": (np.bool_, "b", "the mask must be a boolean array"),
 }
 SEVERAL: Any = {"index": tuple, **dict.fromkeys(("tensors", "inputs", "parameters", "gradients"), (tuple, list))}
-LEAST = {"num_heads": 1, "factor": 1}  # the smallest that a number may be
+LEAST = {"num_heads": 1, "factor": 1}  # the smallest a number may be; SEVERAL above: what may hold more than one of a kind
 
 
 def check_arguments(arguments: Iterable[tuple[str, Any]], optional: Iterable[str] = ()) -> None:

@@ -55,6 +55,7 @@ def forms(request):
         (lambda t: ag.softmax(t(2, 3), ag.xp.ones((4, 2, 3), bool)), r"\(4, 2, 3\): the mask, .* must broadcast to x"),
         (lambda t: ag.softmax(t(2, 1), ag.xp.ones(3, bool)), r"\(2, 1\), \(3,\): the mask, .* must broadcast to x"),
         (lambda t: ag.layer_norm(t(2, 3), t(2), t(3)), r"layer_norm of shapes \(2, 3\), \(2,\), \(3,\)"),
+        (lambda t: ag.layer_norm(t(2, 0), t(0), t(0)), r"reduce_mean of shapes \(2, 0\): there is no mean of no elements"),
         (lambda t: ag.layer_norm(t(2, 3), t(3), t(1)), r"layer_norm of shapes \(2, 3\), \(3,\), \(1,\)"),
         (lambda t: ag.layer_norm(t(2, 3), t(3), t(2, 3)), r"layer_norm of shapes \(2, 3\), \(3,\), \(2, 3\)"),
         (lambda t: ag.attention(t(1, 2, 9), 2), r"attention of shapes \(1, 2, 9\).*2 heads"),
