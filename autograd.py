@@ -9,7 +9,7 @@ differentiated again. TransGAN's loss needs exactly that, because it penalises t
 
 Contents
     1. Where arrays live      xp, use_device, to_numpy
-    2. Tensor                 Tensor, Node, recording, operation, result
+    2. Tensor                 Tensor, Node, recording, result, operation, KINDS of its arguments
     3. Walking back           grad, unbroadcast
     4. Primitive operations   add ... concatenate
     5. Parts of networks      linear, gelu, softmax, layer_norm, attention, pixel_shuffle, as their definitions read
@@ -21,8 +21,8 @@ All of it is written to be understood. The folder fast/ holds the same operation
 enters them into the table `faster`; each is tested to equal its definition here, which knows nothing of them.
 
 Errors: every operation raises ValueError (IndexError for an index out of range) with one line naming the operation, or
-the one within it that failed, and the shapes it was given, and TypeError when float32 and float64 meet. The docstrings
-below name only what goes beyond.
+the one within it that failed, and the shapes it was given, and TypeError when float32 and float64 meet or an argument is
+of another kind than KINDS says. The docstrings below name only what goes beyond.
 """
 
 from __future__ import annotations
@@ -246,17 +246,15 @@ KINDS: dict[str, tuple[Any, str, str]] = {  # of a parameter by its name: the ty
     "mask": (np.bool_, "b", "the mask must be a boolean array"),
 }
 SEVERAL: Any = {"index": tuple, **dict.fromkeys(("tensors", "inputs", "parameters", "gradients"), (tuple, list))}
-LEAST = {"num_heads": 1, "factor": 1}  # the smallest that a number may be
+LEAST = {"num_heads": 1, "factor": 1}  # the smallest a number may be; SEVERAL above: what may hold more than one of a kind
 
 
 def check_arguments(arguments: Iterable[tuple[str, Any]], optional: Iterable[str] = ()) -> None:
-    """Raise TypeError where an argument is not of its parameter's kind, ValueError where a number is too small.
-
-    arguments: (name, value) pairs; optional: the names of those that may be None. Appendices enter their own into KINDS.
-    """
+    """Raise TypeError where one of the arguments, pairs (name, value), is not of its parameter's kind, ValueError where a
+    number is too small. optional: the names of those that may be None. Appendices enter their own names into KINDS."""
     for name, x in arguments:
         types, dtypes, words = KINDS.get(name, (object, "", ""))
-        if (isinstance(x, types) and name not in LEAST) or (x is None and name in optional):
+        if x is None and name in optional:
             continue
         for part in x if isinstance(x, SEVERAL.get(name, ())) else (x,):
             if not isinstance(part, types) and not (type(part) is xp.ndarray and part.dtype.kind in dtypes):
@@ -279,12 +277,14 @@ def operation(definition: Callable[P, R]) -> Callable[P, R]:
     """
     parameters = inspect.signature(definition).parameters
     names, optional = tuple(parameters), {name for name, parameter in parameters.items() if parameter.default is None}
+    types = [() if name in LEAST else KINDS.get(name, [object])[0] for name in names]  # for which no closer look is needed
 
     @functools.wraps(definition)
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
         form: Callable[P, R] = faster.get(named, definition)
         try:
-            check_arguments(itertools.chain(zip(names, args, strict=False), kwargs.items()), optional)
+            if kwargs or not all(map(isinstance, args, types)):
+                check_arguments((*zip(names, args, strict=False), *kwargs.items()), optional)
             if hook is None:
                 return form(*args, **kwargs)
             return hook(definition.__name__, "forward", form, *args, **kwargs)

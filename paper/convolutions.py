@@ -19,11 +19,11 @@ from autograd import Module, Tensor, operation, result
 # --- 1. Operations ----------------------------------------------------------------------------------------------------
 
 
-WHOLE = (int, np.integer)
-for name, least in {"height": 1, "width": 1, "kernel": 1, "stride": 1, "padding": 0}.items():
-    ag.LEAST[name], is_side = least, name in ("height", "width")
-    ag.KINDS[name] = WHOLE, "", "{} must be a whole number" + ("" if is_side else ", or a pair (of rows, of columns)")
-    ag.SEVERAL[name] = () if is_side else tuple
+SIZES = ("kernel", "stride", "padding")
+PAIR = "{} must be a whole number, or a pair of them (for rows, for columns)"
+ag.KINDS |= dict.fromkeys(SIZES, ((int, np.integer), "", PAIR)) | dict.fromkeys(("height", "width"), ag.KINDS["factor"])
+ag.SEVERAL |= dict.fromkeys(SIZES, tuple)
+ag.LEAST |= {"kernel": 1, "stride": 1, "padding": 0, "height": 1, "width": 1}
 ag.KINDS |= dict.fromkeys(("mean", "variance"), ag.KINDS["x"])
 
 
@@ -38,7 +38,7 @@ def _geometry(shape, kernel, stride, padding):
     _check_pictures(shape)
     kernel, stride, padding = pairs = [n if isinstance(n, tuple) else (n, n) for n in (kernel, stride, padding)]
     if [len(pair) for pair in pairs] != [2, 2, 2]:
-        raise ValueError("kernel, stride and padding must be a number each, or a pair (of rows, of columns)")
+        raise ValueError("kernel, stride and padding must be a number each, or a pair (for rows, for columns)")
     height, width = (n + 2 * p for n, p in zip(shape[2:], padding, strict=True))
     if not (0 < kernel[0] <= height and 0 < kernel[1] <= width):
         raise ValueError(f"windows of {kernel[0]}x{kernel[1]} do not fit into {height}x{width}")
