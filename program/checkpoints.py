@@ -102,7 +102,9 @@ def load_sampler(options, path, threads=None):
                 wanted |= {f"{kind}/{name}": x for name, x in network.buffers().items()}
         for name, x in wanted.items():
             x[...] = ag.xp.asarray(saved.read(name, x))
-        return Sampler(options, saved.step(), files.checksum(saved.file, "average/"), generator, discriminator, threads)
+        pictures = f"{int(saved.read('pictures')):016x}" if "pictures" in saved.names else None
+        digest = files.checksum(saved.file, "average/")
+        return Sampler(options, saved.step(), digest, generator, discriminator, threads, pictures)
 
 
 def export(sampler, path):
@@ -254,7 +256,7 @@ def own_folder(out, dataset):
     for place in map(out.with_name, itertools.chain(names, (f"{out.name}-{n}" for n in itertools.count(2)))):
         if dataset_of(place) in (dataset, None):
             break
-    if place != out:
+    if place != out and dataset_of(place) is None:
         note(f"{out} holds a run on {dataset_of(out)}; this one goes into {place}")
     return place
 
