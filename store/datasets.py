@@ -30,7 +30,7 @@ from data import Bytes, Labels, UserError, first_line
 from store.downloads import Archive, fetch
 from store.files import CHUNK, MADE, being_made, need_space, plain, short_name, sweep, whole_file
 from store.output import Progress, one_line
-from store.reading import Room, fit, hushed, is_passing, read_picture
+from store.reading import Room, fit, hushed, is_passing, lean, read_picture
 
 SHAPES_COUNT = 8192
 SIDES = {"cifar10": 32, "stl10": 48, "celeba": 64}  # pixels a side of the published data sets, as the paper has them
@@ -200,7 +200,13 @@ def make(path: Path, side: int, source: Path, count: int, read: Read) -> Told:
     """Write a cache, and return what it tells. Raises UserError and OSError."""
     need_space(path, count * 3 * side**2, "the decoded pictures need room")
     told = Told()
-    with whole_file(path) as part, part.open("wb") as file, hushed(), contextlib.closing(read(told, None)) as pictures:
+    with (
+        whole_file(path) as part,
+        part.open("wb") as file,
+        hushed(),
+        lean(),
+        contextlib.closing(read(told, None)) as pictures,
+    ):
         for picture in pictures:
             file.write(picture.tobytes())
             told.pictures += 1
