@@ -343,7 +343,7 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
         (["--out", tmp_path / "file" / "run"], "choose another --out"),
         (["--dataset", "cifar10", "--image-size", "48"], "cifar10 has pictures of 32 pixels a side, not 48"),
         (["--preset", "stl10-XL", "--image-size", "32"], "stl10 has pictures of 48 pixels a side, not 32"),
-        (["--dataset", "cifar10", "--data-dir", tmp_path / "file"], "cannot download"),
+        (["--dataset", "cifar10", "--data-dir", tmp_path / "file"], "cannot write"),
     ):
         if "--out" not in args:
             args = [*args, "--out", tmp_path / "run"]
