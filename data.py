@@ -83,7 +83,7 @@ def cifar10_files(data_dir: str | Path, names: Sequence[str]) -> Iterator[tuple[
                 with path.open("rb") as file:
                     yield path, file.read(MAX_FILE + 1)
             except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror}; delete {folder} to fetch it again") from None
+                raise UserError(f"cannot read {path}: {error.strerror}; move {folder} away to fetch it anew") from None
         return
     if not archive.exists():
         raise UserError(
@@ -95,11 +95,11 @@ def cifar10_files(data_dir: str | Path, names: Sequence[str]) -> Iterator[tuple[
             if (name := member.name.removeprefix(f"{CIFAR10_FOLDER}/")) in names:
                 source = tar.extractfile(member) if member.isfile() and member.size <= MAX_FILE else None
                 if source is None:
-                    raise UserError(f"{archive}: {name} is not a plain file of CIFAR-10's size; delete {archive}")
+                    raise UserError(f"{archive}: {name} is not a plain file of CIFAR-10's size; move it away")
                 found[name] = source.read()
     for name in names:
         if name not in found:
-            raise UserError(f"{archive} is not CIFAR-10: it holds no {name}; delete it and start again")
+            raise UserError(f"{archive} is not CIFAR-10: it holds no {name}; move it away and start again")
         yield archive / name, found[name]
 
 
@@ -112,7 +112,7 @@ def reading(archive: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"cannot read {archive}: {first_line(error)}; if it is damaged, delete it and start again"
+            f"cannot read {archive}: {first_line(error)}; if it is damaged, move it away and start again"
         ) from None
 
 
@@ -129,7 +129,7 @@ def read_batch(path: Path, content: bytes) -> tuple[Bytes, Labels]:
             rows = rows.to_numpy()
     except Exception as error:  # a damaged pickle can raise anything at all
         raise UserError(
-            f"{path} is not a batch of CIFAR-10 ({first_line(error)}); delete {path.parent} and start again"
+            f"{path} is not a batch of CIFAR-10 ({first_line(error)}); move {path.parent} away and start again"
         ) from None
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != 3072 or not len(rows):
         raise UserError(f"{path}: expected rows of 3072 bytes, found {getattr(rows, 'shape', type(rows).__name__)}")

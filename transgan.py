@@ -24,8 +24,11 @@ p patch_size; in Attention H heads of width D.
 from __future__ import annotations
 
 if __name__ == "__main__":  # the program around this book; here, because program/__init__.py has to come before NumPy
+    import signal
     import sys
 
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until the program says what Ctrl-C does
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from program.main import console
 
     sys.exit(console())
@@ -524,6 +527,11 @@ def locality_phases(options: Options) -> list[tuple[int, float]]:
     return [(half_width, epoch * scale) for half_width, epoch in locality_pairs(options.locality)]
 
 
+def half_width_at(options: Options, step: int) -> int | None:
+    """How far a token sees in generator step number `step`, from 0, as the schedule has it; None is without limit."""
+    return next((half_width for half_width, end in locality_phases(options) if step < end), None)
+
+
 def locality_pairs(text: str) -> list[tuple[int, float]]:
     """[(half_width, epoch), ...] from "half_width:epoch,...". Raises ValueError for any other text."""
     pairs = (pair.split(":") for pair in text.split(","))
@@ -636,8 +644,7 @@ class Trainer:
 
     def set_window(self) -> None:
         """Let the generator see as far as the schedule says for this step."""
-        phases = locality_phases(self.options)
-        half_width = next((half_width for half_width, end in phases if self.step < end), None)
+        half_width = half_width_at(self.options, self.step)
         if half_width != self.half_width:
             self.half_width = half_width
             self.generator.attend_within(half_width, self.options.locality_stages, self.options.locality_shape)

@@ -131,7 +131,7 @@ class Trainer:
         self.g, self.d = parameters(trainer.gen_parameters), parameters(trainer.disc_parameters)
         self.average = {name: p.detach().clone() for name, p in self.g.items()}
         self.adams = [torch.optim.Adam(p.values(), betas=(0.0, 0.99)) for p in (self.g, self.d)]
-        self.step, self.largest_norm = 0, 0.0
+        self.step, self.norms = 0, []
 
     def tensor(self, array):
         return torch.as_tensor(array, dtype=self.g["to_rgb.bias"].dtype, device=self.g["to_rgb.bias"].device)
@@ -152,7 +152,7 @@ class Trainer:
     def update(self, loss, parameters, adam):
         for p, gradient in zip(parameters.values(), torch.autograd.grad(loss, parameters.values()), strict=True):
             p.grad = gradient
-        self.largest_norm = max(self.largest_norm, torch.nn.utils.clip_grad_norm_(parameters.values(), 5.0).item())
+        self.norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), 5.0))
         adam.param_groups[0]["lr"] = self.options.learning_rate * (
             1 - self.step / self.options.steps if self.options.decay == "linear" else 1
         )

@@ -10,7 +10,8 @@ The same networks, weights, loss (wgangp-eps with its penalty), clipping and Ada
     compiled   PyTorch through torch.compile, which has no second derivative either, with the same exception
 Each side lives in a process of its own, as its users run it, with all cores; they take turns, step by step, and the medians
 are compared. Memory is a process's peak resident memory during the steps above what it held before the first, networks and
-optimisers already made; on a GPU it is not measured. A side that runs out of memory is left out of its row.
+optimisers already made; on a GPU, what the side's memory pool has taken of the device. A side that runs out of memory is
+left out of its row. With --precision tf32, which GPUs have, all sides multiply matrices so.
 """
 
 import argparse
@@ -44,9 +45,9 @@ def make_trainer(size, batch_size):
     return trainer_of(options, pictures)
 
 
-def our_steps(size, batch_size):
+def our_steps(size, batch_size, precision="float32"):
     """Our two steps on random pictures: functions that return when their results are there, in the order of STEPS."""
-    fast.install()
+    fast.install(precision)
     trainer = make_trainer(size, batch_size)
     (disc_inputs, *_), gen_inputs = trainer.inputs(0)
 
@@ -56,12 +57,13 @@ def our_steps(size, batch_size):
     return lambda: run(trainer.discriminator_step, disc_inputs), lambda: run(trainer.generator_step, gen_inputs)
 
 
-def torch_steps(side, size, batch_size):
+def torch_steps(side, size, batch_size, precision):
     """The same two steps in PyTorch."""
     import torch
 
     from benchmarks import reference
 
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.set_num_threads(fast.CORES)  # which importing fast had made one
     peer = reference.Trainer(make_trainer(size, batch_size))
     dimensions, device, fused = peer.size, "cuda" if ag.xp is not np else "cpu", side == "fused"
@@ -94,25 +96,33 @@ def torch_steps(side, size, batch_size):
 
 
 def resident(field):
-    """A line of this process's status in MB: VmRSS, resident memory now, or VmHWM, its peak."""
+    """A line of this process's status in MB: VmRSS, resident memory now, or VmHWM, its peak; on a GPU, of its pools."""
+    if ag.xp is not np:
+        pool, torch = ag.xp.get_default_memory_pool(), sys.modules.get("torch")
+        now, peak = pool.used_bytes(), pool.total_bytes()
+        if torch:
+            now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_reserved()
+        return (now if field == "VmRSS" else peak) / 1e6
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1000
 
 
-def work(side, size, batch_size, device, pipe):
+def work(side, size, batch_size, device, precision, pipe):
     """One side's process."""
     ag.use_device(device)
-    serve(our_steps(size, batch_size) if side == "ours" else torch_steps(side, size, batch_size), pipe)
+    job = size, batch_size, precision
+    serve(our_steps(*job) if side == "ours" else torch_steps(side, *job), pipe)
 
 
 def serve(steps, pipe):
     """Run the step that is asked for and answer with its seconds; at last, with this process's megabytes."""
-    before = resident("VmRSS") if STATUS.exists() else 0
+    measured = STATUS.exists() or ag.xp is not np
+    before = resident("VmRSS") if measured else 0
     while (step := pipe.recv()) is not None:
         start = time.perf_counter()
         steps[step]()
         pipe.send(time.perf_counter() - start)
-    pipe.send(round(resident("VmHWM") - before) if STATUS.exists() and ag.xp is np else None)
+    pipe.send(round(resident("VmHWM") - before) if measured else None)
 
 
 def take_turns(sides, rounds):
@@ -145,9 +155,9 @@ def take_turns(sides, rounds):
     return whole | {"peak memory": {side: pipe.recv() for side, pipe in pipes.items()}}
 
 
-def measure(sides, size, batch_size, device, rounds):
+def measure(sides, size, batch_size, device, precision, rounds):
     """{what: {side: number}} of the medians in seconds for each of STEPS, and of the megabytes of "peak memory"."""
-    times = take_turns({side: (work, (side, size, batch_size, device)) for side in sides}, rounds)
+    times = take_turns({side: (work, (side, size, batch_size, device, precision)) for side in sides}, rounds)
     return times | {step: {side: statistics.median(x) for side, x in times[step].items()} for step in STEPS}
 
 
@@ -172,20 +182,21 @@ def main():
     parser.add_argument("--sides", default="ours,eager,fused", help=f"of {','.join(SIDES)} (default ours,eager,fused)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds after one that is not (default 7)")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
+    parser.add_argument("--precision", choices=("float32", "tf32"), default="float32", help="of matrix products")
     args = parser.parse_args()
     sides, sizes = args.sides.split(","), args.sizes.split(",")
     if not set(sides) <= set(SIDES) or not set(sizes) <= set(transgan.SIZES):
         parser.error(f"sides are {', '.join(SIDES)}, sizes {', '.join(transgan.SIZES)}")
     device = ag.use_device(args.device)
-    print(f"{device}, {fast.CORES} cores, medians of {args.rounds} rounds; in brackets ours divided by theirs")
+    print(f"{device}, {fast.CORES} cores, {args.precision}, medians of {args.rounds}; in brackets ours divided by theirs")
     print(f"{'size':5}{'batch':>5}  {'':20}" + "".join(f"{side:>18}" for side in SIDES))
     results = []
     for size in sizes:
         for batch_size in map(int, args.batch_sizes.split(",")):
-            rows = measure(sides, size, batch_size, args.device, args.rounds)
+            rows = measure(sides, size, batch_size, args.device, args.precision, args.rounds)
             for what, row in rows.items():
                 print(line(size, batch_size, what, row), flush=True)
-            results.append({"size": size, "batch_size": batch_size, "device": device} | rows)
+            results.append({"size": size, "batch_size": batch_size, "device": device, "precision": args.precision} | rows)
     print(json.dumps(results))
 
 

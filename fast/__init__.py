@@ -33,7 +33,7 @@ def install(precision="float32"):
     else:
         from fast import gpu
 
-        forms.arrays, left_out = gpu, {ag.matmul}  # cuBLAS knows of precision
+        forms.arrays, left_out = gpu, set()
     forms.arrays.start(precision)
     ag.faster.update({operation: form for operation, form in forms.FORMS.items() if operation not in left_out})
     return forms.arrays.__name__.removeprefix("fast.")

@@ -11,17 +11,23 @@ from pathlib import Path
 import numpy as np
 
 import autograd as ag
+from fast import cublas
 
 KERNELS = Path(__file__).parent / "kernels"
 WIDEST_HEAD = 32  # a thread keeps its rows of D numbers in registers; wider heads have few tokens, so few scores to hold
 
 
+_precision = "float32"
+
+
 def start(precision):
     """Make ready: products of `precision`, see fast.install."""
+    global _precision
     from cupy._core import _routines_linalg as linalg  # CuPy has no other door to this
 
     kind = {"float32": "DEFAULT", "tf32": "TF32", "bfloat16": "BF16"}[precision]
-    linalg.set_compute_type(np.float32, getattr(linalg, f"COMPUTE_TYPE_{kind}"))
+    linalg.set_compute_type(np.float32, getattr(linalg, f"COMPUTE_TYPE_{kind}"))  # of CuPy's own products
+    _precision = precision
 
 
 # --- Launching --------------------------------------------------------------------------------------------------------
@@ -78,6 +84,12 @@ def like(x):
 
 
 # --- The functions of fast/cpu.py -------------------------------------------------------------------------------------
+
+
+def matmul(a, b):
+    if a.dtype != b.dtype or a.dtype not in cublas.KINDS or not cublas.library():
+        return ag.xp.matmul(a, b)
+    return cublas.matmul(a, b, _precision)
 
 
 def normal_cdf(x):

@@ -1,7 +1,8 @@
 """A GPU for machines that have none: tests rehearse on it what a GPU would do.
 
 Its arrays are NumPy's, but refuse to meet NumPy's, as CuPy's do. Its kernels are those of fast/kernels, which the machine's
-C++ compiler translates beside fast/emulator.cpp, so that a CPU runs them block after block.
+C++ compiler translates beside fast/emulator.cpp, so that a CPU runs them block after block. Its cuBLAS multiplies what lies
+at the addresses it is given. While a stream is captured, all of this is noted, to be done again in the same memory.
 
     def test_something(rehearsed_gpu):  # import the fixture from here
         ag.use_device("gpu")
@@ -25,9 +26,97 @@ import pytest
 
 import autograd as ag
 from autograd import Tensor
-from fast import forms, gpu
+from fast import cublas, forms, gpu
 
 EMULATOR = Path(__file__).with_name("emulator.cpp")
+
+
+tape = None  # while a stream is captured, a list of (what was done, the array it made or None)
+
+
+def do(run):
+    """run(), noted while a stream is captured."""
+    made = run()
+    if isinstance(made, np.generic):
+        made = np.asarray(made)
+    if tape is not None:
+        tape.append((run, made))
+    return made
+
+
+def fetched():
+    assert tape is None, "something waits for the device, or sends to it, while a stream is captured"
+
+
+class Graph:
+    """What was noted, done again when it is launched."""
+
+    def __init__(self, noted):
+        self.noted = noted
+
+    def launch(self, stream):
+        for run, made in self.noted:
+            again = run()
+            if isinstance(made, np.ndarray) and np.asarray(again).ctypes.data != made.ctypes.data:  # no view
+                made[...] = again
+
+
+class Stream:
+    """A stream of the device, which here is never behind."""
+
+    ptr = 1
+
+    def __init__(self, non_blocking=False):
+        pass
+
+    def record(self):
+        return None
+
+    def wait_event(self, event):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def begin_capture(self):
+        global tape
+        tape = []
+
+    def end_capture(self):
+        global tape
+        noted, tape = tape, None
+        return Graph(noted)
+
+
+Stream.null = Stream()
+
+
+class CuBLAS:
+    """In place of cublas.Handle: products of what lies at addresses, which are read as cuBLAS would."""
+
+    def multiply(self, columns_b, columns_a, m, n, k, one, *arrays):
+        (b, kind, step_b, stride_b), (a, _, step_a, stride_a), _, (out, _, step, stride), count = (
+            arrays[:4], arrays[4:8], arrays[8], arrays[9:13], arrays[13]
+        )  # fmt: skip
+        number = ctypes.c_double if kind else ctypes.c_float
+
+        def matrices(address, rows, columns, in_columns, step, stride):
+            assert step >= (rows if in_columns else columns)
+            size = (count - 1) * stride + step * ((columns if in_columns else rows) - 1) + (rows if in_columns else columns)
+            flat = np.ctypeslib.as_array((number * size).from_address(address))
+            strides = [flat.itemsize * x for x in (stride, *((1, step) if in_columns else (step, 1)))]
+            return np.lib.stride_tricks.as_strided(flat, (count, rows, columns), strides)
+
+        left = matrices(a, n, k, columns_a, step_a, stride_a)
+        right = matrices(b, k, m, columns_b, step_b, stride_b)
+        made = matrices(out, n, m, 0, step, stride)
+        do(lambda: np.matmul(left, right, out=made))
 
 
 class DeviceArray:
@@ -42,22 +131,29 @@ class DeviceArray:
         raise TypeError("an array of the device was about to become NumPy's; use xp, or to_numpy")
 
     def get(self):
+        fetched()
         return self.host.copy()
 
     def __getitem__(self, index):
-        return to_device(self.host[to_host(index)])
+        return to_device(do(functools.partial(self.host.__getitem__, to_host(index))))
 
     def __setitem__(self, index, value):
-        self.host[to_host(index)] = to_host(value)
+        do(functools.partial(self.host.__setitem__, to_host(index), to_host(value)))
 
     def __len__(self):
         return len(self.host)
 
     def __float__(self):
+        fetched()
         return float(self.host)
 
     def __bool__(self):
+        fetched()
         return bool(self.host)
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(ptr=self.host.ctypes.data)
 
 
 def to_host(x):
@@ -78,17 +174,17 @@ def on_device(function):
     """A function of NumPy's, or a method of its arrays, made to work on DeviceArrays alone."""
 
     def call(*args, out=None, **options):
-        args, options = map(to_host, args), {name: to_host(x) for name, x in options.items()}
+        args, options = tuple(map(to_host, args)), {name: to_host(x) for name, x in options.items()}
         if out is None:
-            return to_device(function(*args, **options))
-        function(*args, out=to_host(out), **options)
+            return to_device(do(lambda: function(*args, **options)))
+        do(lambda: function(*args, out=to_host(out), **options))
         return out
 
     return call
 
 
 def give_device_arrays_their_operators():
-    for name in ("shape", "ndim", "size", "dtype", "base", "strides"):
+    for name in ("shape", "ndim", "size", "dtype", "base", "strides", "itemsize"):
         setattr(DeviceArray, name, property(lambda self, name=name: getattr(self.host, name)))
     DeviceArray.T = property(lambda self: DeviceArray(self.host.T))
     for name in ("sum", "mean", "max", "reshape", "transpose", "astype", "copy", "swapaxes", "item"):
@@ -100,7 +196,7 @@ def give_device_arrays_their_operators():
             return NotImplemented if isinstance(b, Tensor) else function(a, b)
 
         def in_place(a, b, name=name):
-            getattr(operator, "i" + name)(a.host, to_host(b))
+            do(lambda: getattr(operator, "i" + name)(a.host, to_host(b)))
             return a
 
         setattr(DeviceArray, f"__{name}__", forward)
@@ -133,7 +229,7 @@ def emulated(source, name):
 
     def launch(grid, block, arguments):
         sizes = [ctypes.c_uint(n) for shape in (grid, block) for n in (*shape, 1)[:2]]
-        function(*sizes, *map(passed, arguments))
+        do(lambda: function(*sizes, *map(passed, arguments)))
 
     def passed(x):
         if isinstance(x, DeviceArray):
@@ -155,10 +251,16 @@ class FakeCuPy(types.ModuleType):
             getDeviceProperties=lambda device: {"name": b"a rehearsed GPU"}, memGetInfo=lambda: (1 << 30, 1 << 31)
         ),
         Device=lambda: types.SimpleNamespace(id=0),
+        Stream=Stream,
+        get_current_stream=lambda: Stream.null,
+        MemoryPool=lambda: types.SimpleNamespace(malloc=None),
+        using_allocator=lambda allocator: contextlib.nullcontext(),
     )
 
     @staticmethod
     def asarray(x, dtype=None):
+        if not isinstance(x, DeviceArray):
+            fetched()
         return DeviceArray(np.array(x.host if isinstance(x, DeviceArray) else x, dtype))
 
     def __getattr__(self, name):
@@ -190,6 +292,7 @@ def rehearsal():
         patch.setattr(ag, "xp", np)
         patch.setattr(ag, "faster", {})
         patch.setattr(forms, "arrays", None)
+        patch.setattr(cublas, "library", CuBLAS)
         patch.setitem(sys.modules, "cupy", cupy)
         patch.setitem(sys.modules, "cupy._core", core)
         try:

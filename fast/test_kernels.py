@@ -4,6 +4,7 @@ Each function of fast/gpu.py is held against that of fast/cpu.py; the forms made
 kernels' sources against NVIDIA's own compiler, where that is installed.
 """
 
+import contextlib
 import operator
 import re
 import types
@@ -15,15 +16,17 @@ import numpy as np  # isort: skip
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
 import autograd as ag
 import fast
 from autograd import Tensor, grad
-from fast import augment, compile, cpu, gpu
+from fast import augment, compile, cpu, cublas, gpu
 from fast.rehearsal import DeviceArray, FakeCuPy, rehearsal
 from program import checkpoints
 from program.support import small_trainer, state_of
-from test_transgan import ELEMENTWISE, check, normal, on_cpu, seeds, tensors
+from program.update import Played, Update
+from test_transgan import DEVICE, ELEMENTWISE, check, normal, on_cpu, seeds, tensors
 
 POLICY = "translation,cutout,color"
 dtypes = st.sampled_from([np.float32, np.float64])
@@ -235,6 +238,69 @@ def test_kernels_hide_no_nan(rehearsed_gpu):
     fast.install()
     for function in (ag.gelu, ag.softmax, lambda x: ag.attention(x, 1)):
         assert np.isnan(ag.to_numpy(function(Tensor(ag.xp.asarray(x))))).any()
+
+
+def any_gpu():
+    """The GPU that is there, or else a rehearsed one, with the fast forms in use."""
+    with contextlib.nullcontext() if DEVICE != "cpu" else rehearsal():
+        ag.use_device("gpu")
+        fast.install()
+        augment.install()
+        try:
+            yield
+        finally:
+            fast.uninstall()
+
+
+on_any_gpu = pytest.fixture(any_gpu)
+
+
+@settings(max_examples=300)
+@given(shapes=mutually_broadcastable_shapes(signature="(n,k),(k,m)->(n,m)", max_dims=3, max_side=4), seed=seeds,
+       orders=st.lists(st.permutations(range(5)), min_size=2, max_size=2), dtype=dtypes,
+       steps=st.lists(st.sampled_from([1, 2, -1]), min_size=10, max_size=10))  # fmt: skip
+def test_products_read_matrices_as_they_lie(shapes, seed, orders, dtype, steps):
+    """Arrays whose axes lie in any order, with gaps and backwards, are read as NumPy reads them."""
+
+    def lying(x, order, steps):
+        """x in a larger array, its axes in another order in memory."""
+        order = [i for i in order if i < x.ndim]
+        place = ag.xp.asarray(np.zeros([x.shape[i] * abs(steps[i]) for i in order], x.dtype))
+        view = place[tuple(slice(None, None, steps[i]) for i in order)].transpose([int(i) for i in np.argsort(order)])
+        view[...] = ag.xp.asarray(x)
+        return view
+
+    drawn = [x.astype(dtype) for x in normal(seed, *shapes.input_shapes)]
+    with contextlib.contextmanager(any_gpu)():
+        a, b = (lying(x, p, s) for x, p, s in zip(drawn, orders, (steps[:5], steps[5:]), strict=True))
+        found = ag.to_numpy(cublas.matmul(a, b, "float32"))
+    np.testing.assert_allclose(found, np.matmul(*drawn), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["wgangp-eps", "hinge"])
+def test_a_recorded_step_is_the_step(loss, small, on_any_gpu, monkeypatch, capsys):
+    """Over steps with other inputs, through a change of the window, with co-training: to the bit, also if CUDA refuses."""
+
+    def trained(records):
+        trainer = small_trainer(1, np.float64, loss=loss, diff_aug=POLICY)
+        assert isinstance(trainer.update, Played)
+        if not records:
+            trainer.update = Update()
+        losses = [{name: float(x) for name, x in trainer.train_step().items() if x is not None} for _ in range(4)]
+        return losses, state_of(trainer)
+
+    (losses, state), (expected_losses, expected) = trained(True), trained(False)
+    assert losses == expected_losses
+    for name, x in expected.items():
+        np.testing.assert_array_equal(state[name], x, err_msg=name)
+
+    def refusing(function, inputs, pool):
+        function(*inputs)
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr("program.update.Recording", refusing)
+    assert trained(True)[0] == expected_losses
+    assert capsys.readouterr().err == "transgan: this GPU's work cannot be recorded, steps are slower: not today\n"
 
 
 # --- CuPy and NVIDIA's compiler ---------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ from store import arguments, files, output
 # --- 1. Samples and walks ---------------------------------------------------------------------------------------------
 
 
-def sample(trainer, noise, path):
-    """Write a grid, about square, of what the averaged generator makes of noise (n, Z)."""
-    files.save_grid(trainer.sample(noise), path, columns=math.isqrt(len(noise) - 1) + 1)
+def sample(sampler, noise, path):
+    """Write a grid, about square, of what a Sampler's generator makes of noise (n, Z), see program/sampler.py."""
+    files.save_grid(sampler.sample(noise), path, columns=math.isqrt(len(noise) - 1) + 1)
 
 
 def slerp(a, b, t):
@@ -62,12 +62,12 @@ def walk(points, steps):
     return np.stack([slerp(a, b, t) for a, b in zip(points, np.roll(points, -1, axis=0), strict=True)])
 
 
-def interpolate(trainer, points, path):
+def interpolate(sampler, points, path):
     """Write a closed walk over the points of noise, (n, Z): a GIF, and a PNG with a row from each point to the next."""
-    frames = drawing.channels_last(trainer.sample(walk(points, BETWEEN).reshape(-1, points.shape[1])))
+    frames = drawing.channels_last(sampler.sample(walk(points, BETWEEN).reshape(-1, points.shape[1])))
     drawing.save_animation(frames, path.with_suffix(".gif"), max(1, 256 // frames.shape[1]), len(frames) * [80])
     rows = np.concatenate([walk(points, STRIP), np.roll(points, -1, axis=0)[:, None]], axis=1)  # each row arrives, too
-    files.save_grid(trainer.sample(rows.reshape(-1, points.shape[1])), path.with_suffix(".png"), columns=STRIP + 1)
+    files.save_grid(sampler.sample(rows.reshape(-1, points.shape[1])), path.with_suffix(".png"), columns=STRIP + 1)
 
 
 # --- 2. Attention -----------------------------------------------------------------------------------------------------
@@ -143,20 +143,22 @@ def squares(weights):
     return weights.reshape(-1, grid, grid)
 
 
-def views(trainer, noise, query):
+def views(sampler, noise, query):
     """What both networks look at while they make and judge the picture of noise (1, Z).
 
     Returns the picture, floats (3, S, S), and {(network, who looks): [weights of the picture's parts, (H, n, n), of each
     block]}, for the discriminator's [cls] token and the token of the pixel `query` in either network. What is missing from
-    1 in the discriminator's is what its token looks at [cls]. A network without attention is left out.
+    1 in the discriminator's is what its token looks at [cls]. A network that is missing or has no attention is left out.
     """
-    side, pixel, found = trainer.options.image_size, f"the token of pixel {query[0]}, {query[1]}", {}
-    generator = [block for stage in getattr(trainer.generator, "stages", []) for block in stage.blocks]
-    discriminator = [block for block in trainer.discriminator.blocks if isinstance(block, transgan.Block)]
+    side, pixel, found = sampler.options.image_size, f"the token of pixel {query[0]}, {query[1]}", {}
+    generator = [block for stage in getattr(sampler.generator, "stages", []) for block in stage.blocks]
+    discriminator = getattr(sampler.discriminator, "blocks", [])
+    discriminator = [block for block in discriminator if isinstance(block, transgan.Block)]
     with watched(generator, query, side) as makes:
-        picture = trainer.sample(noise)
+        picture = sampler.sample(noise)
     with watched(discriminator, query, side) as judges, ag.no_grad():
-        trainer.discriminator(Tensor(trainer.array(picture)))
+        if discriminator:
+            sampler.discriminator(Tensor(sampler.array(picture)))
     for number, who in enumerate(("the [cls] token", pixel)):
         if judges:
             found["discriminator", who] = [squares(p[0, :, number, 1:]) for p in judges]
@@ -165,9 +167,9 @@ def views(trainer, noise, query):
     return picture[0], found
 
 
-def attention(trainer, noise, query, path):
+def attention(sampler, noise, query, path):
     """Draw `views` as maps over the picture, a row for each block and a column for each head, and their mean."""
-    picture, found = views(trainer, noise, query)
+    picture, found = views(sampler, noise, query)
     if not found:
         raise UserError("--attention looks into TransGAN's networks, and this run has none of them; leave it out")
     pixels, side = drawing.channels_last(picture), picture.shape[-1]
@@ -240,9 +242,9 @@ NEIGHBOURS = 5
 COMPARED = 64  # training pictures whose own nearest neighbours are the measure of what is near
 
 
-def nearest(trainer, noise, pictures, seed, path):
+def nearest(sampler, noise, pictures, seed, path):
     """Draw what the averaged generator makes of noise (n, Z), each beside its nearest of the training pictures."""
-    made = data.to_bytes(trainer.sample(noise))
+    made = data.to_bytes(sampler.sample(noise))
     found = nearest_pictures(made, pictures, NEIGHBOURS)
     some = data.random_stream("look", seed, 1).choice(len(pictures), min(COMPARED, len(pictures)), replace=False)
     apart = nearest_pictures(pictures[np.sort(some)], pictures, 2)[2][:, 1:]  # the nearest of all is the picture itself
@@ -300,22 +302,12 @@ def add_options(parser):
                        help="N samples beside the training pictures that are most like them")  # fmt: skip
 
 
-def refuse_idle_options(args):
-    """Raise UserError for options that would do nothing beside the others."""
-    wanted = [name for name in ("sample", "interpolate", "attention", "nearest") if getattr(args, name)]
-    if wanted and not args.begun:
-        raise UserError(f"--{wanted[0]} makes pictures of a run that has begun; name its folder with --from")
-    if args.query and not args.attention:
-        raise UserError("--query goes with --attention; leave it out")
-    if args.begun and not wanted:
-        raise UserError("--from wants to know which pictures: --sample N, --interpolate N, --attention or --nearest N")
-    if args.begun and (args.resume or args.evaluate):
-        raise UserError("--from only makes pictures of a run; leave it out, or --resume and --evaluate")
+def make(args, sampler, load, out):
+    """Write what the command line asks for into the folder `out`, and print the path of each. Raises UserError.
 
-
-def make(args, trainer, pictures, out):
-    """Write what the command line asks for into the folder `out`, and print its path. Raises UserError."""
-    side, seed = trainer.options.image_size, trainer.options.seed if args.seed is None else args.seed
+    load: gives the training pictures, bytes (N, 3, S, S), of which --nearest alone makes use.
+    """
+    side, seed = sampler.options.image_size, sampler.options.seed if args.seed is None else args.seed
     query = args.query or (side // 2, side // 2)
     if max(query) >= side:
         raise UserError(
@@ -323,16 +315,21 @@ def make(args, trainer, pictures, out):
         )
 
     def noise(count):  # the first samples of a seed are the same, whatever is made of them
-        return trainer.noise(count, data.random_stream("look", seed))
+        return sampler.noise(count, data.random_stream("look", seed))
 
-    out.mkdir(parents=True, exist_ok=True)
+    files.need_folder(out, "--out")
+    try:
+        pictures = load() if args.nearest else None
+    except UserError as error:
+        raise UserError(f"--nearest looks among the training pictures: {error}") from None
     for name, count, draw in (
-        ("sample", args.sample, lambda path: sample(trainer, noise(args.sample), path)),
-        ("interpolate", args.interpolate, lambda path: interpolate(trainer, noise(args.interpolate), path)),
-        ("attention", args.attention, lambda path: attention(trainer, noise(1), query, path)),
-        ("nearest", args.nearest, lambda path: nearest(trainer, noise(args.nearest), pictures, seed, path)),
+        ("sample", args.sample, lambda path: sample(sampler, noise(args.sample), path)),
+        ("interpolate", args.interpolate, lambda path: interpolate(sampler, noise(args.interpolate), path)),
+        ("attention", args.attention, lambda path: attention(sampler, noise(1), query, path)),
+        ("nearest", args.nearest, lambda path: nearest(sampler, noise(args.nearest), pictures, seed, path)),
     ):
         if count:
-            path = out / f"{name}-{trainer.step:06d}-seed{seed}.png"
+            path = out / f"{name}-{sampler.step:06d}-seed{seed}.png"
             draw(path)
-            output.tell(str(path), event="picture", path=str(path))
+            for made in (path.with_suffix(".gif"), path) if name == "interpolate" else (path,):
+                output.tell(str(made), event="picture", path=str(made))

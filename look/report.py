@@ -10,12 +10,12 @@ Contents
 """
 
 import base64
+import contextlib
 import csv
 import dataclasses
 import datetime
 import html
 import math
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -37,7 +37,7 @@ PANELS = (
     ("losses", {"disc_loss": ("discriminator", BLUE), "gen_loss": ("generator", RED)}),
     ("gradient penalty", {"penalty": ("penalty", BLUE)}),
     ("co-training, error of the restored pixels", {"sr_loss": ("mean square", ORANGE)}),
-    ("distance of generated from real pictures", {"distance": ("sliced Wasserstein", GREEN)}),
+    ("distance of generated from real pictures, low is good", {"distance": ("sliced Wasserstein", GREEN)}),
     ("FID-own, low is good", {"fid_own": ("FID-own", GREEN)}),
     ("IS-own, high is good", {"is_own": ("IS-own", GREEN)}),
 )
@@ -54,7 +54,7 @@ def read_log(path):
         names = next(reader)
         measured = [names.index(name) for name in LABELS]
         rows = [row for i, row in enumerate(reader) if i % stride == 0 or any(row[column] for column in measured)]
-    columns = {}
+    columns = {name: np.zeros((2, 0)) for name in names}
     for name, values in zip(names, zip(*rows, strict=True), strict=False):
         pairs = np.array([(float(row[0]), float(x)) for row, x in zip(rows, values, strict=True) if x]).reshape(-1, 2)
         columns[name] = pairs[np.isfinite(pairs[:, 1])].T
@@ -157,10 +157,18 @@ FRAMES = 60  # of an animation, at most
 PIXELS = 300_000  # of all its frames before they are enlarged: less than a megabyte in the file
 
 
+def by_step(samples, kind):
+    """The grids samples/KIND-STEP.png in order of their steps, of which some have more digits than others."""
+    grids = [path for path in samples.glob(f"{kind}-*.png") if path.stem[len(kind) + 1 :].isdecimal()]
+    return sorted(grids, key=lambda path: int(path.stem[len(kind) + 1 :]))
+
+
 def progress(samples, image_size, path):
-    """Animate the grids samples/step-*.png, evenly thinned, the last one held. Shows their first 4 rows and columns of
-    small pictures, fewer of larger ones."""
-    grids = sorted(samples.glob("step-*.png"))
+    """Animate the grids samples/step-*.png, evenly thinned, the last one held; nothing without any. Shows their first 4
+    rows and columns of small pictures, fewer of larger ones."""
+    grids = by_step(samples, "step")
+    if not grids:
+        return
     across, factor = min(4, max(2, 100 // image_size)), max(1, 96 // image_size)
     side = across * (image_size + 1) + 1
     most = min(FRAMES, max(8, PIXELS // side**2))
@@ -195,6 +203,8 @@ section { margin-top: 1rem; padding: 1rem; background: var(--card); border: 1px 
 .numbers, .options { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; margin: 0 }
 .numbers dd { font-size: 1.3rem; line-height: 1.2 } dl div { min-width: 0 } dt { font-size: .85rem }
 dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
+.legend { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; font-size: .9rem } .legend b { display: inline-block; width: 1.1rem;
+  height: .2rem; margin-right: .4rem; vertical-align: middle }
 img { display: block; max-width: 100%; height: auto } img.drawn { width: 100%; min-width: 40rem } figure:has(.drawn) { overflow-x: auto }
 .pixels { image-rendering: pixelated }
 .pair { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start } figure { margin: 0 } .pair figure { flex: 1 1 18rem }
@@ -219,9 +229,21 @@ def listed(pairs, kind):
     return f'<dl class="{kind}">{"".join(rows)}</dl>'
 
 
+def legend(log):
+    """The curves' names, colours and newest values as HTML, which takes as many lines as a narrow window needs."""
+    drawn = ((title, look, log[name]) for title, columns in PANELS for name, look in columns.items() if name in log)
+    words = [f'<span><b style="background: rgb{colour}"></b>{html.escape(label)}, now {values[1, -1]:.4g}</span>'
+             for _, (label, colour), values in drawn if values.size]  # fmt: skip
+    return f'<p class="legend">{"".join(words)}</p>'
+
+
 def key_numbers(log, step, steps):
     """What a person asks first, (name, value) as text each: how fast, how long, how good."""
+    if not log["seconds"].size:
+        return []
     elapsed, recent = log["seconds"][1][-1], log["seconds"][:, -100:]
+    if len(log["seconds"][0]) > 2 and recent[0, 0] == 0:  # there the first grid was drawn, too
+        recent = recent[:, 1:]
     numbers = [("elapsed", clock(elapsed))]
     if len(recent[0]) > 1:
         pace = (recent[1, -1] - recent[1, 0]) / (recent[0, -1] - recent[0, 0])  # seconds a step
@@ -235,25 +257,36 @@ def key_numbers(log, step, steps):
     return numbers
 
 
-def page(trainer, out, log, command, threads):
-    """The report of a run in the folder `out`, begun by `command`, as HTML that needs no other file."""
+HEALTHY = """A healthy run: after a restless beginning the gradient penalty stays about 1, but for short jumps, the
+discriminator's loss is negative and about even, the generator's wanders, and the distance falls, soon at first, then
+slowly: low is good. To worry about are a penalty that keeps growing, and a distance that rises."""
+
+
+def page(trainer, out, log, commands, threads, stopped=False):
+    """The report of a run in the folder `out` as HTML that needs no other file; `commands` as `options.commands` has them.
+
+    While training goes on, a browser loads it anew now and then.
+    """
     options, step = trainer.options, trainer.step
     where = "GPU" if ag.xp is not np else f"CPU, {threads} thread{'s' * (threads > 1)}"
     weights = [sum(p.size for p in network.parameters().values()) for network in (trainer.generator, trainer.discriminator)]
-    share, state = 100 * step / options.steps, "finished" if step == options.steps else "training"
-    folder = html.escape(shlex.quote(str(out)))
-    more = f" --steps {2 * options.steps}" if step == options.steps else ""
-    grids = [max((out / "samples").glob(f"{kind}-*.png"), default=None) for kind in ("step", "restored")]
+    share, state = 100 * step / options.steps, "finished" if step >= options.steps else "stopped" if stopped else "training"
+    again = '<meta http-equiv="refresh" content="30">' if state == "training" else ""
+    more = f" --steps {2 * options.steps}" if state == "finished" else ""
+    grids = [next(reversed(by_step(out / "samples", kind)), None) for kind in ("step", "restored")]
     about = [(field.name.replace("_", " "), getattr(options, field.name)) for field in dataclasses.fields(options)]
     title = html.escape(f"{options.pair} on {Path(options.dataset).name}")
-    pictures = [embedded(out / "progress.gif", "The same noise, over time", "pixels"),
-                embedded(grids[0], f"Step {step:,}: what the averaged generator makes of it now")]  # fmt: skip
+    pictures = [embedded(out / "progress.gif", "The same noise, over time", "pixels")]
+    if grids[0]:
+        shown = f"Step {int(grids[0].stem[5:]):,}: what the averaged generator makes of it"
+        pictures.append(embedded(grids[0], shown))
     drawn = embedded(
         out / "curves.png", "From log.csv. Bands: four fifths of the steps. Far numbers lie on the edge", "drawn"
     )
     restored = embedded(grids[1], "Co-training: real pictures made small, what the generator makes of them, the originals")
+    begin, resume, look = (html.escape(command) for command in commands)
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{again}
 <title>{title}, step {step:,}</title><style>{STYLE}</style></head><body>
 <h1>{title}</h1>
 <p class="muted">Step {step:,} of {options.steps:,}, {state}; {datetime.datetime.now():%Y-%m-%d %H:%M}.
@@ -262,12 +295,12 @@ def page(trainer, out, log, command, threads):
 <div class="bar"><div style="width: {share:.2f}%"></div></div>
 {listed(key_numbers(log, step, options.steps), "numbers")}
 <section><h2>Pictures</h2><div class="pair">{"".join(pictures)}</div></section>
-<section><h2>Curves</h2>{drawn}</section>
+<section><h2>Curves</h2>{legend(log)}{drawn}<p class="muted">{html.escape(HEALTHY)}</p></section>
 {f"<section><h2>Restored</h2>{restored}</section>" if restored else ""}
-<section><h2>Commands</h2><p>Made by</p><pre>{html.escape(command)} --out {folder}</pre>
-<p>Goes on by</p><pre>python transgan.py --resume {folder}{more}</pre>
+<section><h2>Commands</h2><p>Made by</p><pre>{begin}</pre>
+<p>Goes on by</p><pre>{resume}{more}</pre>
 <p>New pictures of it, a walk between them, and what it looks at</p>
-<pre>python transgan.py --from {folder} --sample 64 --interpolate 8 --attention --nearest 8</pre></section>
+<pre>{look}</pre></section>
 <section><h2>Options</h2>{listed(about, "options")}</section>
 </body></html>
 """
@@ -276,27 +309,39 @@ def page(trainer, out, log, command, threads):
 class Report:
     """Keeps curves.png, progress.gif and report.html of a run up to date.
 
-    command: what began it, without its --out; threads: that share a batch.
+    commands: see `page`; threads: that share a batch.
     """
 
     SHARE = 0.05  # of a run's time may go into drawing: where grids come faster, some of them wait for the next
 
-    def __init__(self, trainer, out, command, threads):
-        self.trainer, self.out, self.command, self.threads, self.due = trainer, out, command, threads, 0.0
+    def __init__(self, trainer, out, commands, threads):
+        self.trainer, self.out, self.commands, self.threads, self.due = trainer, out, commands, threads, 0.0
+        self.path = out / "report.html"
+
+    def draw(self, stopped=False):
+        """Draw all, from what lies in the run's folder."""
+        log, options = read_log(self.out / "log.csv"), self.trainer.options
+        curves(log, options.steps, self.out / "curves.png")
+        progress(self.out / "samples", options.image_size, self.out / "progress.gif")
+        with files.whole_file(self.path) as part:
+            content = page(self.trainer, self.out, log, self.commands, self.threads, stopped)
+            part.write_text(content, "utf-8", "backslashreplace")
 
     def update(self):
         """Draw all, unless it was done a moment ago. What goes wrong is said and no more: the run is worth more."""
-        begun, options = time.monotonic(), self.trainer.options
-        if begun < self.due and self.trainer.step < options.steps:
+        begun = time.monotonic()
+        if begun < self.due and self.trainer.step < self.trainer.options.steps:
             return
         try:
-            log = read_log(self.out / "log.csv")
-            curves(log, options.steps, self.out / "curves.png")
-            progress(self.out / "samples", options.image_size, self.out / "progress.gif")
-            with files.whole_file(self.out / "report.html") as part:
-                part.write_text(page(self.trainer, self.out, log, self.command, self.threads), "utf-8", "backslashreplace")
+            self.draw()
         except Exception as error:
             reason = one_line(first_line(error))
-            print(f"transgan: {self.out / 'report.html'} could not be drawn: {reason}; the run goes on", file=sys.stderr)
+            print(f"transgan: {self.path} could not be drawn: {reason}; the run goes on", file=sys.stderr)
         now = time.monotonic()
         self.due = now + (now - begun) / self.SHARE
+
+    def restate(self, stopped=False):
+        """Let a page that is there say whether the run goes on, if that is possible."""
+        with contextlib.suppress(Exception):
+            if self.path.exists():
+                self.draw(stopped)

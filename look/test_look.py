@@ -28,7 +28,7 @@ from look import architecture, drawing, pictures, report
 from program import checkpoints, options, support
 from program.log import Log
 from program.support import fails, run_main
-from store import output
+from store import datasets, output
 from store.support import holds, leftovers
 
 # --- 1. Setting up ----------------------------------------------------------------------------------------------------
@@ -60,10 +60,10 @@ def texts(monkeypatch):
     return written
 
 
-def trainer_of(run):
+def trainer_of(run, side=16):
     """A trainer of the run's options, with its checkpoint's weights."""
     path, options = checkpoints.newest_checkpoint(run)
-    trainer = support.make_trainer(options, data.draw_shapes(40, 16), 1)
+    trainer = support.make_trainer(options, data.draw_shapes(40, side), 1)
     checkpoints.load(trainer, path)
     return trainer
 
@@ -125,8 +125,9 @@ def test_the_page_holds_all_that_it_shows(run):
     assert "Step 4 of 4, finished" in text
     assert f"<dd>{float(last['distance']):.3f}</dd>" in content
     assert f"<dt>elapsed</dt><dd>{output.clock(float(last['seconds']))}</dd>" in content
-    assert f"--resume '{run}' --steps 8" in text
-    assert f"python transgan.py --steps 4 --batch-size 4 --gen-batch-size 4 --sr-weight 1.0 --out '{run}'" in text
+    made = f"{options.program()} --steps 4 --batch-size 4 --gen-batch-size 4 --sr-weight 1.0 --out '{run}'"
+    assert made in text
+    assert re.search(rf"{options.program()} --resume '{run}'.* --steps 8", text)
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium")
@@ -161,7 +162,7 @@ def test_a_browser_shows_the_page(run, tmp_path):
 def test_the_command_of_a_run_makes_that_run(arguments):
     chosen = support.parsed(*arguments)
     words = shlex.split(options.command(chosen))
-    assert words[:2] == ["python", "transgan.py"]
+    assert words[:2] == shlex.split(options.program())
     assert support.parsed(*words[2:]) == chosen
     for i in range(2, len(words), 2):  # and each of its options is needed
         try:
@@ -171,7 +172,7 @@ def test_the_command_of_a_run_makes_that_run(arguments):
 
 
 def test_the_shortest_command_says_what_differs():
-    assert options.command(support.parsed("--steps", 7)) == "python transgan.py --steps 7"
+    assert options.command(support.parsed("--steps", 7)) == f"{options.program()} --steps 7"
 
 
 def colour_rows(path, colour, left, right, near=30):
@@ -350,7 +351,7 @@ def test_a_report_while_the_run_goes_on(run):
     trainer, log = trainer_of(run), report.read_log(run / "log.csv")
     trainer.step, log["seconds"] = 1, np.array([[0, 1], [10, 14.5]])
     trainer.options.dataset = "/of/<i>many</i>&amp;"
-    content = report.page(trainer, run, log, "python transgan.py", 1)
+    content = report.page(trainer, run, log, ("begin", "go on", "look"), 1)
     page = Page(content)
     assert "Step 1 of 4, training" in content
     assert "<dt>left</dt><dd>0:00:13</dd>" in content
@@ -403,15 +404,16 @@ def test_a_walk_visits_its_points_and_comes_back(run, tmp_path):
 def test_probabilities_are_those_that_attention_weighs_by(masked):
     rng = np.random.default_rng(0)
     qkv = Tensor(3 * rng.standard_normal((2, 9, 3 * 8)))
-    mask = transgan.window_mask(3, 1) if masked else None
-    p = pictures.attention_probabilities(qkv, 4, mask, slice(None)).data
+    mask = ag.xp.asarray(transgan.window_mask(3, 1)) if masked else None
+    p = ag.to_numpy(pictures.attention_probabilities(qkv, 4, mask, slice(None)))
     assert p.shape == (2, 4, 9, 9)
     np.testing.assert_allclose(p.sum(axis=-1), 1)
-    v = qkv.data.reshape(2, 9, 3, 4, 2)[:, :, 2].transpose(0, 2, 1, 3)  # (B, H, N, D)
+    v = ag.to_numpy(qkv).reshape(2, 9, 3, 4, 2)[:, :, 2].transpose(0, 2, 1, 3)  # (B, H, N, D)
     out = (p @ v).transpose(0, 2, 1, 3).reshape(2, 9, 8)
-    np.testing.assert_allclose(out, ag.attention(qkv, 4, mask).data)
+    np.testing.assert_allclose(out, ag.to_numpy(ag.attention(qkv, 4, mask)))
     assert masked == bool((p == 0).any())
-    np.testing.assert_allclose(pictures.attention_probabilities(qkv, 4, mask, slice(0, 8, 7)).data, p[:, :, [0, 7]])
+    two = pictures.attention_probabilities(qkv, 4, mask, slice(0, 8, 7))
+    np.testing.assert_allclose(ag.to_numpy(two), p[:, :, [0, 7]])
 
 
 def test_the_views_are_of_the_tokens_that_look(run):
@@ -429,9 +431,9 @@ def test_the_views_are_of_the_tokens_that_look(run):
     network = trainer.discriminator
     with ag.no_grad():
         patches = picture.reshape(3, 4, 4, 4, 4).transpose(1, 3, 0, 2, 4).reshape(1, 16, 48)
-        x = np.concatenate([network.cls.data, network.embed(Tensor(patches)).data], axis=1) + network.position.data
+        x = ag.concatenate([network.cls, network.embed(Tensor(patches))], axis=1) + network.position
         block = network.blocks[0]
-        p = pictures.attention_probabilities(block.attention.qkv(block.norm1(Tensor(x))), 4, None, slice(None)).data[0]
+        p = ag.to_numpy(pictures.attention_probabilities(block.attention.qkv(block.norm1(x)), 4, None, slice(None)))[0]
     for who, token in (("the [cls] token", 0), ("the token of pixel 5, 14", 1 + 4 * (5 // 4) + 14 // 4)):
         np.testing.assert_allclose(found["discriminator", who][0].reshape(4, 16), p[:, token, 1:], rtol=1e-4)
 
@@ -441,7 +443,7 @@ def test_the_views_are_of_the_tokens_that_look(run):
     with ag.no_grad():
         x = generator.project(Tensor(noise.astype(np.float32))).reshape(1, 16, -1) + generator.stages[0].position
         block = generator.stages[0].blocks[0]
-        p = pictures.attention_probabilities(block.attention.qkv(block.norm1(x)), 4, None, slice(None)).data[0]
+        p = ag.to_numpy(pictures.attention_probabilities(block.attention.qkv(block.norm1(x)), 4, None, slice(None)))[0]
     maps = found["generator", "the token of pixel 5, 14"][0]
     np.testing.assert_allclose(maps.reshape(4, 16), p[:, 4 * (5 // 4) + 14 // 4], rtol=1e-4)
 
@@ -522,7 +524,8 @@ def test_pictures_of_a_run(run, tmp_path, capsys):
     assert run_main("--from", run, *asked) == 0
     printed = capsys.readouterr().out.splitlines()
     kinds = ("sample", "interpolate", "attention", "nearest")
-    assert printed == [str(run / "look" / f"{kind}-000004-seed0.png") for kind in kinds]
+    shown = ("sample.png", "interpolate.gif", "interpolate.png", "attention.png", "nearest.png")
+    assert printed == [str(run / "look" / name.replace(".", "-000004-seed0.")) for name in shown]
     assert sorted(p.stem.split("-")[0] for p in (run / "look").iterdir()) == sorted([*kinds, "interpolate"])
     for seed, same in ((0, True), (1, False)):
         out = tmp_path / str(seed)
@@ -535,6 +538,64 @@ def test_pictures_of_a_run(run, tmp_path, capsys):
     trainer = trainer_of(run)
     first = data.to_bytes(trainer.sample(trainer.noise(5, data.random_stream("look", 0))))[0].transpose(1, 2, 0)
     assert np.abs(grid[6:102:6, 6:102:6].astype(int) - first).max() <= 1
+
+
+PEERS = [[], ["--generator", "resnet", "--discriminator", "resnet"],
+         ["--generator", "autogan", "--discriminator", "autogan"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", PEERS)
+def test_looking_needs_a_checkpoint_alone(pair, tmp_path, monkeypatch, capsys):
+    """Not the pictures that were learnt, nor as many as a batch; what is made is what the run itself would make."""
+    out, asked = tmp_path / "run", ["--sample", 5, "--interpolate", 2, *([] if pair else ["--attention"])]
+    locality = [] if pair else ["--locality", "2:1600"]  # a window, until its last step
+    assert run_main(*support.TRAIN, "--steps", 2, *pair, *locality, "--out", out) == 0
+    trainer = trainer_of(out, 8)
+    trainer.options.steps = 9
+    trainer.set_window()
+    noise = trainer.noise(70, np.random.default_rng(0))
+    sampler = checkpoints.load_sampler(trainer.options, out / "checkpoint.npz")
+    assert (trainer.half_width is None) == bool(pair)
+    np.testing.assert_array_equal(sampler.sample(noise), trainer.sample(noise))
+
+    def gone(*_):
+        raise data.UserError("there is no folder; say where the pictures are")
+
+    monkeypatch.setattr(datasets, "load_pictures", gone)
+    assert run_main("--from", out, *asked) == 0
+    kinds = {path.name.split("-")[0] for path in (out / "look").iterdir()}
+    assert kinds == {"sample", "interpolate", *([] if pair else ["attention"])}
+    shutil.rmtree(out / "look")
+    message = fails(capsys, "--from", out, *asked, "--nearest", 2)
+    assert "--nearest looks among the training pictures: there is no folder" in message
+    assert leftovers(out / "look") == []  # said before anything is made
+
+
+def test_a_generator_alone_is_looked_at(run, tmp_path):
+    """Of a file without Adam's state, the generator's own weights and the discriminator."""
+    path, chosen = checkpoints.newest_checkpoint(run)
+    with np.load(path) as saved, (tmp_path / "alone.npz").open("wb") as file:
+        np.savez(file, **{name: x for name, x in saved.items() if name.partition("/")[0] in ("options", "step", "average")})
+    sampler = checkpoints.load_sampler(chosen, tmp_path / "alone.npz")
+    noise = sampler.noise(1, np.random.default_rng(0))
+    picture, found = pictures.views(sampler, noise, (5, 14))
+    np.testing.assert_array_equal(picture, trainer_of(run).sample(noise)[0])
+    assert list(found) == [("generator", "the token of pixel 5, 14")]
+    pictures.attention(sampler, noise, (5, 14), tmp_path / "attention.png")
+
+
+def test_pictures_that_are_not_finite_are_none(tmp_path, capsys):
+    """They would be black, or noise, and get a score."""
+    out = tmp_path / "run"
+    assert run_main(*support.TRAIN, "--steps", 1, "--out", out) == 0
+    with np.load(out / "checkpoint.npz") as saved:
+        content = dict(saved)
+    content["average/project.weight"][:] = 3e38
+    np.savez(out / "checkpoint.npz", **content)
+    for asked in (["--from", out, "--sample", 2], ["--from", out, "--interpolate", 2], ["--from", out, "--attention"]):
+        with np.errstate(all="ignore"):
+            assert "step 1 makes pictures that are not finite" in fails(capsys, *asked)
+    assert leftovers(out / "look") == []
 
 
 @pytest.mark.parametrize(
@@ -550,12 +611,12 @@ def test_pictures_of_a_run(run, tmp_path, capsys):
         (["--from", "RUN", "--sample", 0], "from 1 to 1024"),
         (["--from", "RUN", "--interpolate", 1], "from 2 to 100"),
         (["--from", "RUN", "--nearest", 101], "from 1 to 100"),
-        (["--from", "RUN", "--sample", 4, "--resume", "RUN"], "leave it out"),
-        (["--from", "RUN", "--sample", 4, "--evaluate", "RUN"], "leave it out"),
-        (["--from", "RUN", "--sample", 4, "--profile"], "leave them out"),
+        (["--from", "RUN", "--sample", 4, "--resume", "RUN"], "leave out one"),
+        (["--from", "RUN", "--sample", 4, "--evaluate", "RUN"], "leave out one"),
+        (["--from", "RUN", "--sample", 4, "--profile"], "leave it out"),
         (["--from", "RUN", "--sample", 4, "--num-images", 20], "leave it out"),
         (["--from", "RUN", "--sample", 4, "--size", "S"], "leave out --size S"),
-        (["--from", "RUN", "--sample", 4, "--preset", "cifar10-S"], "leave out --preset"),
+        (["--from", "RUN", "--sample", 4, "--preset", "cifar10-S"], "leave it out"),
         (["--from", "RUN/samples", "--sample", 4], "name a run's folder"),
         (["--from", "RUN", "--sample", 4, "--out", "RUN/log.csv"], "choose another --out"),
     ],

@@ -9,10 +9,13 @@ al. 2018), which takes seeing what is in it. What it has learnt is kept in a fil
 Contents
     1. The network     Classifier
     2. Training it     cross_entropy, train_classifier
-    3. Keeping it      load_classifier
+    3. Keeping it      Extractor, load_classifier, kept_classifier
 """
 
+import contextlib
+import glob
 import time
+import zipfile
 from concurrent import futures
 from pathlib import Path
 
@@ -68,13 +71,18 @@ def turned(pictures, rng):
     return np.stack([np.rot90(x, k, (1, 2)) for x, k in zip(pictures, quarters, strict=True)]), quarters
 
 
+def classes_of(labels):
+    """How many classes there are to tell apart by labels (N,), or with None of quarter turns."""
+    return 4 if labels is None else int(labels.max()) + 1
+
+
 def train_classifier(pictures, labels, steps=STEPS):
     """A Classifier of bytes (N, 3, S, S) with labels (N,), or of quarter turns if labels is None; and its accuracy.
 
     Adam (0.9, 0.999) on batches of 64, mirrored at random where turns are not what is asked, the rate falling to 0 in a
     line. The accuracy is that of the last tenth of the steps, on the batches before they were learnt from.
     """
-    network = Classifier(4 if labels is None else int(labels.max()) + 1, data.random_stream("classifier", 0))
+    network = Classifier(classes_of(labels), data.random_stream("classifier", 0))
     parameters, right = list(network.parameters().values()), []
     adam = ag.Adam(parameters, (0.9, 0.999))
     workers = CORES if ag.xp is np else 1
@@ -116,9 +124,10 @@ class Extractor:
 
     suffix, dims, resizing, bytes_per_picture = "-own", FEATURES, "none", 1 << 20
 
-    def __init__(self, network, weights, scale=1.0):
-        self.network, self.weights, self.scale = network, weights, scale
-        self.digest = files.fingerprint(*map(ag.to_numpy, network.parameters().values()))
+    def __init__(self, network, what="", scale=1.0):
+        self.network, self.scale = network, scale
+        self.digest = files.fingerprint(np.array([scale], float), *map(ag.to_numpy, network.parameters().values()))
+        self.weights = f"own classifier {what}, digest {self.digest[:8]}"  # two machines make two of the same pictures
 
     def __call__(self, pictures):
         def part(x):
@@ -131,26 +140,56 @@ class Extractor:
             return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
 
+def read_classifier(path, dataset):
+    """The Extractor in a file. Raises anything at all for one that is missing or damaged."""
+    with zipfile.ZipFile(files.plain(path)) as saved:
+
+        def read(name, shape=()):
+            if (array := files.read_numbers(saved, name, 1 << 24)).shape != shape:
+                raise ValueError(f"its {name} is of shape {array.shape}, not {shape}")
+            return array
+
+        network = Classifier(len(files.read_numbers(saved, "head.bias", 1 << 12)), data.random_stream("classifier", 0))
+        for key, p in network.parameters().items():
+            p.data[...] = ag.xp.asarray(read(key, p.shape))
+        return described(network, dataset, float(read("accuracy")), float(read("scale")))
+
+
+def described(network, dataset, accuracy, scale):
+    """The Extractor of a classifier, with what is to be quoted of it."""
+    return Extractor(network, f"of {task(dataset, len(network.head.bias))}, {100 * accuracy:.0f}% right", scale)
+
+
+def task(dataset, classes):
+    """What a classifier of a data set's pictures tells apart, in words."""
+    name = files.short_name(dataset)
+    return f"{classes} classes of {name}" if dataset in datasets.LABELLED else f"quarter turns of {name}"
+
+
 def load_classifier(pictures, dataset, data_dir):
     """The Extractor for a data set's pictures, bytes (N, 3, S, S): from its file in data_dir, or trained, some minutes.
 
-    Raises UserError if the file cannot be written.
+    A file that is cut off or damaged is made again. Raises UserError, before the work, if it could not be kept.
     """
-    name, labels = files.short_name(dataset), datasets.load_labels(dataset, data_dir, pictures.shape[-1])
-    path = Path(data_dir) / f"classifier-{name}-{pictures.shape[-1]}-{files.fingerprint(pictures)}.npz"
-    classes = 4 if labels is None else int(labels.max()) + 1
-    task = f"quarter turns of {name}" if labels is None else f"{classes} classes of {name}"
-    network = Classifier(classes, data.random_stream("classifier", 0))
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            for key, p in network.parameters().items():
-                p.data[...] = ag.xp.asarray(saved[key])
-            scale, accuracy = float(saved["scale"]), float(saved["accuracy"])
-    except Exception:  # missing, cut off or damaged: it is made again
-        output.note(f"training a classifier on {task}, once, for FID-own and IS-own")
-        network, accuracy = train_classifier(pictures, labels)
-        features, _ = Extractor(network, "")(pictures[:4096])
-        scale = 1 / max(features.std(axis=0).mean(), 1e-6)
-        arrays = {key: ag.to_numpy(p) for key, p in network.parameters().items()}
-        files.save_arrays(path, scale=scale, accuracy=accuracy, **arrays)
-    return Extractor(network, f"own classifier of {task}, {100 * accuracy:.0f}% right", scale)
+    name = f"{files.short_name(dataset)}-{pictures.shape[-1]}-{files.fingerprint(pictures)}"
+    path = Path(data_dir) / f"classifier-{name}.npz"
+    with contextlib.suppress(Exception):  # a damaged archive can raise anything at all
+        return read_classifier(path, dataset)
+    files.need_folder(path.parent, "--data-dir")
+    labels = datasets.load_labels(dataset, data_dir, pictures.shape[-1])
+    output.note(f"training a classifier on {task(dataset, classes_of(labels))}, once, for FID-own and IS-own")
+    network, accuracy = train_classifier(pictures, labels)
+    features, _ = Extractor(network)(pictures[:4096])
+    scale = 1 / max(float(features.std(axis=0).mean()), 1e-6)
+    arrays = {key: ag.to_numpy(p) for key, p in network.parameters().items()}
+    files.save_arrays(path, scale=scale, accuracy=accuracy, **arrays)
+    return described(network, dataset, accuracy, scale)
+
+
+def kept_classifier(digest, dataset, data_dir):
+    """The Extractor of this digest among those in data_dir for data sets of this name, or None."""
+    for path in Path(data_dir).glob(f"classifier-{glob.escape(files.short_name(dataset))}-*.npz"):
+        with contextlib.suppress(Exception):  # a damaged archive can raise anything at all
+            if (extractor := read_classifier(path, dataset)).digest == digest:
+                return extractor
+    return None

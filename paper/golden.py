@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+import autograd as ag
+
 
 def stream(i, *shape):
     """Numbers in [-1, 1), array `i` of them in float64, from whole numbers modulo 2^32: the j-th, row by row, is u(i, j),
@@ -31,20 +33,20 @@ def fill(network, first):
     kernel, kernel) are sqrt(3 / inputs) u, those of a normalization 1 + 0.2 u, all else 0.2 u.
     """
     for n, (name, p) in enumerate(network.parameters().items()):
-        u = stream(first + n, *p.shape)
+        u = ag.xp.asarray(stream(first + n, *p.shape))
         if not name.endswith("weight"):
             p.data[...] = 0.2 * u
         elif p.ndim == 1:
             p.data[...] = 1 + 0.2 * u
         else:
             inputs = p.shape[0] if p.ndim == 2 else np.prod(p.shape[1:])
-            p.data[...] = np.sqrt(3 / inputs) * u
+            p.data[...] = float(np.sqrt(3 / inputs)) * u
 
 
 def probes(arrays):
     """What stands for arrays too large to keep: float64 (n, 2), for array r its Euclidean norm and its product with stream
     5000 + r. The product tells every transposition, permutation and sign."""
-    rows = [np.asarray(x, dtype=np.float64).ravel() for x in arrays]
+    rows = [ag.to_numpy(x).astype(np.float64).ravel() for x in arrays]
     return np.array([(np.linalg.norm(x), x @ stream(5000 + r, x.size)) for r, x in enumerate(rows)])
 
 

@@ -187,17 +187,17 @@ GPU_BATCH = 64  # pictures at once; a thread of a CPU takes one at a time, which
 class Inception:
     """FID's Inception-v3: bytes (B, 3, H, W), NumPy -> features (B, 2048) and logits (B, 1008), NumPy arrays of `dtype`.
 
-    weights: NumPy arrays by name, as in the published file; name: where they come from, to be quoted beside scores. What
-    comes out for a picture depends on nothing but the picture: on a CPU to the bit, on a GPU up to rounding. Raises
-    UserError for the first array that is missing or of a wrong shape, naming it; when called, ValueError for anything but
-    at least one picture in bytes of three colours.
+    weights: NumPy arrays by name, as in the published file; name: where they come from, to be quoted beside scores, with
+    their digest. What comes out for a picture depends on nothing but the picture: on a CPU to the bit, on a GPU up to
+    rounding. Raises UserError for the first array that is missing, of a wrong shape or not of numbers, naming it; when
+    called, ValueError for anything but at least one picture in bytes of three colours.
     """
 
     suffix, dims, resizing = "", FEATURES, f"bilinear to {SIDE}x{SIDE}"  # what `paper.scores` asks of a network
     bytes_per_picture = 16 << 20  # of memory: the largest layers, 64 channels of 147x147, before and after
 
     def __init__(self, weights, dtype=np.float32, name="Inception-v3"):
-        self.weights, self.dtype, self.layers = name, dtype, {}
+        self.dtype, self.layers = dtype, {}
         for layer, shape in SHAPES.items():
             weight = _take(weights, f"{layer}.conv.weight", shape)
             gamma, beta, mean, variance = (
@@ -211,6 +211,7 @@ class Inception:
         self.classifier = Tensor(_take(weights, "fc.weight", (CLASSES, FEATURES)), dtype=dtype)
         arrays = [x for layer in self.layers.values() for x in layer]
         self.digest = files.fingerprint(*map(ag.to_numpy, [*arrays, self.classifier]))
+        self.weights = f"{name}, digest {self.digest[:8]}"
 
     def __call__(self, pictures):
         if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.size:
@@ -251,9 +252,15 @@ def _take(weights, name, shape):
     """The array `name`, in float64. Raises UserError unless it is there and has this shape."""
     found = np.shape(weights[name]) if name in weights else None
     if found != shape:
-        wrong = "lack" if found is None else f"have shape {found}, not {shape}, for"
-        raise UserError(f"the weights of Inception-v3 {wrong} {name}; fetch {WEIGHTS.name} anew from {WEIGHTS.page}")
-    return np.asarray(weights[name], np.float64)
+        raise _wrong("lack" if found is None else f"have shape {found}, not {shape}, for", name)
+    array = np.asarray(weights[name], np.float64)
+    if not np.isfinite(array).all() or (name.endswith("var") and array.min() < 0):
+        raise _wrong("have numbers that cannot be for", name)
+    return array
+
+
+def _wrong(what, name):
+    return UserError(f"the weights of Inception-v3 {what} {name}; fetch {WEIGHTS.name} anew from {WEIGHTS.page}")
 
 
 # --- 3. Its weights ---------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ Contents
 """
 
 import datetime
+import functools
 import json
+import math
 import os
-import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -24,7 +25,8 @@ import numpy as np
 import autograd as ag
 import data
 from data import UserError, first_line
-from paper.networks import NAMES
+from paper import classifier
+from paper.inception import FEATURES, load_inception
 from store import files, output
 
 # --- 1. One pass ------------------------------------------------------------------------------------------------------
@@ -101,12 +103,16 @@ def frechet_distance(mean1, covariance1, mean2, covariance2):
     The trace of the root needs no root of a matrix that is not symmetric. Write S1 = A A^T and S2 = B B^T, from their
     eigenvectors: the eigenvalues of S1 S2 other than 0 are those of (A^T B)(A^T B)^T, so that the trace of its root is the
     sum of the singular values of A^T B. A covariance of too few pictures has eigenvalues of 0, of which rounding makes
-    small numbers of either sign: those below 0 are put back, and nothing is ever divided by one.
+    small numbers of either sign: those below 0 are put back, and nothing is ever divided by one. Nor is a distance below 0
+    anything but rounding. Raises OverflowError if it is not finite.
     """
     a, b = _factor(covariance1), _factor(covariance2)
     root = np.linalg.svd(a.T @ b, compute_uv=False).sum()
     apart = mean1 - mean2
-    return float(apart @ apart + np.trace(covariance1) + np.trace(covariance2) - 2 * root)
+    distance = float(apart @ apart + np.trace(covariance1) + np.trace(covariance2) - 2 * root)
+    if not math.isfinite(distance):
+        raise OverflowError("a distance is too large for a number")
+    return max(0.0, distance)
 
 
 def _factor(covariance):
@@ -133,6 +139,9 @@ def look(batches, total, extractor, what, splits=10):
             score.add(logits)
             left = (time.monotonic() - start) / statistics.count * (total - statistics.count)
             progress(f"{what}: {statistics.count:,} of {total:,} pictures, {output.clock(left)} left")
+    if not all(np.isfinite(x).all() for x in (statistics.mean, statistics.scatter, score.result())):
+        raise UserError(f"the network that looks gives numbers for the {what} that are not finite; choose another one with "
+                        "--features or --inception")  # fmt: skip
     return statistics, score
 
 
@@ -150,37 +159,60 @@ def at_once(extractor):
 def reference_statistics(pictures, dataset, extractor, data_dir):
     """Mean (D,) and covariance (D, D) of a data set's pictures, bytes (N, 3, S, S): kept in a file of data_dir.
 
-    The file goes by the pictures' fingerprint and the network's, and is in the layout of fid_stats_*.npz. Raises UserError.
+    The file goes by the pictures' fingerprint and the network's, and is in the layout of fid_stats_*.npz, with `network`,
+    its digest, beside; one that is damaged is made anew. Raises UserError, before the work, if it could not be kept.
     """
     name = f"{files.short_name(dataset)}-{pictures.shape[-1]}-{files.fingerprint(pictures)}"
     path = Path(data_dir) / f"fid-stats{extractor.suffix}-{extractor.digest}-{name}.npz"
     if path.exists():
-        return read_statistics(path, extractor.dims)
+        try:
+            return read_statistics(path, extractor.dims)
+        except UserError as error:
+            output.note(f"{first_line(error).rpartition(';')[0]}; it is made anew")
+    files.need_folder(Path(data_dir), "--data-dir")
     step = at_once(extractor)
     batches = (pictures[i : i + step] for i in range(0, len(pictures), step))
     statistics, _ = look(batches, len(pictures), extractor, "real pictures", splits=1)
-    files.save_arrays(path, mu=statistics.mean, sigma=statistics.covariance)
+    files.save_arrays(path, mu=statistics.mean, sigma=statistics.covariance, network=extractor.digest)
     return statistics.mean, statistics.covariance
+
+
+ROUNDING = 1e-5  # of a covariance's largest number: what float32 and a sum over many pictures leave behind
+MOST = 1e100  # of a feature's mean and covariance, whose squares are numbers still
 
 
 def read_statistics(path, dims):
     """Mean (D,) and covariance (D, D) from a file in the layout of fid_stats_*.npz: mu and sigma. Raises UserError."""
     try:
-        with zipfile.ZipFile(path) as saved:
-            read = (files.read_array(saved, name, LARGE) for name in ("mu", "sigma"))
-            mean, covariance = (np.asarray(x, np.float64) for x in read)
+        with zipfile.ZipFile(files.plain(path)) as saved:
+            mean, covariance = (files.read_numbers(saved, name, LARGE) for name in ("mu", "sigma"))
     except Exception as error:  # a damaged archive can raise anything at all
-        raise UserError(f"cannot read {path}: {first_line(error)}; delete it, or name another file") from None
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot read {path}: {reason}; name a file with mu and sigma") from None
     if mean.shape != (dims,) or covariance.shape != (dims, dims):
         raise UserError(f"{path}: expected mu of shape ({dims},) and sigma of ({dims}, {dims}), found "
                         f"{mean.shape} and {covariance.shape}; name another file")  # fmt: skip
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and np.allclose(covariance, covariance.T)):
-        raise UserError(f"{path}: its numbers are not finite, or sigma is not symmetric; name another file")
+    if max(abs(mean).max(), largest := abs(covariance).max()) > MOST:
+        raise UserError(f"{path}: its numbers are too large for a network's features; name another file")
+    if abs(covariance - covariance.T).max() > ROUNDING * largest:
+        raise UserError(f"{path}: its sigma is not symmetric, and so no covariance; name another file")
+    covariance = (covariance + covariance.T) / 2
+    if np.linalg.eigvalsh(covariance / (largest or 1))[0] < -ROUNDING:
+        raise UserError(f"{path}: its sigma has variances below 0, and so is no covariance; name another file")
     return mean, covariance
 
 
-def score_generator(trainer, count, extractor, reference):
-    """FID and Inception Score of `count` pictures of a trainer's averaged generator, against the reference statistics.
+def network_of(path):
+    """The digest of the network that looked, as this program's own files of statistics say it, or None for others'."""
+    try:
+        with zipfile.ZipFile(path) as saved:
+            return str(files.read_array(saved, "network", 1 << 10))
+    except Exception:  # most files know nothing of it
+        return None
+
+
+def score_generator(sampler, count, extractor, reference):
+    """FID and Inception Score of `count` pictures of a sampler's averaged generator, against the reference statistics.
 
     Returns {"fid": ..., "is": ..., "is_deviation": ...}. The noise is always the same for a seed and a count.
     """
@@ -188,8 +220,8 @@ def score_generator(trainer, count, extractor, reference):
 
     def batches():
         for number, first in enumerate(range(0, count, 256)):  # blocks of noise that no memory decides on
-            rng = data.random_stream("evaluate", trainer.options.seed, number)
-            made = data.to_bytes(trainer.sample(trainer.noise(min(256, count - first), rng)))
+            rng = data.random_stream("evaluate", sampler.options.seed, number)
+            made = data.to_bytes(sampler.sample(sampler.noise(min(256, count - first), rng)))
             yield from (made[i : i + step] for i in range(0, len(made), step))
 
     statistics, score = look(batches(), count, extractor, "generated pictures")
@@ -198,21 +230,25 @@ def score_generator(trainer, count, extractor, reference):
             "is_deviation": deviation}  # fmt: skip
 
 
-def load_extractor(features, pictures, dataset, data_dir, inception=None):
-    """The network that looks: "inception", with weights from a file or downloaded, or "own". Raises UserError."""
-    if features == "own":
-        from paper.classifier import load_classifier
-
-        return load_classifier(pictures, dataset, data_dir)
-    from paper.inception import load_inception
-
-    return load_inception(inception, data_dir)
+DIMS = {"inception": FEATURES, "own": classifier.FEATURES}
 
 
-def need_two(pictures):
-    """Raise UserError if a single picture is all there is: it has no covariance."""
+def load_extractor(features, load, dataset, data_dir, inception=None, digest=None):
+    """The network that looks: "inception", with weights from a file or downloaded, or "own". Raises UserError.
+
+    load: gives the data set's pictures, bytes (N, 3, S, S), which the own one is of; a digest finds it without them.
+    """
+    if features == "inception":
+        return load_inception(inception, data_dir)
+    kept = classifier.kept_classifier(digest, dataset, data_dir) if digest else None
+    return kept or classifier.load_classifier(load(), dataset, data_dir)
+
+
+def need_two(pictures, otherwise="give --fid-stats"):
+    """The pictures. Raises UserError if a single one is all there is, which has no covariance, and says what else to do."""
     if len(pictures) < 2:
-        raise UserError("FID needs two real pictures or more; add some to the folder, or give --fid-stats")
+        raise UserError(f"FID needs two real pictures or more; add some to the folder, or {otherwise}")
+    return pictures
 
 
 def own_scores(trainer, count, data_dir):
@@ -221,8 +257,7 @@ def own_scores(trainer, count, data_dir):
     Trains the classifier first, and has it look at the real pictures, where that was not done before. Raises UserError.
     """
     pictures, dataset = trainer.batches.pictures, trainer.options.dataset
-    need_two(pictures)
-    extractor = load_extractor("own", pictures, dataset, data_dir)
+    extractor = load_extractor("own", lambda: need_two(pictures, "leave out --evaluate-every"), dataset, data_dir)
     reference = reference_statistics(pictures, dataset, extractor, data_dir)
 
     def measure():
@@ -232,47 +267,73 @@ def own_scores(trainer, count, data_dir):
     return measure
 
 
+MEASURED_BY = ("images", "against", "reference", "statistics", "weights", "network", "resizing")
+
+
+def measured_by(entry):
+    """What has to be the same of two scores that are compared: how many pictures, against which, through which network."""
+    return tuple(repr(entry.get(name)) for name in MEASURED_BY)
+
+
+def made_of(entry):
+    """What has to be the same of two scores that are one and the same: also the generator. The rest is numbers and date."""
+    return entry["step"], entry.get("generator"), *measured_by(entry)
+
+
 def read_scores(path):
     """The entries of a run's scores.json, [] if there is none. Raises UserError, also where it cannot be written."""
+    files.need_folder(path.parent, "--out")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-        entries = json.loads(path.read_text()) if path.exists() else []
-        if any({"step", "weights", "images"} - entry.keys() for entry in entries):
-            raise ValueError
+        entries = files.parse_json(files.plain(path).read_text("utf-8")) if path.exists() else []
+        if type(entries) is not list:
+            raise ValueError("it holds no list")
+        for entry in entries:
+            if not all(type(entry[name]) is kind for name, kind in (("step", int), ("images", int), ("weights", str))):
+                raise ValueError("an entry lacks its step, images or weights")
+            if not all(type(value) is float for name, value in entry.items() if name.startswith(("fid", "is"))):
+                raise ValueError("a score is no number")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a list of this program's scores; move it away and start again") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; choose another --out") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not a list of this program's scores ({first_line(error)}); move it away, or choose "
+                        "another --out") from None  # fmt: skip
     return entries
 
 
-def evaluate(run, trainer, pictures, features, count, data_dir, inception=None, fid_stats=None):
-    """Score a run's generator, write the numbers into scores.json in its folder, and return them as one line to quote.
+def evaluate(run, sampler, load, features, count, data_dir, inception=None, fid_stats=None):
+    """Score a run's generator: print the numbers as one line to quote, and add them to scores.json in its folder.
 
-    features: "inception" or "own"; count: generated pictures; fid_stats: a file to take the reference statistics from
-    instead of the run's data set. Raises UserError.
+    sampler: program.sampler.Sampler, or what has the like of its noise, sample, options, step and digest; load: a function
+    that gives the pictures of the run's data set, called only where they are needed; features: "inception" or "own";
+    count: generated pictures; fid_stats: a file to take the reference statistics from instead. What is to be read is read
+    before any work is begun. A score takes the place of one that is made of the same, and of no other: an entry of the file
+    says so by digests of the generator, the reference and the network. Raises UserError.
     """
-    options, path = trainer.options, run / "scores.json"
-    read_scores(path)  # what is wrong there is better said before hours of work than after
-    if not fid_stats:
-        need_two(pictures)
-    extractor = load_extractor(features, pictures, options.dataset, data_dir, inception)
+    options, path, load = sampler.options, run / "scores.json", functools.cache(load)
+    read_scores(path)
     if fid_stats:
-        reference, against = read_statistics(fid_stats, extractor.dims), f"the statistics in {Path(fid_stats).name}"
+        reference = read_statistics(fid_stats, DIMS[features])
+        extractor = load_extractor(features, load, options.dataset, data_dir, inception, digest := network_of(fid_stats))
+        if digest not in (None, extractor.digest):
+            raise UserError(f"{fid_stats} is of another network than {extractor.weights}; name statistics of this one")
+        against, digest = f"the statistics in {Path(fid_stats).name}", files.fingerprint(*reference)
     else:
+        extractor = load_extractor(features, lambda: need_two(load()), options.dataset, data_dir, inception)
+        pictures = need_two(load())
         reference = reference_statistics(pictures, options.dataset, extractor, data_dir)
-        against = f"{len(pictures):,} pictures of {Path(options.dataset).name}"
-    scores = score_generator(trainer, count, extractor, reference)
+        against, digest = f"{len(pictures):,} pictures of {Path(options.dataset).name}", files.fingerprint(pictures)
+    scores = score_generator(sampler, count, extractor, reference)
     suffix = extractor.suffix
-    named = {f"{name}{suffix.replace('-', '_')}": value for name, value in scores.items()}
-    entry = {"step": trainer.step, "images": count, "against": against, "weights": extractor.weights,
-             "resizing": extractor.resizing, "date": datetime.date.today().isoformat()} | named  # fmt: skip
-    known = [old for old in read_scores(path) if (old["step"], old["weights"]) != (trainer.step, extractor.weights)]
-    with files.whole_file(path) as part:
-        part.write_text(json.dumps([*known, entry], indent=2) + "\n")
-    network = f"{NAMES[options.generator]}-{options.size}"
-    return (
-        f"FID{suffix} {scores['fid']:.2f}, IS{suffix} {scores['is']:.2f} ± {scores['is_deviation']:.2f} ({network}, step "
-        f"{trainer.step}; {count:,} pictures against {against}; {extractor.weights}; resizing: {extractor.resizing})"
+    entry = {"step": sampler.step, "generator": sampler.digest, "images": count, "against": against, "reference": digest,
+             "statistics": fid_stats and str(fid_stats), "weights": extractor.weights, "network": extractor.digest,
+             "resizing": extractor.resizing, "date": datetime.date.today().isoformat()}  # fmt: skip
+    entry |= {f"{name}{suffix.replace('-', '_')}": value for name, value in scores.items()}
+    line = (
+        f"FID{suffix} {scores['fid']:.2f}, IS{suffix} {scores['is']:.2f} ± {scores['is_deviation']:.2f} ({options.pair}, "
+        f"step {sampler.step}; {count:,} pictures against {against}; {extractor.weights}; "
+        f"resizing: {extractor.resizing}; reference digest {digest[:8]})"
     )
+    output.tell(line, event="scores", **entry)  # before it is written, which may fail
+    known = [old for old in read_scores(path) if made_of(old) != made_of(entry)]
+    with files.whole_file(path) as part:
+        part.write_text(json.dumps([*known, entry], indent=2, allow_nan=False) + "\n", "utf-8")

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import math
 import platform
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ import transgan
 from data import UserError
 from fast import CORES
 from paper import scores
+from paper.inception import load_inception
 from store import files, output
 from store.arguments import Parser, folder, number, pictures
 from store.files import CHECKPOINTS
@@ -102,13 +104,16 @@ def train(folder, options, machine, steps):
 
     options, machine: arguments of transgan.py, those that define the run and those that say where it runs.
     """
-    if reached(folder) < steps:
+    if reached(folder)[0] < steps:
         where = ["--resume", folder] if begun(folder) else [*options, "--out", folder]
         program(*where, *machine, "--steps", steps, "--sample-every", max(100, steps))
     try:
-        with (folder / "log.csv").open(newline="") as file:
-            return {name: float(value) for name, value in list(csv.DictReader(file))[-1].items() if value}
-    except (OSError, IndexError, ValueError, TypeError, csv.Error) as error:
+        with files.plain(folder / "log.csv").open(newline="") as file:
+            last = {name: float(value) for name, value in list(csv.DictReader(file))[-1].items() if value}
+        if not math.isfinite(last["distance"] + last["seconds"]):
+            raise ValueError("its last distance is no number")
+        return last
+    except (OSError, IndexError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{folder / 'log.csv'} is damaged ({error}); move {folder} away") from None
 
 
@@ -118,31 +123,43 @@ def begun(folder):
 
 
 def reached(folder):
-    """The step of a run's newest checkpoint that is whole, -1 without one; what is wrong is transgan.py's to say."""
+    """(step, checksum of the averaged generator) of a run's newest checkpoint that is whole; (-1, None) without one.
+
+    What is wrong with it is transgan.py's to say.
+    """
     for name in CHECKPOINTS:
-        with contextlib.suppress(Exception), zipfile.ZipFile(folder / name) as archive:
+        with contextlib.suppress(Exception), zipfile.ZipFile(files.plain(folder / name)) as archive:
             if archive.testzip() is None:
-                return int(files.read_array(archive, "step", 8))
-    return -1
+                return int(files.read_array(archive, "step", 8)), files.checksum(archive, "average/")
+    return -1, None
 
 
-def score(folder, features, images, machine, steps):
-    """{"fid": ..., "is": ...} of a run in `folder`, from its scores.json or by having it scored. Raises UserError."""
-    suffix = {"inception": "", "own": "_own"}[features]
-    for evaluated in (False, True):
-        path = folder / "scores.json"
-        for entry in scores.read_scores(path):
-            if (entry["images"], entry["step"]) == (images, steps) and f"fid{suffix}" in entry:
-                return {"fid": entry[f"fid{suffix}"], "is": entry[f"is{suffix}"]}
-        if not evaluated:
-            program("--evaluate", folder, "--features", features, "--num-images", images, *machine)
-    raise UserError(f"{path} lacks the scores that were just computed; is another program writing there?")
+def score(folder, features, images, machine, steps, like=None):
+    """The newest entry that fits in scores.json of a run in `folder`, which is scored if there is none. Raises UserError.
+
+    What fits is of the generator that is there now, of so many images, and against the data set itself; if `like`, another
+    run's entry, is given, it was also measured as that was.
+    """
+    path, name = folder / "scores.json", {"inception": "fid", "own": "fid_own"}[features]
+    wanted = {"step": steps, "generator": reached(folder)[1], "images": images, "statistics": None}
+
+    def kept():
+        entries = [entry for entry in scores.read_scores(path) if name in entry and wanted.items() <= entry.items()]
+        fitting = [x for x in entries if like is None or scores.measured_by(x) == scores.measured_by(like)]
+        return fitting[-1] if fitting else None
+
+    if not (entry := kept()):
+        program("--evaluate", folder, "--features", features, "--num-images", images, *machine)
+        if not (entry := kept()):
+            raise UserError(f"{path} lacks the scores that were just computed; is another program writing there?")
+    return entry
 
 
 def run_all(args, extra):
     """Train and score every row for every seed, `args.jobs` runs at a time: {row: [numbers of each seed]}.
 
-    The numbers: {"fid", "is", "distance"}. extra: arguments of transgan.py for all rows. Raises UserError.
+    The numbers: {"fid", "is", "distance"}; all are measured by the same network against the same pictures. extra: arguments
+    of transgan.py for all rows. Raises UserError, also for what scores need and is not there, before any training.
     """
     rows = {name: options for name, (_, options) in TABLES[args.number][1].items()
             if options and (not args.rows or name in args.rows)}  # fmt: skip
@@ -151,28 +168,44 @@ def run_all(args, extra):
     size = "" if args.number == 4 else f"-{args.size}"
     folder = args.out / "-".join([f"table-{args.number}", files.short_name(args.dataset) + size, str(args.steps), *extra])
     machine = ["--threads", max(1, CORES // args.jobs), "--device", args.device, "--data-dir", args.data_dir]
+    runs = {(name, seed): folder / f"{name.strip('+ ')}-{seed}" for seed in range(args.seeds) for name in rows}
+    if not all((run / "scores.json").exists() for run in runs.values()):
+        if args.features == "inception":
+            load_inception(data_dir=args.data_dir)
+        elif not any(args.data_dir.glob("classifier-*.npz")):
+            files.need_folder(args.data_dir, "--data-dir")
 
-    def one(name, seed):
+    def measure(run, like=None):
+        return score(runs[run], args.features, args.num_images, machine, args.steps, like)
+
+    def numbers(entry, last):
+        suffix = "" if args.features == "inception" else "_own"
+        return {"fid": entry[f"fid{suffix}"], "is": entry[f"is{suffix}"], "distance": last["distance"]}
+
+    def one(run):
+        name, seed = run
         options = [*extra, "--dataset", args.dataset, "--size", args.size, "--seed", seed, *rows[name]]
-        run = folder / f"{name.strip('+ ')}-{seed}"
-        last = train(run, options, machine, args.steps)
-        numbers = score(run, args.features, args.num_images, machine, args.steps) | {"distance": last["distance"]}
-        shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
+        last = train(runs[run], options, machine, args.steps)
+        entry = measure(run)
+        shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers(entry, last).items())
         print(f"{name}, seed {seed}: {shown}; {output.clock(last['seconds'])} of training\n",
               end="", file=sys.stderr, flush=True)  # fmt: skip
-        return numbers
+        return entry, last
 
-    first = next(iter(rows))
+    first, *others = runs
     with futures.ThreadPoolExecutor(args.jobs) as pool:
         try:
-            runs = {(first, 0): pool.submit(one, first, 0)}
-            runs[first, 0].result()  # alone: it makes the classifier and the reference statistics that all others share
-            for seed in range(args.seeds):
-                runs |= {(name, seed): pool.submit(one, name, seed) for name in rows if (name, seed) not in runs}
-            return {name: [runs[name, seed].result() for seed in range(args.seeds)] for name in rows}
+            # the first alone: it makes the classifier and the reference statistics that all others share
+            done = {first: one(first)} | dict(zip(others, pool.map(one, others), strict=True))
+            if len({scores.measured_by(entry) for entry, _ in done.values()}) > 1:  # some are kept from another time
+                program("--evaluate", runs[first], "--features", args.features, "--num-images", args.num_images, *machine)
+                like = measure(first)
+                entries = dict(zip(runs, pool.map(lambda run: measure(run, like), runs), strict=True))
+                done = {run: (entries[run], last) for run, (_, last) in done.items()}
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return {name: [numbers(*done[name, seed]) for seed in range(args.seeds)] for name in rows}
 
 
 # --- 3. Printing ------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ import pytest
 
 import autograd as ag
 from autograd import Tensor, grad
-from paper import convolutions, scores
+from paper import convolutions, golden, scores
 from paper import networks as peers
-from paper.golden import assert_probes, fill, published, stream
+from paper.golden import assert_probes, fill, published
 
 POLICIES = ("translation", "cutout", "color", "translation,cutout,color", "color,translation,cutout")
 RUNS = (("wgangp-eps", "none"), ("wgangp-eps", "translation,cutout,color"), ("hinge", "none"))
@@ -25,8 +25,17 @@ def networks(width, depths, disc_width, disc_depth):
     return generator, discriminator
 
 
+def stream(*numbers):
+    """The published runs' numbers, where arrays live."""
+    return ag.xp.asarray(golden.stream(*numbers))
+
+
+def close(found, expected, rtol=1e-10, **options):
+    np.testing.assert_allclose(ag.to_numpy(found), expected, rtol=rtol, **options)
+
+
 def noise(i, count, width):
-    return np.sqrt(3) * stream(i, count, width)
+    return 3**0.5 * stream(i, count, width)
 
 
 def mixing_weights(i, count):
@@ -43,7 +52,7 @@ def test_transgans_generator(size_s):
     pictures = generator(Tensor(noise(1000, 2, 384)))
     assert_probes(pictures.data, numbers["pictures"], 1e-10)
     loss = transgan.generator_loss(discriminator(pictures).reshape(1, -1), "wgangp-eps")
-    np.testing.assert_allclose(loss.data, numbers["generator_loss"], rtol=1e-10)
+    close(loss, numbers["generator_loss"])
     gradients = grad(loss, list(generator.parameters().values()))
     assert_probes([g.data for g in gradients], numbers["generator_gradients"], 1e-9)
 
@@ -54,11 +63,11 @@ def test_transgans_discriminator(name, size_s):
     real, fake, mix = stream(1001, 3, 3, 32, 32), stream(1002, 3, 3, 32, 32), mixing_weights(1003, 3)
     option = {"wgangp": "wgangp-eps"}.get(name, name)
     judged = transgan.discriminator_scores(discriminator, real, fake, mix, option)
-    np.testing.assert_allclose(judged.data[:2], numbers["scores"], rtol=1e-10)
+    close(judged[:2], numbers["scores"])
     loss, penalty = transgan.discriminator_loss(judged, option)
-    np.testing.assert_allclose(loss.data, numbers[f"{name}_loss"], rtol=1e-10)
+    close(loss, numbers[f"{name}_loss"])
     if penalty is not None:
-        np.testing.assert_allclose(penalty.data, numbers["penalty"], rtol=1e-10)
+        close(penalty, numbers["penalty"])
     gradients = grad(loss, list(discriminator.parameters().values()))
     assert_probes([g.data for g in gradients], numbers[f"{name}_gradients"], 1e-9)
 
@@ -93,15 +102,16 @@ def test_autogans_discriminator(autogan):
     normalized = [module for module in discriminator.modules() if hasattr(module, "u")]
     for layer, module in enumerate(normalized):  # the last has one output in theirs, and any direction leads to its own
         u = stream(1100 + layer, len(module.u))
-        module.u = convolutions.power_iteration(module.weight.data, u / np.linalg.norm(u))
-    np.testing.assert_allclose(np.concatenate([x.u for x in normalized[:-1]]), numbers["directions"], atol=1e-10)
-    lengths = [np.linalg.norm(x.weight.data.reshape(len(x.u), -1).T @ x.u) for x in normalized]
-    np.testing.assert_allclose(lengths, numbers["singular_values"], rtol=1e-10)
+        module.u = convolutions.power_iteration(module.weight.data, u / ag.xp.linalg.norm(u))
+    close(ag.xp.concatenate([x.u for x in normalized[:-1]]), numbers["directions"], atol=1e-10)
+    lengths = [float(ag.xp.linalg.norm(x.weight.data.reshape(len(x.u), -1).T @ x.u)) for x in normalized]
+    close(lengths, numbers["singular_values"])
     parameters = list(discriminator.parameters().values())
     on_real, on_fake = (discriminator(Tensor(stream(i, 3, 3, 32, 32))) for i in (1001, 1002))
-    np.testing.assert_allclose([on_real.data, on_fake.data], numbers["scores"], rtol=1e-10)
-    loss, _ = transgan.discriminator_loss(ag.concatenate([x.reshape(1, 3) for x in (on_real, on_fake)]), "hinge")
-    np.testing.assert_allclose(loss.data, numbers["hinge_loss"], rtol=1e-10)
+    judged = ag.concatenate([x.reshape(1, 3) for x in (on_real, on_fake)])
+    close(judged, numbers["scores"])
+    loss, _ = transgan.discriminator_loss(judged, "hinge")
+    close(loss, numbers["hinge_loss"])
     assert_probes([g.data for g in grad(loss, parameters, create_graph=True)], numbers["hinge_gradients"], 1e-9)
     weights = stream(1004, 2, 3)
     weighted = (on_real * weights[0] + on_fake * weights[1]).sum()
@@ -113,7 +123,7 @@ def test_autogans_discriminator(autogan):
 def test_augmentation(side, policy):
     numbers, k = published("augmentation"), POLICIES.index(policy)
     x = Tensor(stream(1001, 4, 3, side, side), requires_grad=True)
-    made = transgan.diff_augment(x, policy, np.array(numbers[f"draws_{side}"]))
+    made = transgan.diff_augment(x, policy, ag.xp.asarray(numbers[f"draws_{side}"]))
     (gradient,) = grad((made * stream(1004, *made.shape)).sum(), [x])
     assert_probes(made.data, numbers[f"pictures_{side}_{k}"], 1e-10)
     assert_probes(gradient.data, numbers[f"gradients_{side}_{k}"], 1e-10)
@@ -135,24 +145,27 @@ def test_two_rounds_of_training(run):
         losses.append(trainer.discriminator_step(inputs, rate=1e-4)["disc_loss"])
         if d % 2:  # D, D, G, D, D, G
             losses.append(trainer.generator_step([noise(i + 3, 3, 128), draws[6:]], rate=1e-4)["gen_loss"])
-    np.testing.assert_allclose(losses, numbers[f"losses_{run}"], rtol=1e-10)
+    close([float(x) for x in losses], numbers[f"losses_{run}"])
     for kind, arrays, rtol in (
         ("discriminator", {name: p.data for name, p in discriminator.parameters().items()}, 1e-7),
         ("generator", {name: p.data for name, p in generator.parameters().items()}, 1e-7),
         ("average", trainer.average, 1e-6),  # of a change of 1e-7 fewer digits are left
     ):
         for (name, x), (total, squares, entry) in zip(arrays.items(), numbers[f"{kind}_{run}"], strict=True):
-            change, size = (x - start[name]).ravel(), np.sqrt(squares)
-            np.testing.assert_allclose((change**2).sum(), squares, rtol=2 * rtol, err_msg=name)
-            np.testing.assert_allclose(change.sum(), total, atol=rtol * size * np.sqrt(x.size), rtol=0, err_msg=name)
-            np.testing.assert_allclose(change[(x.size - 1) // 4], entry, atol=rtol * size, rtol=0, err_msg=name)
+            change, size = ag.to_numpy(x - start[name]).ravel(), np.sqrt(squares)
+            close((change**2).sum(), squares, rtol=2 * rtol, err_msg=name)
+            close(change.sum(), total, atol=rtol * size * np.sqrt(x.size), rtol=0, err_msg=name)
+            close(change[(x.size - 1) // 4], entry, atol=rtol * size, rtol=0, err_msg=name)
 
 
 @pytest.mark.parametrize("i, dims, counts", [(0, 16, (60, 80)), (1, 48, (200, 150)), (2, 24, (13, 100)), (3, 24, (13, 17))])
 def test_fid(i, dims, counts):
     numbers, gaussians = published("scores"), []
     for a, count in zip((2 * i, 2 * i + 1), counts, strict=True):
-        features = stream(3000 + 3 * a, count, dims) @ stream(3001 + 3 * a, dims, dims) + stream(3002 + 3 * a, dims)
+        own, mix, shift = ((count, dims), (dims, dims), (dims,))
+        features = golden.stream(3000 + 3 * a, *own) @ golden.stream(3001 + 3 * a, *mix) + golden.stream(
+            3002 + 3 * a, *shift
+        )
         statistics = scores.Statistics(dims)
         statistics.add(features)
         gaussians += [statistics.mean, statistics.covariance]
@@ -164,5 +177,5 @@ def test_fid(i, dims, counts):
 @pytest.mark.parametrize("i, count, parts", [(0, 500, 10), (1, 503, 10), (2, 97, 7)])
 def test_inception_score(i, count, parts):
     score = scores.InceptionScore(count, parts)
-    score.add(4 * stream(4000 + i, count, 20))
+    score.add(4 * golden.stream(4000 + i, count, 20))
     np.testing.assert_allclose(score.result(), published("scores")["inception_score"][i], rtol=1e-12)

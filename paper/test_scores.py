@@ -3,6 +3,8 @@
 import decimal
 import itertools
 import json
+import re
+import shutil
 import sys
 import types
 
@@ -20,6 +22,7 @@ from data import UserError
 from paper import classifier, scores
 from program import support
 from store import datasets, files
+from store.files import CHECKPOINTS
 from store.support import encoded, fuzz, fuzzed, holds, one_line_at_most, slope
 
 # --- 1. One pass ------------------------------------------------------------------------------------------------------
@@ -98,7 +101,14 @@ def test_distance_is_one_also_where_there_are_fewer_pictures_than_dimensions(dim
     forth, back = scores.frechet_distance(m1, s1, m2, s2), scores.frechet_distance(m2, s2, m1, s1)
     assert forth == pytest.approx(back, abs=1e-7 * size)
     assert forth >= ((m1 - m2) ** 2).sum() - 1e-7 * size
-    assert scores.frechet_distance(m1, s1, m1, s1) == pytest.approx(0, abs=1e-7 * size)
+    same = scores.frechet_distance(m1, s1, m1, s1)
+    assert same == pytest.approx(0, abs=1e-7 * size)
+    assert not f"{same:.2f}".startswith("-")
+
+
+def test_a_distance_is_a_number_or_none():
+    with pytest.raises(OverflowError, match="too large"), np.errstate(over="ignore"):
+        scores.frechet_distance(np.full(2, 1e200), np.eye(2), np.zeros(2), np.eye(2))
 
 
 def precise_distance(s1, s2, digits=80):
@@ -206,6 +216,15 @@ def test_the_classifier_is_trained_once_for_the_same_pictures(quick, tmp_path, c
         classifier.load_classifier(pictures, "shapes", path)
 
 
+def test_two_classifiers_have_two_names():
+    """Also where they are equally often right: another machine's come out a little different."""
+    networks = [classifier.Classifier(4, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    one, same, other = (classifier.described(network, "/my/dogs", 0.5, 1.0) for network in networks)
+    scaled = classifier.described(networks[0], "/my/dogs", 0.5, 2.0)
+    assert (one.weights, one.digest) == (same.weights, same.digest)
+    assert len({x.weights for x in (one, other, scaled)}) == len({x.digest for x in (one, other, scaled)}) == 3
+
+
 # --- 4. A run's scores ------------------------------------------------------------------------------------------------
 
 
@@ -235,32 +254,65 @@ def test_reference_statistics_are_computed_once_and_in_the_usual_layout(tmp_path
     assert eye.seen == 139
     for path in tmp_path.glob("fid-stats-eye-eye-shapes-8-*.npz"):
         with np.load(path) as saved:
-            assert set(saved) == {"mu", "sigma"}
+            assert set(saved) == {"mu", "sigma", "network"}
     with pytest.raises(UserError, match="cannot write"):
         scores.reference_statistics(pictures[:68], "shapes", eye, path)
 
 
+Z, EYE = np.zeros(3), np.eye(3)
+
+
 @pytest.mark.parametrize(
-    ("arrays", "message"),
+    ("mu", "sigma", "message"),
     [
-        ({"mu": np.zeros(3)}, "sigma"),
-        ({"mu": np.zeros(4), "sigma": np.eye(3)}, "expected mu of shape"),
-        ({"mu": np.zeros(3), "sigma": np.eye(4)}, "expected mu of shape"),
-        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "not finite"),
-        ({"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}, "not symmetric"),
-        ({"mu": np.array([{}] * 3, object), "sigma": np.eye(3)}, "cannot read"),
-        (None, "cannot read"),
+        (Z, None, "sigma"),
+        (np.zeros(4), EYE, "expected mu of shape"),
+        (Z, np.eye(4), "expected mu of shape"),
+        (Z[None], EYE, "expected mu of shape"),
+        (Z, EYE * np.nan, "not finite"),
+        (np.full(3, np.inf), EYE, "not finite"),
+        (np.full(3, 1e308), EYE, "too large"),
+        (Z, EYE * 1e200, "too large"),
+        (Z, 1e308 * (2 * EYE - 1), "too large"),
+        (Z, np.triu(np.ones((3, 3))), "not symmetric"),
+        (Z, EYE * 1e-9 + np.triu(np.full((3, 3), 1e-10)), "not symmetric"),  # as small as it is
+        (Z, -1e6 * EYE, "variances below 0"),
+        (Z, -1e-20 * EYE, "variances below 0"),
+        (Z, 1 + EYE * [0, 0, -0.5], "variances below 0"),
+        (Z, np.full((3, 3), 2.0) - EYE, "variances below 0"),  # correlations of 2
+        *((Z.astype(kind), EYE, "not numbers") for kind in ("c16", "M8[s]", "m8[s]", "?", "U3", "S3", "f4,f4")),
+        *((Z, EYE.astype(kind), "not numbers") for kind in ("c8", "M8[D]", "m8[s]", "?", "U3", "S3", "f4,f4")),
+        (np.array([{}] * 3, object), EYE, "cannot read"),
+        (None, None, "cannot read"),
     ],
 )
-def test_wrong_statistics_say_so(tmp_path, arrays, message):
+def test_what_are_no_statistics_give_no_number(tmp_path, mu, sigma, message):
     path = tmp_path / "stats.npz"
-    if arrays:
-        np.savez(path, **arrays)
-    else:
+    np.savez(path, **{name: x for name, x in (("mu", mu), ("sigma", sigma)) if x is not None})
+    if mu is None:
         path.write_text("no statistics")
     with pytest.raises(UserError, match=message) as caught:
         scores.read_statistics(path, 3)
     assert "\n" not in str(caught.value)
+    assert "delete" not in str(caught.value)  # it may be somebody's own
+
+
+@pytest.mark.parametrize("scale", [5e-324, 1e-300, 1e-20, 1.0, 1e90])
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.longdouble])
+def test_rounding_makes_no_statistics_wrong(scale, kind, tmp_path):
+    """Variances a little below 0, sums in another order, float32: what is then read is symmetric, and has a distance."""
+    x = base.normal(0, (3, 9))[0]
+    x[2] = x[1]  # a variance of 0
+    sigma = np.cov(x) * scale
+    sigma[0, 1] *= 1 + 1e-7
+    if kind is np.float32 and not 1e-30 < scale < 1e30:
+        return
+    sigma -= 1e-12 * sigma.max() * EYE
+    np.savez(tmp_path / "stats.npz", mu=np.arange(3), sigma=sigma.astype(kind))
+    mean, covariance = scores.read_statistics(tmp_path / "stats.npz", 3)
+    np.testing.assert_array_equal(covariance, covariance.T)
+    np.testing.assert_allclose(covariance, sigma, rtol=1e-5, atol=1e-6 * sigma.max())
+    assert 0 <= scores.frechet_distance(mean, covariance, mean, covariance) <= 1e-5 * max(sigma.max(), 1e-300)
 
 
 @fuzz(100)
@@ -288,6 +340,82 @@ def test_real_pictures_score_better_than_noise(small, monkeypatch):
     assert noise["fid"] > 0.01
     assert 1 <= best["is"] <= 3
     assert sum(made) == 40
+
+
+def test_a_network_of_no_numbers_gives_no_score(small):
+    class Blind(Eye):
+        def __call__(self, pictures):
+            return [x * np.nan for x in super().__call__(pictures)]
+
+    trainer = support.small_trainer()
+    with pytest.raises(UserError, match="not finite; choose another"):
+        scores.score_generator(trainer, 20, Blind(), (np.zeros(3), np.eye(3)))
+
+
+def test_every_score_is_kept_with_all_that_it_was_made_of(quick, tmp_path, capsys):
+    """Only one that is made of the same takes the place of another."""
+    out, kept = tmp_path / "run", []
+    assert support.run_main(*support.TRAIN, "--out", out) == 0
+
+    def evaluated(*args, folder="data"):
+        assert support.run_main("--evaluate", out, "--data-dir", tmp_path / folder, *args) == 0
+        entries = json.loads((out / "scores.json").read_text(), parse_constant=pytest.fail)
+        new = [entry for entry in entries if entry not in kept]
+        assert [entry for entry in entries if entry in kept] == [entry for entry in kept if entry in entries]
+        kept[:] = entries
+        return len(entries), new
+
+    assert evaluated("--num-images", 30)[0] == 1
+    (stats,) = (tmp_path / "data").glob("fid-stats-own-*.npz")
+    assert evaluated("--num-images", 20)[0] == 2
+    assert evaluated("--num-images", 20) == (2, [])
+    assert (
+        evaluated("--num-images", 20, "--fid-stats", stats)[0] == 3
+    )  # of the same numbers, but who knows of which pictures
+    (tmp_path / "other").mkdir()
+    with np.load(stats) as saved:
+        np.savez(tmp_path / "other" / stats.name, mu=saved["mu"] + 1, sigma=saved["sigma"])
+    count, (entry,) = evaluated("--num-images", 20, "--fid-stats", tmp_path / "other" / stats.name)
+    assert (count, entry["against"]) == (4, f"the statistics in {stats.name}")  # another file of the same name
+    classifier.train_classifier.__defaults__ = (4,)
+    count, (entry,) = evaluated("--num-images", 20, folder="new")  # another classifier of the same pictures
+    assert count == 5
+    assert entry["weights"] not in [old["weights"] for old in kept[:-1]]
+    shutil.copytree(out, tmp_path / "moved")
+    for name in CHECKPOINTS:
+        (out / name).unlink()
+    shutil.rmtree(out / "samples")
+    (out / "log.csv").unlink()
+    assert support.run_main(*support.TRAIN, "--seed", 1, "--out", out) == 0
+    assert evaluated("--num-images", 20)[0] == 6  # another generator of the same step
+    assert len(kept) == len(set(map(scores.made_of, kept)))
+
+
+def test_statistics_of_another_network_are_refused(quick, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert support.run_main(*support.TRAIN, "--out", out) == 0
+    assert support.run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path / "data") == 0
+    (stats,) = (tmp_path / "data").glob("fid-stats-own-*.npz")
+    classifier.train_classifier.__defaults__ = (4,)
+    command = ("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path / "new", "--fid-stats", stats)
+    assert support.run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path / "new") == 0
+    assert "is of another network than own classifier" in support.fails(capsys, *command)
+
+
+def test_a_score_that_cannot_be_written_is_printed(quick, tmp_path, monkeypatch, capsys):
+    """Hours of work are not lost because a disk is full."""
+    out = tmp_path / "run"
+    assert support.run_main(*support.TRAIN, "--out", out) == 0
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "scores.json")
+
+    monkeypatch.setattr(scores.files, "whole_file", full)
+    monkeypatch.setattr(scores, "reference_statistics", lambda *_: (np.zeros(128), np.eye(128)))
+    monkeypatch.setattr(scores.files, "save_arrays", lambda *_, **__: None)
+    capsys.readouterr()
+    assert support.run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path / "data") == 2
+    assert capsys.readouterr().out.startswith("FID-own ")
 
 
 def test_evaluating_a_run(quick, tmp_path, capsys):
@@ -335,15 +463,65 @@ def test_evaluating_a_run(quick, tmp_path, capsys):
     assert "scores.json is not a list" in support.fails(capsys, "--evaluate", out, "--num-images", 30, *where)
 
 
+def test_statistics_that_are_given_take_the_place_of_the_pictures(quick, tmp_path, monkeypatch, capsys):
+    """Through the network that they are of, which is known by its digest; other statistics need the pictures' own."""
+    out, where = tmp_path / "run", ("--data-dir", tmp_path / "data", "--num-images", 30)
+    assert support.run_main(*support.TRAIN, "--out", out) == 0
+    assert support.run_main("--evaluate", out, *where) == 0
+    expected = capsys.readouterr().out.splitlines()[-1].split("(")[0]
+    (stats,) = (tmp_path / "data").glob("fid-stats-own-*.npz")
+    stats = stats.rename(tmp_path / "mine.npz")
+
+    def gone(*_):
+        raise UserError("there are no pictures")
+
+    monkeypatch.setattr(datasets, "load_pictures", gone)
+    assert support.run_main("--evaluate", out, "--fid-stats", stats, *where) == 0
+    assert capsys.readouterr().out.split("(")[0] == expected
+    assert "there are no pictures" in support.fails(capsys, "--evaluate", out, *where)
+    np.savez(tmp_path / "other.npz", mu=np.zeros(128), sigma=np.eye(128))
+    assert "there are no pictures" in support.fails(
+        capsys, "--evaluate", out, "--fid-stats", tmp_path / "other.npz", *where
+    )
+    assert len(quick) == 1
+    seen = []
+    monkeypatch.setattr(scores, "load_extractor", lambda features, *_: seen.append(features) or Eye())
+    monkeypatch.setitem(scores.DIMS, "inception", 3)
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
+    chosen = "--features", "inception", "--fid-stats", tmp_path / "other.npz"
+    assert support.run_main("--evaluate", out, *chosen, *where) == 0
+    assert seen == ["inception"]
+
+
+@pytest.mark.parametrize("command", ["--evaluate", "--evaluate-every"])
+def test_a_data_dir_that_takes_nothing_is_said_before_the_work(command, quick, tmp_path, capsys):
+    """The work whose result is to be kept there: the classifier, and the statistics of the real pictures."""
+    (tmp_path / "file").write_text("no folder")
+    where = "--data-dir", tmp_path / "file" / "within"
+    assert support.run_main(*support.TRAIN, "--out", tmp_path / "run", *where) == 0  # shapes keep nothing there
+    words = [*support.TRAIN, "--out", tmp_path / "new", command, 1] if command[-1] == "y" else [command, tmp_path / "run"]
+    message = support.fails(capsys, *words, *where, "--num-images", 10)
+    assert re.search("cannot write in .*within: .*; choose another --data-dir", message)
+    eye = Eye()
+    with pytest.raises(UserError, match="cannot write in"):
+        scores.reference_statistics(data.draw_shapes(9, 8), "shapes", eye, where[1])
+    assert (quick, eye.seen) == ([], 0)
+
+
 def test_what_is_wrong_is_said_before_the_work(quick, tmp_path, capsys):
     out, where = tmp_path / "run", ("--data-dir", tmp_path / "data")
     assert support.run_main(*support.TRAIN, "--out", out) == 0
     (tmp_path / "file").write_text("")
     assert "choose another --out" in support.fails(capsys, "--evaluate", out, "--out", tmp_path / "file" / "x", *where)
     (tmp_path / "other").mkdir()
-    for text in ("{", '{"a": 1}', '[{"step": 1}]', "[1]", "null"):
-        (tmp_path / "other" / "scores.json").write_text(text)
-        assert "is not a list" in support.fails(capsys, "--evaluate", out, "--out", tmp_path / "other", *where), text
+    entry = '[{"step": 1, "images": 2, "weights": "", "fid": %s}]'
+    odd = ("{", '{"a": 1}', '[{"step": 1}]', "[1]", "null", '["step"]', "1", "", "[" * 99_999, '[{"a":' * 99_999, "\x00",
+           f"[{'9' * 9999}]", '[{"step": 1, "images": "2", "weights": ""}]', '{"step": 1, "images": 2, "weights": ""}',
+           *(entry % x for x in ("NaN", "Infinity", "-Infinity", "1e999", "null", "true", '"7"', "[7.0]")))  # fmt: skip
+    for content in (*(text.encode() for text in odd), b"\xff\xfe[]", (entry % "7.0").encode("utf-16")):
+        (tmp_path / "other" / "scores.json").write_bytes(content)
+        message = support.fails(capsys, "--evaluate", out, "--out", tmp_path / "other", *where)
+        assert re.search("is not a list .*; move it away, or choose another --out", message), content[:60]
     assert quick == []
     folder = tmp_path / "one"
     folder.mkdir()
@@ -363,7 +541,8 @@ def test_what_is_wrong_is_said_before_the_work(quick, tmp_path, capsys):
         1,
     )
     run = (*alone, "--out", tmp_path / "alone", *where)
-    assert "two real pictures or more" in support.fails(capsys, *run, "--evaluate-every", 1)
+    message = support.fails(capsys, *run, "--evaluate-every", 1)
+    assert re.search("two real pictures or more; .* or leave out --evaluate-every", message)
     assert support.run_main(*alone, "--out", tmp_path / "again", *where) == 0
     assert "two real pictures or more" in support.fails(
         capsys, "--evaluate", tmp_path / "again", "--features", "own", *where

@@ -6,7 +6,9 @@ import re
 import pytest  # isort: skip
 
 import transgan
-from paper import tables
+from data import UserError
+from paper import scores, tables
+from paper.inception import WEIGHTS
 from paper.networks import NAMES
 from program import support
 from program.checkpoints import newest_checkpoint
@@ -68,6 +70,67 @@ def test_the_table_of_tricks(tmp_path, data_dir, capsys):
     assert tables.main([*command, "--", "--batch-size", "4", "--gen-batch-size", "4"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"transgan: cannot read .*baseline-0", error)
+
+
+def test_a_table_takes_scores_that_fit(tmp_path, monkeypatch, capsys):
+    """Measured by the same network against the same pictures, the data set's own, of the generator that is there."""
+    command = ["3", *QUICK, "--rows", "baseline,+ locality", "--out", str(tmp_path), "--data-dir", str(tmp_path)]
+    measured = {"images": 20, "against": "pictures", "reference": "r", "statistics": None, "weights": "w", "network": "n",
+                "resizing": "none"}  # fmt: skip
+    wrong, evaluated = {"fid_own": -1.0, "is_own": -1.0}, []
+
+    def evaluate(_, folder, *words):
+        entry = {"step": 1, "generator": folder.name, "fid_own": len(folder.name) / 7, "is_own": 2.0} | measured
+        known = [x for x in scores.read_scores(folder / "scores.json") if scores.made_of(x) != scores.made_of(entry)]
+        (folder / "scores.json").write_text(json.dumps([*known, entry]))
+        evaluated.append(folder.name)
+
+    monkeypatch.setattr(tables, "program", evaluate)
+    monkeypatch.setattr(tables, "train", lambda *_: {"distance": 1.0, "seconds": 1.0})
+    monkeypatch.setattr(tables, "reached", lambda folder: (1, folder.name))
+
+    def printed():
+        evaluated.clear()
+        assert tables.main(command) == 0
+        return capsys.readouterr().out
+
+    first = printed()
+    path = next(tmp_path.glob("*/locality-0/scores.json"))
+    (entry,) = json.loads(path.read_text())
+    others = ({"images": 30}, {"statistics": "mine.npz"}, {"generator": "another"}, {"generator": None}, {"step": 2})
+    path.write_text(json.dumps([entry, *(entry | wrong | other for other in others)]))
+    assert printed() == first
+    assert evaluated == []
+    for other in ("network", "reference", "weights", "resizing", "against"):  # the rows differ: measured anew
+        path.write_text(json.dumps([entry | wrong | {other: "another"}]))
+        assert printed() == first, other
+        assert evaluated == ["baseline-0", "locality-0"]
+        assert [x["fid_own"] for x in json.loads(path.read_text())] == [-1.0, entry["fid_own"]]
+    del entry["network"]  # as of a version that did not say
+    path.write_text(json.dumps([entry | wrong]))
+    assert printed() == first
+    measured["network"] = "m"  # a whole table of another network stays as it is
+    assert printed() == first
+    assert evaluated == []
+
+
+def test_what_scores_need_is_asked_for_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "program", lambda *_: pytest.fail("it trains first"))
+    (tmp_path / "file").write_text("no folder")
+    command = [*QUICK, "--out", str(tmp_path / "out"), "--data-dir"]
+    assert tables.main(["3", *command, str(tmp_path / "file" / "x")]) == 2
+    assert "choose another --data-dir" in capsys.readouterr().err
+    (tmp_path / WEIGHTS.name).write_text("no weights")
+    assert tables.main(["3", *command, str(tmp_path), "--features", "inception"]) == 2
+    assert "is not the file expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("last", ["1,nan,9", "1,inf,9", "1,,9", "1,2,nan", "1,2", "1"])
+def test_a_last_row_without_a_distance_is_no_number(last, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "reached", lambda _: (1, ""))
+    (tmp_path / "log.csv").write_text(f"step,distance,seconds\n{last}\n")
+    with pytest.raises(UserError, match="is damaged"):
+        tables.train(tmp_path, [], [], 1)
 
 
 @pytest.mark.parametrize("number", tables.TABLES)

@@ -370,7 +370,7 @@ def refused(path, content, message):
         tracemalloc.stop()
     text = str(caught.value)
     assert text.startswith(f"{path} holds no weights that can be read (") and text.endswith(
-        "; delete it and fetch it again"
+        "; name another file, or fetch it anew"
     )
     assert len(text.splitlines()) == 1 and len(text) < len(str(path)) + 300
     assert peak < 4 * len(content) + (24 << 20) and time.perf_counter() - began < 10
@@ -721,7 +721,7 @@ def test_no_tensors_at_all(path, form):
 
 def test_what_is_no_file(path, tmp_path, monkeypatch):
     for wrong, message in (
-        (tmp_path / "missing.pth", "cannot read .*missing.pth: No such file or directory; .*fetch it again"),
+        (tmp_path / "missing.pth", "cannot read .*missing.pth: No such file or directory; .*fetch it anew"),
         (tmp_path, "not a plain file"),
         (tmp_path / "nul\0.pth", "null"),
     ):

@@ -59,10 +59,12 @@ def read_weights(path):
         return {name: _array(x, raw[x.storage.key], order) for name, x in tensors.items()}
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"cannot read {path}: {reason}; delete it if it is there and fetch it again") from None
+        raise UserError(f"cannot read {path}: {reason}; name another file, or fetch it anew") from None
     except Exception as error:  # a damaged file can raise anything at all
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} holds no weights that can be read ({reason}); delete it and fetch it again") from None
+        raise UserError(
+            f"{path} holds no weights that can be read ({reason}); name another file, or fetch it anew"
+        ) from None
 
 
 # --- 2. Three formats -------------------------------------------------------------------------------------------------

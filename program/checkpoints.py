@@ -2,21 +2,31 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
-import shlex
+import re
 import sys
 import tempfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 
 import autograd as ag
 from data import UserError, first_line
-from program.options import read_options
+from paper.convolutions import Stateful
+from program.options import quoted, read_options
+from program.sampler import Sampler
+from program.trainer import make_networks
 from store import files
+from store.arguments import NAMES
 from store.files import CHECKPOINTS
-from store.output import one_line
+from store.output import note, one_line
+
+FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "sr_loss", "distance", "fid_own", "is_own", "pictures_per_second",
+          "seconds")  # fmt: skip
+EMPTY = (b"", ",".join(FIELDS).encode())  # what a log without a row holds
 
 
 class NotFinite(UserError):
@@ -71,6 +81,27 @@ def load(trainer, path):
     return pictures
 
 
+def load_sampler(options, path, threads=None):
+    """The Sampler of a checkpoint of these options: reads the averaged generator, and the discriminator if there is one.
+
+    Raises UserError if these do not fit the options.
+    """
+    generator, discriminator = make_networks(options)
+    with open_checkpoint(path) as saved:
+        if not any(name.startswith("discriminator/") for name in saved.names):
+            discriminator = None
+        wanted = {f"average/{name}": p.data for name, p in generator.parameters().items()}
+        wanted |= (
+            {f"discriminator/{name}": p.data for name, p in discriminator.parameters().items()} if discriminator else {}
+        )
+        for network, kind in ((generator, "generator"), (discriminator, "discriminator")):
+            if isinstance(network, Stateful):
+                wanted |= {f"{kind}/{name}": x for name, x in network.buffers().items()}
+        for name, x in wanted.items():
+            x[...] = ag.xp.asarray(saved.read(name, x))
+        return Sampler(options, saved.step(), files.checksum(saved.file, "average/"), generator, discriminator, threads)
+
+
 class open_checkpoint:
     """Within this context, the arrays of a checkpoint's zip file; whatever is wrong with it becomes a UserError.
 
@@ -85,7 +116,7 @@ class open_checkpoint:
 
     def __enter__(self):
         try:
-            self.file = zipfile.ZipFile(self.path)
+            self.file = zipfile.ZipFile(files.plain(self.path))
             members = self.file.infolist()
             self.names = {member.filename.removesuffix(".npy") for member in members}
             if not {"options", "step"} <= self.names:
@@ -103,7 +134,7 @@ class open_checkpoint:
     def __exit__(self, kind, error, _):
         self.file.close()
         if isinstance(error, Exception) and not isinstance(error, UserError):
-            raise UserError(f"{self.path} is damaged: {first_line(error)}; resume from another run") from None
+            raise UserError(f"{self.path} is damaged: {first_line(error)}; name another run's folder") from None
 
     def read(self, name, like=None):
         """The array of this name, read-only; of the shape and dtype of `like`, or of at most SMALL bytes."""
@@ -116,7 +147,9 @@ class open_checkpoint:
         if (shape, dtype) != (like.shape, like.dtype):
             found, needed = f"{dtype} of shape {shape}", f"{like.dtype} of shape {like.shape}"
             raise UserError(f"{self.path} does not fit: {name} is {found}, not {needed}")
-        return files.read_array(self.file, name, math.prod(shape) * dtype.itemsize)
+        if not np.isfinite(array := files.read_array(self.file, name, math.prod(shape) * dtype.itemsize)).all():
+            raise ValueError(f"its {name} is not finite")
+        return array
 
     def step(self):
         """The number of the generator step after which it was written."""
@@ -160,28 +193,80 @@ def whole_checkpoint(path):
     return options
 
 
-def prepare_folder(out, resume):
-    """Make the run's folder, and refuse one that holds another run, or anything else that this one would overwrite."""
+def own_folder(out, dataset):
+    """Where a new run on this data set goes if nobody says: `out`, unless that holds a run on another one.
+
+    A folder of pictures has folders above it, whose names are put before until there is such a place.
+    """
+    above = [] if dataset in NAMES else [parent.name for parent in Path(dataset).parents if parent.name]
+    names = itertools.accumulate(above, lambda name, parent: files.portable(f"{parent}-{name}")[-100:], initial=out.name)
+    for place in map(out.with_name, itertools.chain(names, (f"{out.name}-{n}" for n in itertools.count(2)))):
+        if dataset_of(place) in (dataset, None):
+            break
+    if place != out:
+        note(f"{out} holds a run on {dataset_of(out)}; this one goes into {place}")
+    return place
+
+
+def dataset_of(folder):
+    """The data set of the run in a folder, None if there is no run."""
+    for name in CHECKPOINTS:
+        with contextlib.suppress(UserError), open_checkpoint(folder / name) as saved:
+            return saved.options().dataset
+    return None
+
+
+def refuse_among_pictures(out, dataset, trains):
+    """Raise UserError if what is made in the folder `out` would be among the pictures that it is made of.
+
+    A run, `trains`, may lie in a folder of its own among them: it is known by its checkpoint, and passed over.
+    """
+    out, folder = out.resolve(), Path(dataset).resolve()
+    if dataset in NAMES or folder not in (out, *out.parents):
+        return
+    within = [out, *out.parents][: [out, *out.parents].index(folder)]
+    if any((place / name).exists() for place in within for name in CHECKPOINTS):
+        return
+    if out == folder or not trains or (out.is_dir() and any(path.is_file() for path in out.rglob("*"))):
+        raise UserError(f"{out} is among the pictures of --dataset; choose another --out")
+
+
+@contextlib.contextmanager
+def owned(out):
+    """Within this context, the run's folder is there, and no other process trains in it. Raises UserError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            taken = f"another process trains in {out}; wait for its end, or choose another --out"
+            stack.enter_context(files.belongs_to_one(out / ".lock", taken))
+        except OSError as error:
+            raise UserError(f"cannot write in {out}: {error.strerror}; choose another --out") from None
+        yield
+
+
+def prepare_folder(out, resume, goes_on):
+    """Make ready a run's folder, and refuse one that holds another run, or anything else that this one would overwrite.
+
+    goes_on: the command that goes on with a run there.
+    """
     try:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
+        (out / "samples").mkdir(exist_ok=True)
         log = out / "log.csv"
         if out != resume:
-            if any((out / name).exists() for name in CHECKPOINTS) or (log.exists() and log.stat().st_size):
-                raise holds_a_run(out)
-            log.unlink(missing_ok=True)  # empty: a run was killed before its first checkpoint
+            kept = log.read_bytes().strip() if log.exists() else b""
+            if kept not in EMPTY or any((out / name).exists() for name in CHECKPOINTS):
+                raise holds_a_run(out, goes_on)
+            log.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         if out != resume and any((out / "samples").iterdir()):
             raise UserError(f"{out / 'samples'} is not empty; move what it holds away, or choose another --out")
         tempfile.TemporaryFile(dir=out).close()
-        for part in (*out.glob(f"{CHECKPOINTS[0]}.*.part"), *out.glob("samples/*.part")) if out == resume else ():
-            part.unlink(missing_ok=True)  # what a killed process was writing
+        for part in (*out.glob("*.part"), *out.glob("samples/*.part")) if out == resume else ():
+            if re.search(r"\.(npz|csv|png|gif|html|json)\.\d+\.part$", part.name):
+                part.unlink(missing_ok=True)  # what a killed process was writing
     except OSError as error:
         raise UserError(f"cannot write in {out}: {error.strerror}; choose another --out") from None
 
 
-def holds_a_run(out):
-    return UserError(f"{out} holds a run already; go on with it by --resume {quoted(out)}, or choose another --out")
-
-
-def quoted(path):
-    """A path as one writes it in a command."""
-    return shlex.quote(str(path))
+def holds_a_run(out, goes_on=None):
+    goes_on = goes_on or f"--resume {quoted(out)}"
+    return UserError(f"{out} holds a run already; choose another --out, or go on with it: {goes_on}")

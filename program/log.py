@@ -1,28 +1,49 @@
 """What a training shows of itself: log.csv, a row a step, and the line that is to be seen while it runs."""
 
+import contextlib
 import csv
 import math
-import os
+import shutil
 import sys
 import time
 
 from data import UserError
 from look.report import LABELS
-from program.checkpoints import NotFinite, holds_a_run
-from store import output
+from program import signals
+from program.checkpoints import FIELDS, NotFinite, holds_a_run
+from store import files, output
+
+LONG = 2 * 86400  # seconds: a run that takes more is better thought over
+LAPTOP = "cifar10-laptop"  # the preset that takes less
+
+
+def long_run(size, seconds):
+    """What to say in the beginning of a run of this size that will take so many seconds here; None if it is not long."""
+    if seconds <= LONG:
+        return None
+    instead = "lower --steps" if size == "tiny" else f"--preset {LAPTOP} is made for a machine like this"
+    return f"this run will take about {output.clock(seconds)} here; {instead}"
+
+
+def fitted(parts, width):
+    """Parts of a line (rank, text) in order, those of the highest ranks left out until they fit a width."""
+    while len(line := "  ".join(text for _, text in parts)) > width and len(parts) > 1:
+        parts = [part for part in parts if part != max(parts, key=lambda part: part[0])]
+    return line[:width]
 
 
 class Log:
     """Writes log.csv, a row a step, and shows progress: one live line on a terminal, now and then a line elsewhere.
 
     Losses arrive as arrays on the device and are read a few at a time, so that a step need not wait for them.
+    every: steps from one grid of samples to the next, which the time left is to take into account.
     """
 
-    FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "sr_loss", "distance", "fid_own", "is_own",
-              "pictures_per_second", "seconds")  # fmt: skip
+    FIELDS = FIELDS
+    PAUSES = 0.5, 10, 60  # seconds from line to line: live, elsewhere, and elsewhere within a step
 
-    def __init__(self, path, step, steps, resumed=False):
-        self.first, self.steps = step, steps
+    def __init__(self, path, step, steps, resumed=False, every=1):
+        self.first, self.step, self.steps, self.every = step, step, steps, every
         kept, self.earlier = [], 0.0
         if resumed and path.exists() and step:
             try:
@@ -33,43 +54,80 @@ class Log:
                     raise ValueError(f"it took {self.earlier} seconds")
             except (ValueError, KeyError, TypeError, csv.Error) as error:
                 raise UserError(f"{path} is not a log of this program ({error}); move it away to go on without") from None
-        start = path.with_name(path.name + ".part") if resumed else path
-        try:
-            self.file = start.open("w" if resumed else "x", newline="", encoding="utf-8")
-        except FileExistsError:
-            raise holds_a_run(path.parent) from None
-        self.writer = csv.DictWriter(self.file, self.FIELDS, restval="", extrasaction="ignore")
-        self.writer.writeheader()
-        self.writer.writerows(kept)
+        with contextlib.ExitStack() as whole:
+            start = whole.enter_context(files.whole_file(path)) if resumed else path
+            try:
+                self.file = start.open("w" if resumed else "x", newline="", encoding="utf-8")
+            except FileExistsError:
+                raise holds_a_run(path.parent) from None
+            self.writer = csv.DictWriter(self.file, FIELDS, restval="", extrasaction="ignore")
+            self.writer.writeheader()
+            self.writer.writerows(kept)
+            if resumed:
+                self.file.close()
         if resumed:
-            self.file.close()
-            os.replace(start, path)
             self.file = path.open("a", newline="", encoding="utf-8")
             self.writer.writer = csv.writer(self.file)  # the same columns, in the file that goes on
         self.live = output.mode == "lines" and output.is_live(sys.stdout)
+        self.terminal = bool(sys.stdout and sys.stdout.isatty())
         self.measured = {}
+        self.row, self.speed = {"step": step}, 0.0  # as they were shown
         self.waiting = []  # for the file
         self.written = []  # those in it that were not shown
         self.start = self.shown = self.last = time.monotonic()
+        self.took = self.working = self.besides = 0.0  # seconds: of the first step, of all after it, of what is no step
 
     def add(self, step, losses, pictures):
         """Remember a step: its losses, and how many real pictures it used."""
         now = time.monotonic()
-        row = {"step": step, "pictures_per_second": pictures / max(now - self.last, 1e-9)}
+        seconds = max(now - self.last, 1e-9)
+        row = {"step": step, "pictures_per_second": pictures / seconds}
         self.waiting.append(row | losses | {"seconds": self.earlier + now - self.start})
-        self.last = now
+        self.last, self.step = now, step
+        if step > self.first + 1:
+            self.working += seconds
+        elif step > self.first:
+            self.took = seconds
 
     def measure(self, measured):
-        """Add the distance or scores that were measured after the last step; the time that took counts for no step."""
+        """Add the distance or scores that were measured after the last step."""
         self.waiting[-1] |= measured
         self.measured |= measured
-        self.last = time.monotonic()
+
+    @contextlib.contextmanager
+    def aside(self, what):
+        """Within this context is done what is no part of any step, `what` in a word or two."""
+        begun = time.monotonic()
+        self.busy(what, at_once=True)
+        yield
+        took = time.monotonic() - begun
+        self.last += took
+        self.besides += took
+
+    def busy(self, what, at_once=False):
+        """Show what is being done within a step, or beside them, if that takes long."""
+        now = time.monotonic()
+        pause = self.PAUSES[0 if self.live else 2]
+        if now - self.shown > pause and (at_once or now - self.last > 4 * pause) and output.mode == "lines":
+            self.shown = now
+            self.put(what)
+
+    def left(self):
+        """About how many seconds all that is still to do will take; None before there was a step.
+
+        The first step counts for nothing as soon as there is another: whatever is made once is made in it.
+        """
+        done = self.step - self.first
+        if not done:
+            return None
+        pace = self.working / (done - 1) if done > 1 else self.took
+        return (pace + self.besides / max(done, self.every)) * (self.steps - self.step)
 
     def check(self):
         """Read the numbers that wait. Raises NotFinite at the first that is not."""
         for row in self.waiting:
             row |= numbers(row)
-            for name in self.FIELDS:
+            for name in FIELDS:
                 if not math.isfinite(row.get(name) or 0):
                     raise NotFinite(f"{name} is {row[name]} at step {row['step']}")
 
@@ -84,7 +142,7 @@ class Log:
     def tick(self):
         """Check and show what there is, if it is time to."""
         row = (self.written + self.waiting)[-1]
-        due = time.monotonic() - self.shown > (0.5 if self.live else 10)
+        due = time.monotonic() - self.shown > self.PAUSES[0 if self.live else 1]
         if due or row["step"] in (self.first, self.first + 1, self.steps):
             self.check()
             self.show()
@@ -94,35 +152,55 @@ class Log:
         self.write()
         if not self.written:
             return
-        self.shown = time.monotonic()
-        if self.live:
-            print(f"\r\033[K{self.line()}", end="", flush=True)
-        elif output.mode == "json":
+        self.shown, self.row = time.monotonic(), self.written[-1]
+        if self.row["step"] > self.first:
+            self.speed = sum(row["pictures_per_second"] for row in self.written) / len(self.written)
+        if output.mode == "json":
             for row in self.written:
                 output.tell(None, event="step", **row)
         else:
-            output.tell(self.line())
+            self.put()
         self.written.clear()
 
-    def line(self):
-        """What is worth reading of the rows that were not shown."""
-        row, parts = self.written[-1], []
-        for name, label in (("disc_loss", "D"), ("gen_loss", "G"), ("penalty", "penalty"), ("sr_loss", "SR")):
+    def put(self, doing=None):
+        """Print the line; on a terminal that is gone, this is what to hang up for."""
+        try:
+            if self.live:
+                print(f"\r\033[K{self.line(shutil.get_terminal_size().columns - 1, doing)}", end="", flush=True)
+            else:
+                output.tell(self.line(doing=doing))
+        except OSError:
+            if not self.terminal:
+                raise
+            signals.hang_up()
+
+    def line(self, width=10**6, doing=None):
+        """What is worth reading of the rows that were not shown before, in at most so many characters."""
+        row, left = self.row, self.left()
+        parts = [(0, f"step {row['step']}/{self.steps}")]
+        if doing:
+            parts.append((1, doing))
+        losses = (3, "disc_loss", "D"), (4, "gen_loss", "G"), (6, "penalty", "penalty"), (9, "sr_loss", "SR")
+        for rank, name, label in losses:
             if name in row:
-                parts.append(f"{label} {row[name]:.3f}")
-        parts += [f"{LABELS[name]} {value:.3f}" for name, value in self.measured.items()]
-        step, elapsed = row["step"], self.shown - self.start
-        left = elapsed / max(step - self.first, 1) * (self.steps - step)
-        speed = (sum(r["pictures_per_second"] for r in self.written) / len(self.written)) if step > self.first else 0
-        parts += [f"{speed:.0f} pictures/s", f"{output.clock(elapsed)} elapsed"]
-        parts += [f"{output.clock(left)} left"] if step > self.first else []
-        return f"step {step}/{self.steps}  " + "  ".join(parts)
+                parts.append((rank, f"{label} {row[name]:.3f}"))
+        parts += [(5, f"{LABELS[name]} {value:.3f}") for name, value in self.measured.items()]
+        parts += [(8, f"{self.speed:.0f} pictures/s"), (7, f"{output.clock(self.shown - self.start)} elapsed")]
+        parts += [(2, f"{output.clock(left)} left")] if left is not None else []
+        return fitted(parts, width)
+
+    def say(self, line, **fields):
+        """Tell something that is not to be overwritten by the live line."""
+        if self.live:
+            print("\r\033[K", end="")
+        output.tell(line, **fields)
 
     def close(self):
         """Write what waits, and leave the live line standing."""
         self.show()
         if self.live:
-            print()
+            with contextlib.suppress(OSError):  # of a terminal that is gone
+                print()
         self.file.close()
 
 

@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import io
 import sys
+import warnings
 from pathlib import Path
 
 from data import UserError
 from look import pictures as looks
-from program import options
+from program import options, signals
 from program.run import REWINDS, run
 from store import output
 from store.arguments import Parser, folder, number
@@ -31,8 +32,8 @@ def make_parser():
         "noise, over time; restored-*: real pictures made small, what the generator makes of them, and the originals),\n"
         "progress.gif, curves.png and log.csv (a row a step; distance is the sliced Wasserstein distance of generated\n"
         "from real pictures); checkpoint.npz and the one before it; and locality.png where there is some. Exit codes: 0\n"
-        "done; 2 something to put right, said in one line; 130 and 143 stopped by Ctrl-C or SIGTERM: the running step is\n"
-        "finished and saved. A second Ctrl-C stops at once.",
+        "done; 2 something to put right, said in one line; 130, 143 and 129 stopped by Ctrl-C, SIGTERM or SIGHUP: the\n"
+        "running step is finished and saved. A second Ctrl-C stops at once.",
     )
     add_training(parser)
     add_places(parser)
@@ -106,29 +107,51 @@ def add_scores(parser):
 
 
 def main(argv=None):
-    """Run the command line; returns the exit code: 0, 2 for what the user can put right, 130 or 143 after a signal."""
-    parser, code = make_parser(), 2
-    args = parser.parse_args(argv)
-    output.mode = "json" if args.json else "quiet" if args.quiet else "lines"
+    """Run the command line; returns the exit code: 0, 2 for what the user can put right, 129, 130 or 143 after a signal.
+
+    Raises SystemExit for a command line that is wrong, or asks for help.
+    """
+    parser, args, code = make_parser(), None, 2
+    output.mode = "lines"
     try:
+        need_a_folder()
+        args = parser.parse_args(argv)
+        output.mode = "json" if args.json else "quiet" if args.quiet else "lines"
         code = run(args, parser)
         output.tell(None, event="end", exit_code=code, error=None)
         return code
+    except SystemExit as stop:
+        words = sys.argv[1:] if argv is None else argv
+        if stop.code and any("--json".startswith(word) and len(word) > 2 for word in words):
+            output.mode = "json"
+            output.tell(None, event="end", exit_code=stop.code, error=parser.mistake)
+        raise
     except UserError as error:
         message = str(error)
     except MemoryError:
         message = "not enough memory for this; lower --batch-size and --gen-batch-size, or choose a smaller --size"
+        if args and (args.resume or args.evaluate or args.begun):
+            message = "not enough memory for this; close other programs"
     except OSError as error:
         message = f"{error.filename or 'writing'}: {error.strerror or error}; free some space or choose another --out"
         if isinstance(error, BrokenPipeError):
-            message = "nobody reads the output any more; the run goes on from its last checkpoint with --resume"
-    except KeyboardInterrupt:
-        code, message = 130, "stopped; a run that has begun goes on from its last checkpoint with --resume"
-        print(file=sys.stderr)  # so that it stands below the terminal's ^C
-    print(f"transgan: {one_line(message)}", file=sys.stderr)
-    with contextlib.suppress(OSError):  # of an output that nobody reads
+            message = "nobody reads the output any more"
+    except KeyboardInterrupt as error:
+        code, message = 130, str(error) or "stopped"
+        with contextlib.suppress(OSError):
+            print(file=sys.stderr)  # so that it stands below the terminal's ^C
+    with contextlib.suppress(OSError):  # of a terminal that is gone, of an output that nobody reads
+        print(f"transgan: {one_line(message)}", file=sys.stderr)
         output.tell(None, event="end", exit_code=code, error=one_line(message))
     return code
+
+
+def need_a_folder():
+    """Raise UserError if the folder that this was started in is gone."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError(f"the folder that this was started in: {error.strerror}; change to another") from None
 
 
 def console():
@@ -136,4 +159,6 @@ def console():
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where the shell closed it
             stream.reconfigure(errors="backslashreplace")  # for names of files that cannot be printed as they are
-    return main()
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of what is not finite: that is refused in our words
+    with signals.interruptible():
+        return main()

@@ -1,15 +1,20 @@
 """What a run's options may be: on the command line, in a preset, in a checkpoint.
 
 OPTIONS says it of each once. `add_options` makes the command line of it, `read_options` checks what a checkpoint claims,
-and `choose_options` fills in what the data set, a preset and the other options decide.
+`choose_options` fills in what the data set, a preset and the other options decide, `refuse_idle_options` knows what does
+nothing, and `commands` writes it all down as one can paste it.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import shlex
-from pathlib import Path
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 import fast
@@ -81,7 +86,7 @@ NETWORKS = {
                         "residual network (default: transgan)"),
     "discriminator": Option(NAMES, None, "likewise (default: transgan)"),
     "image_size": Option(number(int, 8, 128), "N", "pixels a side, for a folder (default: 32) and for shapes (default: "
-                         "16); cifar10 has 32, stl10 48, celeba 64"),
+                         "16); cifar10 has 32, stl10 48, celeba 64, and what divides these is averaged"),
     "patch_size": Option(number(int, 1, 128), "N", "pixels a side of the discriminator's patches (default: an 8x8 grid, at "
                          "least 4)"),
 }  # fmt: skip
@@ -152,9 +157,14 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
+def quoted(path):
+    """A word, such as a path, as one writes it in a command."""
+    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
+
+
 def flags(values):
     """Options by name, as one writes them on the command line."""
-    return " ".join(f"{flag(name)} {shlex.quote(str(value))}" for name, value in values.items())
+    return " ".join(flag(name) if value is True else f"{flag(name)} {quoted(value)}" for name, value in values.items())
 
 
 def add_options(group, options):
@@ -168,8 +178,9 @@ def is_valid(name, value):
     """Whether an option may have this value, of any type."""
     if type(value) is not type(getattr(Options, name)):
         return False
-    if name == "dataset":  # a folder may have been moved
-        return value in arguments.NAMES or Path(value).is_absolute()
+    if name == "dataset":  # a folder may have been moved, also from another kind of system
+        whole = any(kind(value).is_absolute() for kind in (PurePosixPath, PureWindowsPath))
+        return value in arguments.NAMES or (whole and files.is_possible(value))
     values = OPTIONS[name].values
     try:
         return values(str(value)) == value if callable(values) else value in values
@@ -187,7 +198,7 @@ def read_options(text, path):
         raise UserError(f"{path} holds options of another version; start a new run") from None
     for name in OPTIONS:
         if not is_valid(name, getattr(options, name)):
-            raise UserError(f"{path}: its option {name} is {getattr(options, name)!r}; start a new run")
+            raise UserError(f"{path}: its option {name} is {getattr(options, name)!r:.99}; start a new run")
     return options
 
 
@@ -217,15 +228,15 @@ def choose_options(args, saved=None):
     given = given_options(args)
     if not saved:
         options = check_options(fill_in(given, args.preset))
-        refuse_idle(given, options, args.preset)
+        for name, why in idle(options).items():
+            if name in given:
+                raise UserError(f"{flag(name)} does nothing here: {why}; leave it out")
         pair = [options.generator, options.discriminator]
         parts = [Path(options.dataset).name, options.size, *(pair if pair != ["transgan", "transgan"] else [])]
         return options, args.out or Path("runs") / files.portable("-".join(parts))
     begun = args.resume or args.evaluate or args.begun  # the last is --from
     if args.begun:
         given.pop("seed", None)  # of the pictures, not of the run
-    if args.preset:
-        raise UserError(f"a run has its own options; leave out --preset {args.preset}")
     moved = saved.dataset not in arguments.NAMES and given.get("dataset") not in arguments.NAMES
     changeable = ({"steps", "accumulate"} if args.resume else set()) | ({"dataset"} if moved else set())
     for name, value in given.items():
@@ -234,25 +245,23 @@ def choose_options(args, saved=None):
     return check_options(dataclasses.replace(saved, **given)), args.out or (begun / "look" if args.begun else begun)
 
 
-def refuse_idle(given, options, preset):
-    """Raise UserError for an option, of those given, that changes nothing but itself; its default may be named."""
-    no_window = "there is no --locality"
-    for name, why in (
-        ("patch_size", options.discriminator != "transgan" and f"--discriminator {options.discriminator} has no patches"),
-        ("locality_shape", options.locality == "none" and no_window),
-        ("locality_stages", options.locality == "none" and no_window),
-    ):
-        others = {key: value for key, value in given.items() if key != name}
-        if why and getattr(options, name) != getattr(fill_in(others, preset), name):
-            raise UserError(f"{flag(name)} does nothing here: {why}; leave it out")
+def idle(options):
+    """What does nothing beside the others, and why: {name: words}."""
+    found = {}
+    if options.discriminator != "transgan":
+        found["patch_size"] = f"--discriminator {options.discriminator} has no patches"
+    if options.locality == "none":
+        found |= dict.fromkeys(("locality_shape", "locality_stages"), "there is no --locality")
+    return found
 
 
 def check_options(options):
     """The options, if they go together; what the networks refuse is theirs to say. Raises UserError otherwise."""
     side = datasets.SIDES.get(options.dataset, options.image_size)
-    if options.image_size != side:
-        raise UserError(f"{options.dataset} has pictures of {side} pixels a side, not {options.image_size}; "
-                        "leave out --image-size")  # fmt: skip
+    if side % options.image_size:
+        sides = ", ".join(str(side // n) for n in range(1, side // 8 + 1) if side % n == 0)
+        raise UserError(f"{options.dataset} has pictures of {side} pixels a side, which --image-size {options.image_size} "
+                        f"does not divide; choose one of {sides}")  # fmt: skip
     peer = options.generator != "transgan"
     if peer and (options.sr_weight or options.locality != "none"):
         raise UserError(f"co-training and locality are TransGAN's: --generator {options.generator} wants --sr-weight 0 "
@@ -268,10 +277,95 @@ def check_options(options):
     return options
 
 
+# Where an option that is none of OPTIONS does something: in a training, with --summary, and so on. --quiet and --json do
+# anywhere.
+TRAINING_MODES = ("a training", "--resume")
+ACTS = {
+    **dict.fromkeys(("on_nan", "gpus", "sample_every", "save_every", "evaluate_every", "profile"), TRAINING_MODES),
+    **dict.fromkeys(("data_dir", "out", "device", "threads", "plain"), (*TRAINING_MODES, "--evaluate", "--from")),
+    **dict.fromkeys(("features", "inception", "fid_stats"), ("--evaluate",)),
+    **dict.fromkeys(("sample", "interpolate", "attention", "query", "nearest"), ("--from",)),
+    "num_images": ("--evaluate", *TRAINING_MODES),
+    "preset": ("a training", "--summary"),
+}
+# What an option does something with, or else does not.
+NEEDS = {"query": "attention", "num_images": "evaluate_every"}
+# Two of which only one can have its way.
+EITHER = (
+    ("resume", "evaluate"), ("resume", "begun"), ("evaluate", "begun"), ("summary", "evaluate"), ("summary", "begun"),
+    ("inception", "features"),
+)  # fmt: skip
+
+
+def refuse_idle_options(args, parser):
+    """Raise UserError for an option, of those that `parser` made `args` of, that does nothing beside the others.
+
+    What `choose_options` makes an Options of is its business. One that says no more than its default is no offence.
+    """
+    names = {name: flag(name) for name in vars(args)} | {"begun": "--from"}
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    for one, other in EITHER:
+        if {one, other} <= given and not (other == "features" and args.features != "own"):
+            raise UserError(f"{names[one]} and {names[other]} do not go together; leave out one of them")
+    mode = next((names[name] for name in ("summary", "evaluate", "begun", "resume") if name in given), "a training")
+    for name in sorted(given & ACTS.keys()):
+        if mode not in ACTS[name]:
+            where = " or ".join(other for other in ACTS[name] if other != "--resume")
+            if (mode, where) == ("a training", "--from"):
+                raise UserError(f"{names[name]} makes pictures of a run that has begun; name its folder with --from")
+            raise UserError(f"{names[name]} does nothing here: it goes with {where}; leave it out")
+        if name in NEEDS and mode != "--evaluate" and not getattr(args, NEEDS[name]):
+            where = " or ".join(["--evaluate"] * (name == "num_images") + [names[NEEDS[name]]])
+            raise UserError(f"{names[name]} goes with {where}; leave it out")
+    if mode == "--from" and not given & {"sample", "interpolate", "attention", "nearest"}:
+        raise UserError("--from wants to know which pictures: --sample N, --interpolate N, --attention or --nearest N")
+    if args.threads and args.device == "gpu":
+        raise UserError("--threads are a CPU's, and do nothing with --device gpu; leave out one of them")
+
+
+def program():
+    """How this program is called, as one can paste it in the folder where it was."""
+    words = []
+    for path in (sys.executable or "python", transgan.__file__):
+        with contextlib.suppress(ValueError, OSError):  # the latter where that folder is gone
+            inside = Path(path).relative_to(Path.cwd())
+            path = inside if len(inside.parts) > 1 or inside.suffix == ".py" else Path(path)
+        words.append(quoted(path))
+    return " ".join(words)
+
+
+def long_command(options):
+    """The command that names all of these options, but for those that do nothing."""
+    return "transgan.py " + flags({name: x for name, x in dataclasses.asdict(options).items() if name not in idle(options)})
+
+
 def command(options):
     """The shortest command that gives these options: with those that are not what the others decide."""
     given, deciding = {}, ["dataset", "size", "generator", "discriminator", "image_size"]
     for name in dict.fromkeys([*deciding, *OPTIONS]):
         if getattr(options, name) != getattr(fill_in(given), name):
             given[name] = getattr(options, name)
-    return " ".join(["python transgan.py", flags(given)] if given else ["python transgan.py"])
+    return f"{program()} {flags(given)}".rstrip()
+
+
+# What a checkpoint does not know of the command that made it.
+KEPT = ("data_dir", "device", "gpus", "threads", "plain", "on_nan", "sample_every", "save_every", "evaluate_every",
+        "num_images")  # fmt: skip
+
+
+def kept(args, parser):
+    """Those of KEPT that `args` of `parser` has not by default, by name."""
+    return {name: getattr(args, name) for name in KEPT if getattr(args, name) != parser.get_default(name)}
+
+
+def commands(options, out, kept):
+    """Three commands of a run in the folder `out`: what began it, what goes on with it, what makes pictures of it.
+
+    kept: see the function of this name.
+    """
+    looks = {name: value for name, value in kept.items() if "--from" in ACTS[name]}
+    return (
+        f"{command(options)} {flags({'out': out} | kept)}",
+        f"{program()} {flags({'resume': out} | kept)}",
+        f"{program()} --from {quoted(out)} --sample 64 --interpolate 8 --attention --nearest 8 {flags(looks)}".rstrip(),
+    )

@@ -8,6 +8,7 @@ Contents
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import signal
@@ -29,8 +30,8 @@ from look.report import Report
 from paper import scores
 from paper.networks import NAMES
 from program import checkpoints, options, presets
-from program.checkpoints import NotFinite, quoted
-from program.log import Log
+from program.checkpoints import NotFinite
+from program.log import Log, long_run
 from program.profile import profile, tell_profile
 from program.signals import stop_signals
 from program.trainer import make_networks, make_trainer
@@ -73,78 +74,115 @@ def look(trainer, noise, real, samples):
     return {"distance": transgan.sliced_wasserstein(pictures, real)}
 
 
-def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=None, measure=None):
+def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=None, measure=None, kept=None):
     """Train until `trainer.options.steps`, writing samples, log and checkpoints into the folder `out`.
 
     sample_every, save_every: generator steps between sample grids and between checkpoints. Either is also made when it is
     PATIENCE seconds old, because a step of the large sizes takes a CPU half a minute. evaluate_every: generator steps
-    between calls of measure(), which returns more numbers for the log. Returns the number of the signal that stopped it
-    before (the step was finished, and saved), or None. Raises NotFinite; the last checkpoint is then from before.
+    between calls of measure(), which returns more numbers for the log. kept: see `options.commands`. Returns the number of
+    the signal that stopped it before (the step was finished, and saved), or None. Raises NotFinite; the last checkpoint is
+    then from before.
     """
     settings = trainer.options
+    if not resumed:
+        checkpoints.save(trainer, out / CHECKPOINTS[0])  # first, so that whatever stops the run can be gone on from
     rng = data.random_stream("judge", settings.seed)
     noise = trainer.noise(JUDGED, rng)
     pictures = trainer.batches.pictures
     real = data.scale(pictures[rng.choice(len(pictures), JUDGED, replace=len(pictures) < JUDGED)])
-    log = Log(out / "log.csv", trainer.step, settings.steps, resumed)
-    report = Report(trainer, out, options.command(settings), trainer.update.threads)
+    looks_every = min(sample_every, evaluate_every or sample_every)
+    log = Log(out / "log.csv", trainer.step, settings.steps, resumed, looks_every)
+    report = Report(trainer, out, options.commands(settings, out, kept or {}), trainer.update.threads)
+    measured = (1 if ag.xp is np else 2) if trainer.step == 0 else None  # a GPU's first step compiles its kernels
+    updates = itertools.count()
+
+    def watch():
+        number = next(updates) % (settings.disc_steps + 1)
+        log.busy(f"discriminator {number + 1} of {settings.disc_steps}" if number < settings.disc_steps else "generator")
+
+    trainer.update.watch = watch
+
+    def judge():
+        with log.aside("drawing samples"):
+            log.measure(look(trainer, noise, real, out / "samples"))
+
+    def score():
+        with log.aside("scoring"):
+            log.measure(measure())
+
+    def draw():
+        with log.aside("drawing the report"):
+            report.update()
+
     if settings.locality != "none":
         explain_locality(settings, out / "locality.png")
     with contextlib.closing(log), stop_signals() as stop:
-        if not resumed:
-            checkpoints.save(trainer, out / CHECKPOINTS[0])  # first, so that whatever stops the run can be gone on from
-        if trainer.step == 0:
-            log.add(0, {}, 0)
-            log.measure(look(trainer, noise, real, out / "samples") | (measure() if measure else {}))
-            log.tick()
-            report.update()
-        sampled = saved = time.monotonic()
-        asked = stop.asked
-        for step, losses in transgan.train(trainer) if not asked else ():
-            last, now = step == settings.steps, time.monotonic()
-            log.add(step, losses, settings.batch_size * settings.disc_steps)
-            if last or step % sample_every == 0 or now - sampled > PATIENCE:
-                log.check()
-                log.measure(look(trainer, noise, real, out / "samples"))
-                sampled = now
-            if measure and evaluate_every and (last or step % evaluate_every == 0):
-                log.check()
-                log.measure(measure())
+        try:
+            if trainer.step == 0:
+                log.add(0, {}, 0)
+                judge()
+                if measure:
+                    score()
+                log.tick()
+                log.write()
+                draw()
+            else:
+                with log.aside("drawing the report"):
+                    report.restate()
+            sampled = saved = time.monotonic()
             asked = stop.asked
-            if last or asked or step % save_every == 0 or now - saved > PATIENCE:
-                log.check()
-                log.write()
-                files.sync(out / "log.csv")  # whose rows are not to be older than the checkpoint
-                checkpoints.save(trainer, out / CHECKPOINTS[0])
-                saved = now
-            log.tick()
-            if sampled == now:  # in this step
-                log.write()
-                report.update()
-            if asked:
-                break
+            for step, losses in transgan.train(trainer) if not asked else ():
+                last, now = step == settings.steps, time.monotonic()
+                log.add(step, losses, settings.batch_size * settings.disc_steps)
+                if last or step % sample_every == 0 or now - sampled > PATIENCE:
+                    log.check()
+                    judge()
+                    sampled = now
+                if measure and evaluate_every and (last or step % evaluate_every == 0):
+                    log.check()
+                    score()
+                asked = stop.asked
+                if last or asked or step % save_every == 0 or now - saved > PATIENCE:
+                    log.check()
+                    log.write()
+                    files.sync(out / "log.csv")  # whose rows are not to be older than the checkpoint
+                    checkpoints.save(trainer, out / CHECKPOINTS[0])
+                    saved = now
+                log.tick()
+                if step == measured and (line := long_run(settings.size, log.left())):
+                    log.say(line, event="long", seconds=log.left())
+                if asked and not last:
+                    break
+                if sampled == now:  # in this step
+                    log.write()
+                    draw()
+        finally:
+            if trainer.step < settings.steps:
+                report.restate(stopped=True)
     return asked if trainer.step < settings.steps else None
 
 
 REWINDS = 5  # times that the learning rate may be halved
 
 
-def train_on(trainer, out, sample_every, save_every, resumed, evaluate_every=None, measure=None, on_nan="stop"):
+def train_on(trainer, out, sample_every, save_every, resumed, evaluate_every=None, measure=None, kept=None, on_nan="stop"):
     """`train`, and with on_nan="rewind" once more from the last checkpoint, at half the learning rate, after NotFinite.
 
     How often it was halved is part of a checkpoint. Raises UserError, saying what to try, after REWINDS times or at once.
     """
     while True:
         try:
-            return train(trainer, out, sample_every, save_every, resumed, evaluate_every, measure)
+            return train(trainer, out, sample_every, save_every, resumed, evaluate_every, measure, kept)
         except NotFinite as error:
             scale, resumed = trainer.update.rate_scale / 2, True
             if on_nan != "rewind" or scale < 0.5**REWINDS:
-                advice = f"go on from there at half the learning rate with --resume {quoted(out)} --on-nan rewind, or "
+                again = options.commands(trainer.options, out, {"on_nan": "rewind"} | (kept or {}))[1]
+                advice = f"start a new run with less than --learning-rate {trainer.options.learning_rate}"
                 if on_nan == "rewind":
-                    advice = f"{REWINDS} times half the learning rate did not help: "
-                raise UserError(f"{error}; the last checkpoint is from before: {advice}start a new run with less than "
-                                f"--learning-rate {trainer.options.learning_rate}") from None  # fmt: skip
+                    advice = f"{REWINDS} times half the learning rate did not help: {advice}"
+                else:
+                    advice += f", or go on from there at half the rate: {again}"
+                raise UserError(f"{error}; the last checkpoint is from before: {advice}") from None
             checkpoints.load(trainer, checkpoints.newest_checkpoint(out)[0])
             trainer.update.rate_scale = scale
             print(f"transgan: {error}; back to step {trainer.step}, at {scale:g} of the learning rate", file=sys.stderr)
@@ -153,8 +191,8 @@ def train_on(trainer, out, sample_every, save_every, resumed, evaluate_every=Non
 # --- 2. Several GPUs --------------------------------------------------------------------------------------------------
 
 
-def gather_gpus(args, options, checkpoint):
-    """The Group of --gpus N, whose other processes are started here. Raises UserError if this machine has fewer GPUs."""
+def check_gpus(args, options):
+    """Raise UserError unless this machine has as many GPUs as --gpus says, and they can share these options' batches."""
     found = ag.xp.cuda.runtime.getDeviceCount() if ag.xp is not np else 0
     if found < args.gpus:
         raise UserError(f"--gpus {args.gpus} asks for more GPUs than the {found} in use here; lower it, or leave it out")
@@ -164,6 +202,10 @@ def gather_gpus(args, options, checkpoint):
         raise UserError(f"--gpus cannot be: the batch norm of --generator {options.generator} wants whole batches")
     if args.on_nan != "stop":
         raise UserError("--gpus and --on-nan rewind do not go together: only one of the GPUs would go back; leave out one")
+
+
+def gather_gpus(args, options, checkpoint):
+    """The Group of --gpus N, whose other processes are started here."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -193,23 +235,6 @@ def take_part(rank, port, args, options, checkpoint):
 # --- 3. Running -------------------------------------------------------------------------------------------------------
 
 
-def refuse_idle_options(args):
-    """Raise UserError for options that would do nothing beside the others."""
-    if args.resume and args.evaluate:
-        raise UserError("--resume trains and --evaluate looks; leave out one of them")
-    for name in ("features", "inception", "fid_stats"):
-        if getattr(args, name) and not args.evaluate:
-            raise UserError(f"--{name.replace('_', '-')} goes with --evaluate; leave it out")
-    if args.num_images and not (args.evaluate or args.evaluate_every):
-        raise UserError("--num-images goes with --evaluate or --evaluate-every; leave it out")
-    if (args.evaluate or args.begun) and (args.evaluate_every or args.profile):
-        raise UserError("--evaluate-every and --profile watch a training; leave them out")
-    if args.evaluate and args.gpus > 1:
-        raise UserError("--gpus shares training; leave it out")
-    if args.features == "own" and args.inception:
-        raise UserError("--features own does not look through --inception; leave out one of them")
-
-
 def choose_forms(args, options):
     """Enter the fast forms of the engine's operations, or none with --plain; returns which are in use, in a word or two."""
     if not args.plain:
@@ -224,66 +249,107 @@ def choose_forms(args, options):
     return "plain forms"
 
 
-def go_on(trainer, args, checkpoint, out):
-    """Make ready to go on with the run in args.resume, whose checkpoint was loaded. Raises UserError if it is finished.
+def need_steps(run, options, checkpoint):
+    """Raise UserError if the run in the folder `run` is finished."""
+    with checkpoints.open_checkpoint(checkpoint) as saved:
+        if (step := saved.step()) >= options.steps:
+            raise UserError(f"the run in {run} is finished; ask for more with --steps above {step}")
+
+
+def need_batch(pictures, options):
+    """Raise UserError if a run that goes on has fewer pictures now than its batches, which stay as they are."""
+    batch = max(options.batch_size, options.gen_batch_size if options.sr_weight else 0)
+    if len(pictures) < batch:
+        raise UserError(f"{options.dataset} holds {len(pictures)} pictures, and the run's batches are of {batch}; add "
+                        "some, or name the folder where they are as --dataset")  # fmt: skip
+
+
+def go_on(checkpoint, out):
+    """Make ready to go on with the run in `out`, whose checkpoint was loaded.
 
     If that is the previous one, a damaged newest goes out of its way: it would take its place with the next that is saved.
     """
-    if trainer.step >= trainer.options.steps:
-        raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {trainer.step}")
     if checkpoint.name != CHECKPOINTS[0]:
         with contextlib.suppress(FileNotFoundError):
             (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
 
 
-# What a checkpoint does not know of the command that made it.
-KEPT = ("data_dir", "device", "gpus", "threads", "plain", "on_nan", "sample_every", "save_every", "evaluate_every",
-        "num_images")  # fmt: skip
+@contextlib.contextmanager
+def saying_how_to_go_on(chosen, out, goes_on):
+    """Within this context, what stops a run for a while says by which command it goes on, if it has a checkpoint."""
+    try:
+        yield
+    except (MemoryError, OSError, KeyboardInterrupt) as error:
+        if not any((out / name).exists() for name in CHECKPOINTS):
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"stopped; go on from the last checkpoint with: {goes_on}") from None
+        if isinstance(error, BrokenPipeError):
+            reason = "nobody reads the output any more"
+        elif isinstance(error, OSError):
+            reason = f"{error.filename or 'writing'}: {error.strerror or error}; free some space"
+        elif chosen.generator == "transgan":
+            reason, goes_on = "not enough memory for this", f"{goes_on} --accumulate {2 * chosen.accumulate}"
+        else:
+            reason = "not enough memory for this; close other programs"
+        raise UserError(f"{reason}; go on from the last checkpoint with: {goes_on}") from None
 
 
-def resume_command(args, parser, out):
-    """The command that goes on with the run in `out`, which knows its own options, as `args` of `parser` began it."""
-    changed = {name: getattr(args, name) for name in KEPT if getattr(args, name) != parser.get_default(name)}
-    more = options.flags({name: value for name, value in changed.items() if value is not True})
-    return " ".join(["python transgan.py --resume", quoted(out), *([more] if more else []), *(["--plain"] * args.plain)])
+def look_back(args, sampler, load, out):
+    """Make the pictures or the scores that are asked for of a run's Sampler; load: gives its data set's pictures."""
+    if args.begun:
+        looks.make(args, sampler, load, out)
+        return
+    features = args.features or ("own" if sampler.options.dataset == "shapes" and not args.inception else "inception")
+    scores.evaluate(out, sampler, load, features, args.num_images or 50_000, args.data_dir, args.inception, args.fid_stats)
 
 
 def run(args, parser):
     """What the command line asks for, as `parser` understood it: returns the exit code. Raises UserError."""
-    refuse_idle_options(args)
-    looks.refuse_idle_options(args)
+    options.refuse_idle_options(args, parser)
     begun = args.resume or args.evaluate or args.begun
     checkpoint, saved = checkpoints.newest_checkpoint(begun) if begun else (None, None)
     chosen, out = options.choose_options(args, saved)
     if args.summary:
         tell_summary(chosen, args.preset)
         return 0
+    if not saved and not args.out:
+        out = checkpoints.own_folder(out, chosen.dataset)
     try:
         device = ag.use_device(args.device)
     except RuntimeError as error:
         raise UserError(str(error)) from None
-    forms, pair = choose_forms(args, chosen), make_networks(chosen)
-    if not (args.evaluate or args.begun):
-        checkpoints.prepare_folder(out, args.resume)
-    pictures = datasets.load_pictures(chosen.dataset, args.data_dir, chosen.image_size)
+    forms = choose_forms(args, chosen)
+    load = functools.partial(datasets.load_pictures, chosen.dataset, args.data_dir, chosen.image_size)
+    checkpoints.refuse_among_pictures(out, chosen.dataset, trains=not (args.evaluate or args.begun))
+    if args.evaluate or args.begun:
+        look_back(args, checkpoints.load_sampler(chosen, checkpoint, args.threads), load, out)
+        return 0
+    pair = make_networks(chosen)  # before anything is written
+    if args.gpus > 1:
+        check_gpus(args, chosen)
+    if args.resume:
+        need_steps(args.resume, chosen, checkpoint)
+    with checkpoints.owned(out):
+        return begin(args, parser, chosen, out, checkpoint, device, forms, load, pair)
+
+
+def begin(args, parser, chosen, out, checkpoint, device, forms, load, pair):
+    """Train in the folder `out`, from a checkpoint if there is one, with the networks `pair` and the pictures of load()."""
+    kept = options.kept(args, parser)
+    goes_on = options.commands(chosen, out, kept)[1]
+    checkpoints.prepare_folder(out, args.resume, goes_on)
+    pictures = load()
+    if args.resume:
+        need_batch(pictures, chosen)
     group = gather_gpus(args, chosen, checkpoint) if args.gpus > 1 else None
     trainer = make_trainer(chosen, pictures, args.threads, group=group, pair=pair)
     if checkpoint:
         learnt_from = checkpoints.load(trainer, checkpoint)
-        if args.resume:
-            go_on(trainer, args, checkpoint, out)
-            if learnt_from is not None and not np.array_equal(learnt_from, checkpoints.pictures_of(trainer)):
-                print(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
-                      f"{len(pictures):,}", file=sys.stderr)  # fmt: skip
-    if args.evaluate:
-        features = args.features or ("own" if chosen.dataset == "shapes" and not args.inception else "inception")
-        line = scores.evaluate(out, trainer, pictures, features, args.num_images or 50_000, args.data_dir, args.inception,
-                               args.fid_stats)  # fmt: skip
-        output.tell(line, event="scores", **scores.read_scores(out / "scores.json")[-1])
-        return 0
-    if args.begun:
-        looks.make(args, trainer, pictures, out)
-        return 0
+        go_on(checkpoint, out)
+        if learnt_from is not None and not np.array_equal(learnt_from, checkpoints.pictures_of(trainer)):
+            print(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
+                  f"{len(pictures):,}", file=sys.stderr)  # fmt: skip
     threads = f", {trainer.update.threads} threads" if device == "cpu" else ""
     output.tell(f"{NAMES[chosen.generator]}-{chosen.size} on {chosen.dataset} {chosen.image_size}x{chosen.image_size}, "
                 f"{len(pictures):,} pictures, {device}{threads}, {forms}, into {out}",
@@ -291,18 +357,20 @@ def run(args, parser):
                 threads=trainer.update.threads, forms=forms, out=str(out))  # fmt: skip
     start = time.monotonic()
     measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
-    with profile() if args.profile else contextlib.nullcontext() as times:
+    with saying_how_to_go_on(chosen, out, goes_on), profile() if args.profile else contextlib.nullcontext() as times:
         asked = train_on(trainer, out, args.sample_every, args.save_every, out == args.resume, args.evaluate_every, measure,
-                         args.on_nan)  # fmt: skip
+                         kept, args.on_nan)  # fmt: skip
     if times is not None:
         tell_profile(times, trainer.inputs.waited, time.monotonic() - start)
     if asked:
-        command = resume_command(args, parser, out)
-        print(f"stopped after step {trainer.step}, and saved; go on with: {command}", file=sys.stderr)
-        output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=command)
+        print(f"stopped after step {trainer.step}, and saved; go on with: {goes_on}", file=sys.stderr)
+        output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=goes_on)
         return 128 + asked
-    picture = out / "samples" / f"step-{trainer.step:06d}.png"
-    output.tell(f"done: {picture}", event="picture", path=str(picture))
+    picture, report = out / "samples" / f"step-{trainer.step:06d}.png", out / "report.html"
+    shown = f"; all about this run: {report}" if report.exists() else ""
+    output.tell(f"done: {picture}{shown}", event="picture", path=str(picture))
+    if shown:
+        output.tell(None, event="report", path=str(report))
     return 0
 
 
@@ -312,7 +380,7 @@ def tell_summary(chosen, preset):
     rows = summary.summary_rows(generator, discriminator)
     named = [{name: x for name, x in zip(summary.COLUMNS, row, strict=True) if x} for row in rows]
     values, stated = dataclasses.asdict(chosen), presets.source_table(preset, chosen) if preset else []
-    text = f"transgan.py {options.flags(values)}\n\n{summary.table(rows)}"
+    text = f"{options.long_command(chosen)}\n\n{summary.table(rows)}"
     if stated:
         text += "\n\n" + summary.in_columns([list(stated[0]), *(list(row.values()) for row in stated)], "<<<<<")
     output.tell(text, event="summary", options=values, rows=named, sources=stated)

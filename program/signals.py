@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do to a training."""
+"""What Ctrl-C, SIGTERM and SIGHUP do to a training."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import types
 
 @contextlib.contextmanager
 def stop_signals():
-    """Within this context, a first Ctrl-C or SIGTERM does no more than to set `asked`, of what this yields, to its number.
+    """Within this context, a first Ctrl-C, SIGTERM or SIGHUP only sets `asked`, of what this yields, to its number.
 
     The next one acts as usual. Signals that are ignored (nohup) stay so; and only the main thread may ask for signals, so
     in any other nothing changes. Windows has Ctrl-C and Ctrl-Break.
@@ -23,11 +23,14 @@ def stop_signals():
     def ask(number, _):
         stop.asked = number
         restore()
+        if number == getattr(signal, "SIGHUP", None):
+            signal.signal(number, signal.SIG_IGN)  # a terminal that goes says so once for each process before this one
+            forget_terminal()
         with contextlib.suppress(OSError):  # print may be at work in what this interrupts
             os.write(2, b"\nfinishing the step, to save it; Ctrl-C again stops at once\n")
 
     if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
         for number in numbers:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, ask)
@@ -35,3 +38,34 @@ def stop_signals():
         yield stop
     finally:
         restore()
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Within this context, Ctrl-C raises KeyboardInterrupt; before and after, in a program, it may end it at once."""
+    quiet = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    if quiet:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if quiet:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def hang_up():
+    """What is to be done when a terminal turns out to be gone: as if SIGHUP had come, which may be on its way."""
+    forget_terminal()
+    if hasattr(signal, "SIGHUP"):
+        signal.raise_signal(signal.SIGHUP)
+
+
+def forget_terminal():
+    """Let what would still be written to a terminal that is gone, where each write fails, vanish."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        try:
+            os.write(number, b"")
+        except OSError:
+            os.dup2(nowhere, number)
+    os.close(nowhere)

@@ -26,11 +26,23 @@ from data import UserError
 from paper.networks import NAMES
 from program import checkpoints, main, run
 from program.log import Log
-from program.options import PRESETS, Options, choose_options, flags
+from program.options import (
+    PRESETS,
+    Options,
+    choose_options,
+    commands,
+    flag,
+    flags,
+    kept,
+    long_command,
+    program,
+    refuse_idle_options,
+)
 from program.support import (
     POLICY,
     TRAIN,
     assert_same_state,
+    at_step,
     fails,
     objects,
     parsed,
@@ -219,11 +231,15 @@ def test_data_sets_sizes_and_networks_go_together():
         assert (options.locality == "none") == (size == "tiny" or generator != "transgan")
         if discriminator != "transgan" and dataset != "shapes":
             assert (options.batch_size, options.gen_batch_size) == (64, 128)
-    for idle in (("--discriminator", "autogan", "--patch-size", 2), ("--locality-shape", "band"), ("--locality-stages", 2)):
+    for idle in (
+        ("--discriminator", "autogan", "--patch-size", 4),
+        ("--locality-shape", "window"),
+        ("--locality-stages", 1),
+    ):
         with pytest.raises(UserError, match=f"{idle[-2]} does nothing here"):
             parsed(*idle)
     for pair in ((), ("--discriminator", "autogan"), ("--generator", "resnet"), ("--locality", "4:9")):
-        assert parsed(*shlex.split(flags(dataclasses.asdict(parsed(*pair))))) == parsed(*pair)  # what --summary prints
+        assert parsed(*shlex.split(long_command(parsed(*pair)))[1:]) == parsed(*pair)  # what --summary prints
     assert parsed("--preset", "celeba-XL", "--dataset", "cifar10").locality == Options.locality
 
 
@@ -236,7 +252,7 @@ def test_a_profile_is_printed_when_the_run_is_done(small, tmp_path, capsys):
     assert run_main(*TRAIN, "--out", tmp_path / "run", "--profile") == 0
     printed = capsys.readouterr().out
     made = {"forward": ("attention", "linear", "layer_norm", "gelu"),
-            "backward": ("exp", "matmul", "layer_norm", "gelu")}  # fmt: skip
+            "backward": ("matmul", "layer_norm", "gelu")}  # fmt: skip
     for direction, operations in made.items():
         for operation in operations:
             assert re.search(rf"^{operation} +{direction} +\d", printed, re.M), (operation, direction)
@@ -293,18 +309,84 @@ def test_a_run_stopped_before_its_first_look_can_be_gone_on_with(small, tmp_path
     ]
 
 
-def test_options_that_would_do_nothing_are_refused(small, tmp_path, capsys):
-    for args, message in (
-        (["--features", "own"], "--features goes with --evaluate"),
-        (["--inception", "x"], "--inception goes with --evaluate"),
-        (["--fid-stats", "x"], "--fid-stats goes with --evaluate"),
-        (["--num-images", "20"], "--num-images goes with --evaluate or --evaluate-every"),
-        (["--evaluate", "x", "--profile"], "watch a training"),
-        (["--evaluate", "x", "--evaluate-every", "2"], "watch a training"),
-        (["--evaluate", "x", "--features", "own", "--inception", "y"], "leave out one of them"),
-        (["--evaluate", "x", "--resume", "x"], "leave out one of them"),
+TRAINS, RUNS, ANY = (
+    "training --resume",
+    "training --resume --evaluate --from",
+    "training --resume --evaluate --from --summary",
+)
+# For each option that is none of OPTIONS: a value that is not its default, and where it does something.
+ACTING = {
+    "--preset cifar10-S": "training --summary", "--on-nan rewind": TRAINS, "--gpus 2": TRAINS, "--sample-every 5": TRAINS,
+    "--save-every 5": TRAINS, "--evaluate-every 5": TRAINS, "--profile": TRAINS, "--data-dir x": RUNS, "--out x": RUNS,
+    "--device cpu": RUNS, "--threads 1": RUNS, "--plain": RUNS, "--features own": "--evaluate",
+    "--inception x": "--evaluate", "--fid-stats x": "--evaluate", "--num-images 20": "--evaluate",
+    "--interpolate 2": "--from", "--attention": "--from", "--nearest 2": "--from", "--sample 3": "--from",
+    "--query 1,1": "", "--resume x": "--summary", "--evaluate x": "", "--from x": "", "--summary": "--resume",
+    "--quiet": ANY, "--json": ANY,
+}  # fmt: skip
+OTHERS = {
+    "dataset": "cifar10", "size": "S", "generator": "resnet", "discriminator": "resnet", "image_size": 24, "patch_size": 2,
+    "loss": "hinge", "batch_size": 3, "gen_batch_size": 3, "disc_steps": 7, "learning_rate": 0.5, "decay": "linear",
+    "beta2": 0.5, "precision": "tf32", "ema_decay": 0.5, "seed": 7, "diff_aug": "color", "sr_weight": 1.0,
+    "locality": "1:1", "steps": 9, "accumulate": 2,
+}  # fmt: skip
+
+
+def test_each_option_does_something_or_is_refused_in_every_mode():
+    parser, saved = main.make_parser(), parsed()
+    modes = {"training": [], "--resume": ["--resume", "x"], "--evaluate": ["--evaluate", "x"], "--summary": ["--summary"],
+             "--from": ["--from", "x", "--sample", "2"]}  # fmt: skip
+
+    def taken(mode, *more):
+        args = parser.parse_args([*modes[mode], *map(str, more)])
+        try:
+            refuse_idle_options(args, parser)
+            choose_options(args, saved if mode not in ("training", "--summary") else None)
+        except UserError as error:
+            assert any(words in str(error) for words in ("leave out", "leave it out", "--from")), error
+            return False
+        return True
+
+    known = {text.split()[0] for text in ACTING} | {flag(name) for name in (*OTHERS, "locality_stages", "locality_shape")}
+    assert known == {action.option_strings[0] for action in parser._actions} - {"-h"}
+    for text, acting in ACTING.items():
+        for mode in modes:
+            if text.split()[0] not in modes[mode] and not (mode == "training" and text.split()[0] in ANY):
+                assert taken(mode, *text.split()) == (mode in acting.split()), (mode, text)
+    for name, value in OTHERS.items():
+        for mode in modes:
+            changes = {"--resume": ("steps", "accumulate"), "--from": ("seed",), "--evaluate": ()}.get(mode, OTHERS)
+            assert taken(mode, flag(name), value) == (name in changes), (mode, name)
+            if mode not in ("training", "--summary"):  # what a run has already may be said
+                assert taken(mode, flag(name), getattr(saved, name)), (mode, name)
+
+
+def test_options_that_need_another_are_refused_without_it():
+    def line(*words):
+        parser = main.make_parser()
+        with pytest.raises(UserError) as caught:
+            refuse_idle_options(parser.parse_args(words), parser)
+        return str(caught.value)
+
+    for words, message in (
+        ("--num-images 20", "--num-images goes with --evaluate or --evaluate-every; leave it out"),
+        ("--from x --sample 2 --query 1,1", "--query goes with --attention; leave it out"),
+        (
+            "--evaluate x --features own --inception y",
+            "--inception and --features do not go together; leave out one",
+        ),
+        ("--evaluate x --resume x", "--resume and --evaluate do not go together"),
+        ("--from x --resume x --sample 2", "--resume and --from do not go together"),
+        ("--from x", "--from wants to know which pictures"),
+        ("--device gpu --threads 2", "--threads are a CPU's"),
+        ("--profile --summary", "--profile does nothing here: it goes with a training; leave it out"),
+        ("--sample 2", "--sample makes pictures of a run that has begun; name its folder with --from"),
     ):
-        assert message in fails(capsys, *args), args
+        assert message in line(*words.split())
+    parser = main.make_parser()
+    for words in ("--evaluate-every 2 --num-images 20", "--from x --attention --query 1,1", "--summary --sample-every 100",
+                  "--evaluate x --inception y", "--evaluate x --features inception --inception y"):  # fmt: skip
+        refuse_idle_options(parser.parse_args(words.split()), parser)
 
 
 def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
@@ -345,7 +427,7 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
         (["--preset", "stl10-XL", "--image-size", "32"], "stl10 has pictures of 48 pixels a side, not 32"),
         (["--dataset", "cifar10", "--data-dir", tmp_path / "file"], "cannot write"),
     ):
-        if "--out" not in args:
+        if not {"--out", "--summary"} & {*args}:
             args = [*args, "--out", tmp_path / "run"]
         assert message in fails(capsys, *args), args
     if DEVICE == "cpu":
@@ -389,6 +471,11 @@ def nonsense_checkpoints(good):
         change(**{"generator/to_rgb.bias": np.ones(4, np.float32)}),
         "does not fit: generator/to_rgb.bias",
     )
+    yield (
+        "no numbers",
+        change(**{"average/to_rgb.bias": np.full(3, np.nan, np.float32)}),
+        "average/to_rgb.bias is not finite",
+    )
     yield "another type", change(**{"generator/to_rgb.bias": np.ones(3)}), "does not fit: generator/to_rgb.bias"
     yield "a step of words", change(step=np.array("three")), "is damaged"
     yield "a step too far", change(step=np.array(-1)), "is damaged"
@@ -429,7 +516,7 @@ def test_resuming_from_nonsense(small, tmp_path, capsys):
         assert (checkpoint.read_bytes() if checkpoint.exists() else None) == before, name
     assert "leave out --size" in fails(capsys, "--resume", good, "--size", "S")
     assert "leave out --dataset" in fails(capsys, "--resume", good, "--dataset", tmp_path)
-    assert "leave out --preset" in fails(capsys, "--resume", good, "--preset", "cifar10-S")
+    assert "--preset does nothing here" in fails(capsys, "--resume", good, "--preset", "cifar10-S")
     assert "is finished" in fails(capsys, "--resume", good)
     assert "holds a run already" in fails(capsys, *TRAIN, "--out", good)
     (good / "log.csv").write_bytes(b"step\n\xff\xfe")
@@ -521,13 +608,13 @@ def test_what_a_log_says_after_the_checkpoint_does_not_matter(torn, small, tmp_p
 def test_resuming_refuses_every_other_option(small, tmp_path, capsys):
     out = tmp_path / "run"
     assert run_main(*TRAIN, "--out", out) == 0
-    for flag, value in (("--dataset", "cifar10"), ("--size", "S"), ("--image-size", 16), ("--patch-size", 2), ("--seed", 7),
+    for name, value in (("--dataset", "cifar10"), ("--size", "S"), ("--image-size", 16), ("--patch-size", 2), ("--seed", 7),
                         ("--loss", "hinge"), ("--batch-size", 3), ("--gen-batch-size", 3), ("--disc-steps", 3),
                         ("--learning-rate", 0.5), ("--ema-decay", 0.5), ("--diff-aug", "color"),
                         ("--sr-weight", 1.0), ("--locality", "1:1"), ("--locality-stages", 2),
                         ("--discriminator", "autogan"), ("--beta2", 0.5), ("--decay", "linear"),
                         ("--locality-shape", "band")):  # fmt: skip
-        assert f"leave out {flag} {value}" in fails(capsys, "--resume", out, "--steps", 6, flag, value)
+        assert f"leave out {name} {value}" in fails(capsys, "--resume", out, "--steps", 6, name, value)
 
 
 @functools.cache
@@ -588,7 +675,7 @@ def test_json_tells_a_run_to_programs(small, tmp_path, capsys):
     """An object a line: what the run is, the log's rows, where the picture is, and how it ended."""
     out = tmp_path / "run"
     assert run_main(*TRAIN, "--out", out, "--json", "--loss", "hinge", "--profile") == 0
-    first, *steps, profile, picture, last = objects(capsys.readouterr().out)
+    first, *steps, profile, picture, page, last = objects(capsys.readouterr().out)
     assert (first["event"], first["options"]["loss"], first["options"]["dataset"]) == ("start", "hinge", "shapes")
     assert (first["device"], first["out"], first["pictures"]) == (DEVICE, str(out), 40)
     assert [step.pop("event") for step in steps] == 5 * ["step"]
@@ -596,6 +683,7 @@ def test_json_tells_a_run_to_programs(small, tmp_path, capsys):
         assert {name: f"{x:.6g}" for name, x in step.items()} == {name: x for name, x in row.items() if x}
     assert {"attention", "linear"} <= {row["operation"] for row in profile["operations"]}
     assert picture == {"event": "picture", "path": str(out / "samples" / "step-000004.png")}
+    assert page == {"event": "report", "path": str(out / "report.html")}
     assert last == {"event": "end", "exit_code": 0, "error": None}
 
 
@@ -627,7 +715,7 @@ def test_json_tells_how_a_run_ended(small, tmp_path, capsys, monkeypatch):
         assert run_main(*TRAIN, "--out", out, "--json") == 130
     *_, stop, last = objects(capsys.readouterr().out)
     assert (stop["event"], stop["step"], stop["signal"]) == ("stopped", 1, signal.SIGINT)
-    assert shlex.split(stop["resume"])[:4] == ["python", "transgan.py", "--resume", str(out)]
+    assert shlex.split(stop["resume"]) == [*shlex.split(program()), "--resume", str(out)]
     assert last == {"event": "end", "exit_code": 130, "error": None}
     monkeypatch.setattr(transgan.Trainer, "train_step", lambda self: train_step(self) | {"gen_loss": ag.xp.array(math.nan)})
     assert run_main("--resume", out, "--json") == 2
@@ -680,18 +768,39 @@ def test_a_path_from_the_tilde_on_is_at_home(tmp_path, monkeypatch):
     assert arguments.folder("x/~") == Path("x/~")
 
 
-def test_a_printed_command_can_be_pasted(small, tmp_path, capsys, monkeypatch):
-    out = tmp_path / "it's a run"
-    assert run_main(*TRAIN, "--out", out) == 0
-    pattern = r"go on with it by (--resume .*), or choose"
-    assert shlex.split(re.search(pattern, fails(capsys, *TRAIN, "--out", out))[1]) == ["--resume", str(out)]
+def test_every_command_that_is_printed_can_be_pasted(small, tmp_path, capsys, monkeypatch):
+    """It names the interpreter, the program, and what no checkpoint knows of the command that began the run."""
+    out, places = tmp_path / "it's a run", ["--data-dir", str(tmp_path / "my data"), "--threads", "2"]
+    assert run_main(*TRAIN, "--out", out, *places) == 0
+    begun = [*shlex.split(program()), "--resume", str(out), *places]
+    assert Path(begun[0]).samefile(sys.executable)
+    assert Path(begun[1]).samefile(transgan.__file__)
+
+    def printed(line):
+        return shlex.split(re.search(r": (\S*python.*)", line)[1])
+
+    assert printed(fails(capsys, *TRAIN, "--out", out, *places)) == begun
+    monkeypatch.chdir(tmp_path)
+    assert Path(shlex.split(program())[1]) == Path(transgan.__file__)
+    more = ("--resume", out, "--steps", 6, *places)
+    for accident, change in (
+        (MemoryError(), ["--accumulate", "2"]), (OSError(28, "No space left on device"), []), (BrokenPipeError(), []),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            at_step(5, lambda *_, accident=accident: (_ for _ in ()).throw(accident), patch)
+            assert printed(fails(capsys, *more)) == [*shlex.split(program()), *begun[2:], *change]
     monkeypatch.setattr(transgan.Trainer, "train_step", lambda self: {"gen_loss": ag.xp.array(math.nan)})
-    words = re.search(r"with (--resume .*), or start", fails(capsys, "--resume", out, "--steps", 6))[1]
-    assert shlex.split(words) == ["--resume", str(out), "--on-nan", "rewind"]
+    assert printed(fails(capsys, *more)) == [*shlex.split(program()), *begun[2:4], "--on-nan", "rewind", *begun[4:]]
+    monkeypatch.setattr(transgan.Trainer, "train_step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run_main(*more) == 130
+    assert printed(capsys.readouterr().err) == [*shlex.split(program()), *begun[2:]]
     parser = main.make_parser()
     for more in ([], ["--plain"], ["--threads", "2", "--plain"]):
-        words = shlex.split(run.resume_command(parser.parse_args(more), parser, out))
-        assert words == ["python", "transgan.py", "--resume", str(out), *more]
+        made = commands(parsed(), out, kept(parser.parse_args(more), parser))
+        assert [shlex.split(command)[2:] for command in made] == [
+            ["--out", str(out), *more], ["--resume", str(out), *more],
+            ["--from", str(out), "--sample", "64", "--interpolate", "8", "--attention", "--nearest", "8", *more],
+        ]  # fmt: skip
 
 
 def test_a_runs_folder_and_its_cache_are_named_so(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ import pytest
 import data
 import transgan
 from data import UserError
-from program import checkpoints, run, signals
+from program import checkpoints, options, run, signals
 from program.log import Log
 from program.support import (
     TRAIN,
@@ -40,9 +40,9 @@ from program.support import (
     step_of,
 )
 from program.trainer import make_trainer
-from store import files
+from store import datasets, files
 from store.files import CHECKPOINTS
-from store.support import files_of_at_most, holds, leftovers
+from store.support import encoded, files_of_at_most, holds, leftovers, slope
 from test_transgan import on_cpu
 
 
@@ -73,13 +73,13 @@ def test_a_checkpoint_that_is_missing_or_damaged_gives_way_to_the_one_before(sma
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(small, tmp_path, monkeypatch):
     path = tmp_path / "x.npz"
     checkpoints.save(small_trainer(), path)
-    for options, message in (
+    for changed, message in (
         ({"image_size": 16}, "is of another run: its image_size is 8, not 16"),
         ({"loss": "hinge"}, "its loss is 'wgangp-eps', not 'hinge'"),
         ({"sr_weight": 0.0}, "its sr_weight is 2.0, not 0.0"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
-            checkpoints.load(small_trainer(**options), path)
+            checkpoints.load(small_trainer(**changed), path)
     checkpoints.load(small_trainer(steps=9, accumulate=2), path)
     for size, message in (
         (
@@ -174,6 +174,35 @@ def test_a_training_that_is_killed_again_and_again_loses_nothing(small, tmp_path
     assert [row["gen_loss"] for row in rows[1:]] == [f"{float(step['gen_loss']):.6g}" for step in losses]
 
 
+def test_what_stands_in_the_way_is_said_before_pictures_are_read(small, tmp_path, monkeypatch, capsys):
+    """Which may be downloaded first, or decoded for an hour."""
+    out = tmp_path / "run"
+    assert run_main(*TRAIN, "--out", out) == 0
+    monkeypatch.setattr(datasets, "load_pictures", lambda *_: pytest.fail("it reads the pictures first"))
+    assert "is finished; ask for more with --steps above 4" in fails(capsys, "--resume", out)
+    for words in ([*TRAIN, "--out", tmp_path / "new"], ["--resume", out, "--steps", 9]):
+        assert "asks for more GPUs than the" in fails(capsys, *words, "--gpus", 64)
+
+
+def test_a_run_with_fewer_pictures_than_a_batch_is_told_what_it_can_do(small, tmp_path, capsys):
+    """Its batches stay as they are: to lower them is no advice."""
+    folder, where = tmp_path / "few", ("--data-dir", tmp_path / "data")
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.png").write_bytes(encoded(slope(9, 9, i)))
+    begun = [*TRAIN, "--dataset", folder, "--size", "tiny", "--out", tmp_path / "run", *where]
+    assert run_main(*begun) == 0
+    (folder / "0.png").rename(tmp_path / "0.png")
+    more = ("--resume", tmp_path / "run", *where, "--steps")
+    assert run_main(*more, 5) == 0
+    for i in range(1, 3):
+        (folder / f"{i}.png").rename(tmp_path / f"{i}.png")
+    message = fails(capsys, *more, 6)
+    assert "holds 3 pictures, and the run's batches are of 4; add some" in message
+    (folder / "0.png").write_bytes(encoded(slope(9, 9)))
+    assert run_main(*more, 6) == 0
+
+
 def test_a_run_killed_before_its_first_checkpoint_can_be_begun_again(small, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.csv").touch()
@@ -255,7 +284,7 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint(small, tmp_path, capsys):
 
 
 @on_posix
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, code, small, tmp_path, capsys, monkeypatch):
     before = signal.getsignal(number)
     assert run_main(*TRAIN, "--out", tmp_path / "unbroken", "--threads", 2) == 0
@@ -267,7 +296,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, code, sm
     assert step_of(out) == 2
     assert [row["step"] for row in read_log(out)] == list("012")
     command = capsys.readouterr().err.strip().partition("go on with: ")[2]
-    assert shlex.split(command) == ["python", "transgan.py", "--resume", *map(str, (out, *more))]
+    assert shlex.split(command)[2:] == ["--resume", *map(str, (out, *more))]
     assert run_main(*shlex.split(command)[2:]) == 0
     assert same_arrays(tmp_path / "unbroken/checkpoint.npz", out / "checkpoint.npz")
 
@@ -306,7 +335,7 @@ def test_signals_that_are_ignored_and_other_threads_are_left_alone(small, tmp_pa
 
 
 @on_posix
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_as_a_program_it_ends_with_the_signals_exit_code(number, code, tmp_path):
     program = [sys.executable, str(Path(transgan.__file__)), "--image-size", "8", "--batch-size", "2",
                "--gen-batch-size", "2", "--device", "cpu", "--out", str(tmp_path / "run")]  # fmt: skip
@@ -315,7 +344,7 @@ def test_as_a_program_it_ends_with_the_signals_exit_code(number, code, tmp_path)
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
     assert process.returncode == code
-    assert f"go on with: python transgan.py --resume {tmp_path / 'run'} --device cpu\n" in error
+    assert f"go on with: {options.program()} --resume {tmp_path / 'run'} --device cpu\n" in error
     assert "Traceback" not in error
 
 

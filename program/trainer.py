@@ -6,9 +6,10 @@ import autograd as ag
 import data
 import transgan
 from data import UserError
+from fast import cublas
 from paper import networks
 from paper.convolutions import Stateful
-from program.update import Ahead, Update, threads_that_pay
+from program.update import Ahead, Played, Update, threads_that_pay
 
 
 def make_networks(options, dtype=np.float32, rng=None):
@@ -37,9 +38,14 @@ def make_trainer(options, pictures, threads=None, dtype=np.float32, group=None, 
     """
     generator, discriminator = pair or make_networks(options, dtype)
     threads = min(threads or threads_that_pay(options), options.batch_size, options.gen_batch_size)
-    update = Update(threads if ag.xp is np else 1, options.accumulate, group)
     kind = transgan.Trainer if options.generator == options.discriminator == "transgan" else PeerTrainer
+    if cublas.records() and kind is transgan.Trainer and options.accumulate == 1 and not group:
+        update = Played()
+    else:
+        update = Update(threads if ag.xp is np else 1, options.accumulate, group)
     trainer = kind(options, pictures, generator, discriminator, update, update.map)
+    if isinstance(update, Played):
+        update.phase = lambda: trainer.half_width
     trainer.inputs = Ahead(trainer.inputs)
     return trainer
 

@@ -1,18 +1,20 @@
 """A step's update, shared out: among a CPU's threads, among a machine's GPUs, and over time where memory is small.
 
-`Update` has the signature of the book's `update`, and makes the same step up to rounding. `Ahead` has the inputs of the
-next step ready when this one ends.
+`Update` has the signature of the book's `update`, and makes the same step up to rounding; `Played` does so on one GPU,
+without asking Python for every launch. `Ahead` has the inputs of the next step ready when this one ends.
 """
 
 import itertools
+import sys
 import time
 from concurrent import futures
 
 import autograd as ag
 import transgan
 from autograd import Tensor, grad
-from data import UserError
+from data import UserError, first_line
 from fast import CORES
+from fast.recording import Recording
 
 THREAD_SHARE = 1 << 15  # elements of a layer worth a thread of their own: with fewer, handing over costs what it saves
 
@@ -43,14 +45,17 @@ class Update:
     the scores away, and computes them a second time for the last part. Several GPUs, joined by a `Group`, tell each other
     their scores, and add up their gradients.
 
-    rate_scale: of the learning rate, halved by each rewind, see program/run.py. map: the threads', for other uses.
+    rate_scale: of the learning rate, halved by each rewind, see program/run.py. map: the threads', for other uses. watch:
+    called before each update, by whoever shows what is being done.
     """
 
     def __init__(self, threads=1, accumulate=1, group=None):
         self.threads, self.accumulate, self.group, self.rate_scale = threads, accumulate, group, 1.0
         self.map = futures.ThreadPoolExecutor(threads).map if threads > 1 else map
+        self.watch = lambda: None
 
     def __call__(self, scores, inputs, loss, adam, rate):
+        self.watch()
         again, group = self.accumulate > 1, self.group
         if group:
             inputs = [split(x, group.size)[group.rank] for x in inputs]
@@ -83,6 +88,46 @@ class Update:
         factor, _ = ag.clip_by_global_norm(adam.gradient, transgan.MAX_NORM)
         adam.step(self.rate_scale * rate, factor)
         return values
+
+
+class Played(Update):
+    """The book's update on a GPU, all but Adam's, which counts steps, recorded the first time: see fast/recording.py.
+
+    phase: a function that says by which window the generator sees now; with another one all is recorded anew.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.phase, self.now, self.recordings, self.refused = lambda: None, None, {}, False
+        self.pool = ag.xp.cuda.MemoryPool()
+
+    def __call__(self, scores, inputs, loss, adam, rate):
+        if ag.hook or self.refused:  # a profiler wants to see every operation
+            return super().__call__(scores, inputs, loss, adam, rate)
+        if self.phase() != self.now:
+            self.now = self.phase()
+            self.recordings.clear()
+
+        def run(*inputs):
+            adam.gradient[...] = 0  # in which whatever ran while it was recorded has left its own
+            total, other = loss(scores(*inputs))
+            adam.add(grad(total, adam.parameters))
+            factor, _ = ag.clip_by_global_norm(adam.gradient, transgan.MAX_NORM)
+            return [factor, total.data, *([] if other is None else [other.data])]
+
+        if id(adam) not in self.recordings:
+            try:
+                self.recordings[id(adam)] = Recording(run, inputs, self.pool)
+            except Exception as error:  # CuPy, CUDA and cuBLAS refuse in many ways; without, a step is slower and the same
+                print(
+                    f"transgan: this GPU's work cannot be recorded, steps are slower: {first_line(error)}", file=sys.stderr
+                )
+                self.refused, adam.gradient[...] = True, 0
+                return super().__call__(scores, inputs, loss, adam, rate)
+        factor, *values = self.recordings[id(adam)].play(inputs)
+        adam.step(self.rate_scale * rate, factor)
+        total, other = [Tensor(x.copy()) for x in values] + [None] * (2 - len(values))
+        return total, other
 
 
 class Group:

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from store import datasets
+from store import datasets, files
 from store.output import one_line
 
 NAMES = (*datasets.SIDES, "shapes")
@@ -12,10 +12,11 @@ MANY = 2**31 - 1
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and exits with 2."""
+    """Says what is wrong in one line, keeps it as `mistake`, and exits with 2."""
 
     def error(self, message):
-        self.exit(2, f"transgan: {one_line(message)}; see --help\n")
+        self.mistake = f"{one_line(message)}; see --help"
+        self.exit(2, f"transgan: {self.mistake}\n")
 
 
 def number(kind, least, most=MANY):
@@ -37,7 +38,10 @@ def folder(text):
     """An argument type: a path. One from ~ on is in somebody's home, also where the shell has not seen to it: --out=~/x."""
     if not text:
         raise argparse.ArgumentTypeError("the name of a folder is empty")
-    return Path(os.path.expanduser(text))
+    path = os.path.expanduser(text)
+    if not files.is_possible(path):
+        raise argparse.ArgumentTypeError(f"{text!r:.99} is no name that a file could have")
+    return Path(path)
 
 
 def pictures(text):

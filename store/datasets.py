@@ -64,17 +64,34 @@ CELEBA = Archive(
 def load_pictures(dataset: str, data_dir: str | Path, image_size: int) -> Bytes:
     """All pictures of a data set: bytes, (N, 3, image_size, image_size).
 
-    dataset: "shapes", one of SIDES, whose image_size that must be, or the path of a folder. Raises UserError.
+    dataset: "shapes", one of SIDES, whose side image_size must divide, or the path of a folder. Raises UserError.
     """
     if dataset == "shapes":
         return data.draw_shapes(SHAPES_COUNT, image_size)
     published: dict[str, Callable[[str | Path], Bytes]]
     published = {"cifar10": load_cifar10, "stl10": load_stl10, "celeba": load_celeba}
-    return published[dataset](data_dir) if dataset in published else load_folder(dataset, data_dir, image_size)
+    if dataset in published:
+        return average_squares(published[dataset](data_dir), image_size)
+    return load_folder(dataset, data_dir, image_size)
+
+
+def average_squares(pictures: Bytes, side: int) -> Bytes:
+    """Pictures (N, 3, H, H) made smaller, to (N, 3, side, side), by the mean of each square of H / side pixels a side."""
+    factor = pictures.shape[-1] // side
+    if factor == 1:
+        return pictures
+    small = np.empty((len(pictures), 3, side, side), np.uint8)
+    for first in range(0, len(pictures), CHUNK):  # a few at a time, because all may be more than memory holds
+        squares = pictures[first : first + CHUNK].reshape(-1, 3, side, factor, side, factor)
+        small[first : first + CHUNK] = squares.mean(axis=(3, 5)).round()
+    return small
+
+
+LABELLED = ("shapes", "cifar10")
 
 
 def load_labels(dataset: str, data_dir: str | Path, image_size: int) -> Labels | None:
-    """The class of each picture of `load_pictures`, whole numbers (N,) from 0, or None where none is known.
+    """The class of each picture of `load_pictures`, whole numbers (N,) from 0, or None for what is not LABELLED.
 
     CIFAR-10 comes with ten classes; of the shapes, kind and colour make one. Raises UserError.
     """

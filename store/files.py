@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import math
 import os
 import re
 import shutil
 import stat
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +49,18 @@ def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def need_folder(folder: Path, option: str) -> None:
+    """Make a folder if it is missing, and see that it can be written to: before the work whose result it is for.
+
+    Raises UserError, which advises another one by `option`, the command line's name for it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror}; choose another {option}") from None
 
 
 @contextlib.contextmanager
@@ -159,6 +173,17 @@ def plain(path: str | Path) -> Path:
     return path
 
 
+def is_possible(path: str) -> bool:
+    """Whether there could be a file of this name: without NUL and halves of characters, no longer than the system takes."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    except ValueError:
+        return False
+    return True
+
+
 def sync(path: Path) -> None:
     """Wait until the disk itself holds a file, or the names in a folder."""
     number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows asks for the latter
@@ -229,3 +254,39 @@ def read_array(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
             raise ValueError(f"{name} claims {size} bytes, more than {most}")
         content = member.read(size + 1)  # one more: only at its end is a member held against its checksum
     return np.frombuffer(content, dtype).reshape(shape, order="F" if in_columns else "C")
+
+
+def read_numbers(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[np.float64]:
+    """`read_array` of real numbers: whole or floating-point, all finite. Raises ValueError for anything else, too."""
+    array = read_array(archive, name, most)
+    if array.dtype.kind not in "iuf":  # NumPy would make numbers of truth values, dates, words and halves of complex ones
+        raise ValueError(f"{name} holds {array.dtype}, not numbers")
+    with np.errstate(all="ignore"):
+        if not np.isfinite(array := array.astype(np.float64)).all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+    return array
+
+
+def checksum(archive: zipfile.ZipFile, prefix: str) -> str:
+    """Sixteen hexadecimal digits that tell the arrays of an .npz file whose names begin so from others."""
+    found = sorted((member.filename, member.CRC) for member in archive.infolist() if member.filename.startswith(prefix))
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says. Raises ValueError also for what Python would take and no other program: numbers that are not
+    finite, or of hundreds of digits; and for one that is nested deeper than Python can go.
+    """
+
+    def number(kind: type[int] | type[float]) -> Any:
+        def convert(digits: str) -> float:
+            if len(digits) > 99 or not math.isfinite(kind(digits)):
+                raise ValueError(f"{digits[:20]} is no number of JSON")
+            return kind(digits)
+
+        return convert
+
+    try:
+        return json.loads(text, parse_float=number(float), parse_int=number(int), parse_constant=number(float))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

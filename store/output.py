@@ -46,7 +46,9 @@ def one_line(message: str) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Seconds as h:mm:ss, or as days where there is more than one."""
+    if seconds >= 86400:
+        return f"{seconds / 86400:,.1f} days"
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 

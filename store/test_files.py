@@ -1,6 +1,7 @@
 """The promises of store/files.py: whole files, and arrays that claim no more than there is."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np  # isort: skip
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import data
@@ -174,3 +175,54 @@ def test_an_array_is_read_as_numpy_reads_it(array):
     np.savez(out, x=array)
     got = files.read_array(zipfile.ZipFile(out), "x", 100)
     assert (got.dtype, got.shape, got.tolist()) == (array.dtype, array.shape, array.tolist())
+
+
+@pytest.mark.parametrize("kind", ["c8", "c16", "M8[s]", "m8[s]", "?", "U3", "S3", "V4", "f4,f4"])
+def test_what_are_no_numbers_are_none(kind):
+    """NumPy would drop the imaginary half, and count words, dates and truth."""
+    out = io.BytesIO()
+    np.savez(out, x=np.zeros(3, kind), y=np.array([1.0, np.nan]), z=np.array([-np.inf]), n=np.arange(3, dtype="u1"))
+    archive = zipfile.ZipFile(out)
+    with pytest.raises(ValueError, match="x holds .*, not numbers"):
+        files.read_numbers(archive, "x", 100)
+    for name in "yz":
+        with pytest.raises(ValueError, match=f"{name} holds numbers that are not finite"):
+            files.read_numbers(archive, name, 100)
+    assert files.read_numbers(archive, "n", 100).tolist() == [0.0, 1.0, 2.0]
+
+
+def test_a_checksum_tells_arrays_apart():
+    def checksum(**arrays):
+        out = io.BytesIO()
+        np.savez(out, **arrays)
+        return files.checksum(zipfile.ZipFile(out), "a")
+
+    assert checksum(a1=Z, a2=Z, b=Z) == checksum(a2=Z, a1=Z, b=Z + 1) == checksum(a1=Z, a2=Z)
+    assert len({checksum(a1=Z, a2=Z), checksum(a1=Z, a3=Z), checksum(a1=Z), checksum(a1=Z, a2=Z + 1)}) == 4
+
+
+Z = np.zeros(3)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+plain_json = st.recursive(st.none() | st.booleans() | st.integers(-(10**30), 10**30) | finite | st.text(),
+                          lambda x: st.lists(x) | st.dictionaries(st.text(), x))  # fmt: skip
+
+
+@given(value=plain_json)
+def test_json_is_read_as_it_was_written(value):
+    assert files.parse_json(json.dumps(value)) == value
+
+
+@given(text=st.text(alphabet='[]{}",:0123456789.eE+-NaInfity \0\ud800') | st.text())
+@example(text="[" * 100_000)
+@example(text='{"a":' * 100_000)
+@example(text="9" * 10_000)
+@example(text="9" * 400)  # an int, but no float
+@example(text="-1e999")
+@example(text="[NaN]")
+@example(text='{"a": -Infinity}')
+def test_what_is_no_json_is_a_value_error(text):
+    try:
+        value = files.parse_json(text)
+    except ValueError:
+        return
+    assert json.loads(json.dumps(value, allow_nan=False)) == value

@@ -1,0 +1,52 @@
+"""A run's averaged generator on its own: all that pictures, walks and scores of a run are made of."""
+
+import numpy as np
+
+import autograd as ag
+import transgan
+from autograd import Tensor
+from data import UserError
+from paper.convolutions import Stateful
+from program.update import Update, threads_that_pay
+
+
+class Sampler:
+    """What is left of a Trainer without its training: options, step and the averaged generator, set to make pictures.
+
+    generator: holds the averaged weights; it sees as far as the options' locality says for `step`, the generator steps that
+    were done. digest: tells its weights from others. discriminator: that of the same step, or None where nobody kept it.
+    threads: of a CPU, which share a large sample (default: as many as pay).
+    """
+
+    def __init__(self, options, step, digest, generator, discriminator=None, threads=None):
+        self.options, self.step, self.digest = options, step, digest
+        self.generator, self.discriminator = generator, discriminator
+        if (half_width := transgan.half_width_at(options, step)) is not None:
+            generator.attend_within(half_width, options.locality_stages, options.locality_shape)
+        for module in generator.modules() if isinstance(generator, Stateful) else ():
+            module.training = False
+        self.dtype = next(iter(generator.parameters().values())).dtype
+        self.map = Update((threads or threads_that_pay(options)) if ag.xp is np else 1).map
+
+    def array(self, values):
+        """A NumPy array as an array on the device, in the networks' dtype."""
+        return ag.xp.asarray(values, dtype=self.dtype)
+
+    def noise(self, count, rng):
+        """z ~ N(0, I): (count, Z), NumPy."""
+        return rng.standard_normal((count, self.generator.latent_dim))
+
+    def sample(self, z):
+        """Pictures made of noise (n, Z), 64 at a time as Trainer.sample has it: NumPy (n, 3, H, W), about [-1, 1].
+
+        Raises UserError if they are not finite.
+        """
+
+        def part(z):
+            with ag.no_grad():
+                return ag.to_numpy(self.generator(Tensor(self.array(z))).data)
+
+        pictures = np.concatenate(list(self.map(part, [z[i : i + 64] for i in range(0, len(z), 64)])))
+        if not np.isfinite(pictures).all():
+            raise UserError(f"the generator of step {self.step} makes pictures that are not finite; choose another run")
+        return pictures
