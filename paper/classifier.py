@@ -13,7 +13,6 @@ Contents
 """
 
 import contextlib
-import glob
 import time
 import zipfile
 from concurrent import futures
@@ -186,10 +185,10 @@ def load_classifier(pictures, dataset, data_dir):
     return described(network, dataset, accuracy, scale)
 
 
-def kept_classifier(digest, dataset, data_dir):
-    """The Extractor of this digest among those in data_dir for data sets of this name, or None."""
-    for path in Path(data_dir).glob(f"classifier-{glob.escape(files.short_name(dataset))}-*.npz"):
+def kept_classifier(dataset, data_dir, pictures, digest=None):
+    """The Extractor of this digest in data_dir, or without a digest that of pictures of this fingerprint, or None."""
+    for path in Path(data_dir).glob("classifier-*.npz" if digest else f"classifier-*-{pictures}.npz"):
         with contextlib.suppress(Exception):  # a damaged archive can raise anything at all
-            if (extractor := read_classifier(path, dataset)).digest == digest:
-                return extractor
+            if digest in (None, (kept := read_classifier(path, dataset)).digest):
+                return kept
     return None

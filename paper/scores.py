@@ -8,7 +8,7 @@ apart do mean and covariance lie? Both are computed in one pass over the picture
 Contents
     1. One pass            Statistics, InceptionScore
     2. The distance        frechet_distance
-    3. A run's scores      reference_statistics, score_pictures, evaluate
+    3. A run's scores      reference_statistics, read_statistics, score_generator, own_scores, read_scores, evaluate
 """
 
 import datetime
@@ -233,15 +233,14 @@ def score_generator(sampler, count, extractor, reference):
 DIMS = {"inception": FEATURES, "own": classifier.FEATURES}
 
 
-def load_extractor(features, load, dataset, data_dir, inception=None, digest=None):
+def load_extractor(features, load, dataset, data_dir, inception=None):
     """The network that looks: "inception", with weights from a file or downloaded, or "own". Raises UserError.
 
-    load: gives the data set's pictures, bytes (N, 3, S, S), which the own one is of; a digest finds it without them.
+    load: gives the data set's pictures, bytes (N, 3, S, S), which the own one is of.
     """
     if features == "inception":
         return load_inception(inception, data_dir)
-    kept = classifier.kept_classifier(digest, dataset, data_dir) if digest else None
-    return kept or classifier.load_classifier(load(), dataset, data_dir)
+    return classifier.load_classifier(load(), dataset, data_dir)
 
 
 def need_two(pictures, otherwise="give --fid-stats"):
@@ -303,17 +302,19 @@ def read_scores(path):
 def evaluate(run, sampler, load, features, count, data_dir, inception=None, fid_stats=None):
     """Score a run's generator: print the numbers as one line to quote, and add them to scores.json in its folder.
 
-    sampler: program.sampler.Sampler, or what has the like of its noise, sample, options, step and digest; load: a function
-    that gives the pictures of the run's data set, called only where they are needed; features: "inception" or "own";
-    count: generated pictures; fid_stats: a file to take the reference statistics from instead. What is to be read is read
-    before any work is begun. A score takes the place of one that is made of the same, and of no other: an entry of the file
-    says so by digests of the generator, the reference and the network. Raises UserError.
+    sampler: program.sampler.Sampler; load: a function that gives the pictures of the run's data set, called only where
+    they are needed; features: "inception" or "own"; count: generated pictures; fid_stats: a file to take the reference
+    statistics from instead. What is to be read is read before any work is begun. A score takes the place of one that is
+    made of the same, and of no other: an entry of the file says so by digests of the generator, the reference and the
+    network. Raises UserError.
     """
-    options, path, load = sampler.options, run / "scores.json", functools.cache(load)
+    options, path, load, extractor = sampler.options, run / "scores.json", functools.cache(load), None
     read_scores(path)
     if fid_stats:
-        reference = read_statistics(fid_stats, DIMS[features])
-        extractor = load_extractor(features, load, options.dataset, data_dir, inception, digest := network_of(fid_stats))
+        reference, digest = read_statistics(fid_stats, DIMS[features]), network_of(fid_stats)
+        if features == "own":  # which a checkpoint and statistics of this program tell of, so that no picture is needed
+            extractor = classifier.kept_classifier(options.dataset, data_dir, sampler.pictures, digest)
+        extractor = extractor or load_extractor(features, load, options.dataset, data_dir, inception)
         if digest not in (None, extractor.digest):
             raise UserError(f"{fid_stats} is of another network than {extractor.weights}; name statistics of this one")
         against, digest = f"the statistics in {Path(fid_stats).name}", files.fingerprint(*reference)

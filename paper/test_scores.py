@@ -464,7 +464,7 @@ def test_evaluating_a_run(quick, tmp_path, capsys):
 
 
 def test_statistics_that_are_given_take_the_place_of_the_pictures(quick, tmp_path, monkeypatch, capsys):
-    """Through the network that they are of, which is known by its digest; other statistics need the pictures' own."""
+    """The own classifier is known by its digest, which is in them, or by the fingerprint of the pictures it is of."""
     out, where = tmp_path / "run", ("--data-dir", tmp_path / "data", "--num-images", 30)
     assert support.run_main(*support.TRAIN, "--out", out) == 0
     assert support.run_main("--evaluate", out, *where) == 0
@@ -479,10 +479,15 @@ def test_statistics_that_are_given_take_the_place_of_the_pictures(quick, tmp_pat
     assert support.run_main("--evaluate", out, "--fid-stats", stats, *where) == 0
     assert capsys.readouterr().out.split("(")[0] == expected
     assert "there are no pictures" in support.fails(capsys, "--evaluate", out, *where)
-    np.savez(tmp_path / "other.npz", mu=np.zeros(128), sigma=np.eye(128))
-    assert "there are no pictures" in support.fails(
-        capsys, "--evaluate", out, "--fid-stats", tmp_path / "other.npz", *where
-    )
+    with np.load(stats) as saved:
+        np.savez(tmp_path / "other.npz", mu=saved["mu"], sigma=saved["sigma"])  # which do not say by which network
+    other = ("--evaluate", out, "--fid-stats", tmp_path / "other.npz", *where)
+    assert support.run_main(*other) == 0  # through that of the pictures that the checkpoint knows
+    assert capsys.readouterr().out.split("(")[0] == expected
+    (kept,) = (tmp_path / "data").glob("classifier-*.npz")
+    kept.rename(kept.with_name("classifier-mine.npz"))
+    assert support.run_main("--evaluate", out, "--fid-stats", stats, *where) == 0
+    assert "there are no pictures" in support.fails(capsys, *other)
     assert len(quick) == 1
     seen = []
     monkeypatch.setattr(scores, "load_extractor", lambda features, *_: seen.append(features) or Eye())

@@ -99,7 +99,9 @@ def load_sampler(options, path, threads=None):
                 wanted |= {f"{kind}/{name}": x for name, x in network.buffers().items()}
         for name, x in wanted.items():
             x[...] = ag.xp.asarray(saved.read(name, x))
-        return Sampler(options, saved.step(), files.checksum(saved.file, "average/"), generator, discriminator, threads)
+        pictures = f"{int(saved.read('pictures')):016x}" if "pictures" in saved.names else None
+        digest = files.checksum(saved.file, "average/")
+        return Sampler(options, saved.step(), digest, generator, discriminator, threads, pictures)
 
 
 class open_checkpoint:

@@ -13,13 +13,14 @@ from program.update import Update, threads_that_pay
 class Sampler:
     """What is left of a Trainer without its training: options, step and the averaged generator, set to make pictures.
 
-    generator: holds the averaged weights; it sees as far as the options' locality says for `step`, the generator steps that
-    were done. digest: tells its weights from others. discriminator: that of the same step, or None where nobody kept it.
-    threads: of a CPU, which share a large sample (default: as many as pay).
+    generator: holds the averaged weights; it sees as far as the options' locality says for `step`, the generator steps
+    that were done. digest: tells its weights from others. pictures: the fingerprint of those it learnt from, or None.
+    discriminator: that of the same step, or None where nobody kept it. threads: of a CPU, which share a large sample
+    (default: as many as pay).
     """
 
-    def __init__(self, options, step, digest, generator, discriminator=None, threads=None):
-        self.options, self.step, self.digest = options, step, digest
+    def __init__(self, options, step, digest, generator, discriminator=None, threads=None, pictures=None):
+        self.options, self.step, self.digest, self.pictures = options, step, digest, pictures
         self.generator, self.discriminator = generator, discriminator
         if (half_width := transgan.half_width_at(options, step)) is not None:
             generator.attend_within(half_width, options.locality_stages, options.locality_shape)
