@@ -632,4 +632,4 @@ def test_what_is_kept_is_made_by_one_process_at_a_time(tmp_path):
     pictures = data.draw_shapes(40, 8)
     path = tmp_path / f"classifier-shapes-8-{files.fingerprint(pictures)}.npz"
     with files.being_made(path), pytest.raises(UserError, match="another process is making .*; start again when"):
-        load_classifier(pictures, "shapes", tmp_path)
+        classifier.load_classifier(pictures, "shapes", tmp_path)
