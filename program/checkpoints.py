@@ -205,7 +205,7 @@ def own_folder(out, dataset):
     for place in map(out.with_name, itertools.chain(names, (f"{out.name}-{n}" for n in itertools.count(2)))):
         if dataset_of(place) in (dataset, None):
             break
-    if place != out:
+    if place != out and dataset_of(place) is None:
         note(f"{out} holds a run on {dataset_of(out)}; this one goes into {place}")
     return place
 
