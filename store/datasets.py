@@ -98,6 +98,7 @@ def load_labels(dataset: str, data_dir: str | Path, image_size: int) -> Labels |
     if dataset == "shapes":
         return data.draw_labelled_shapes(SHAPES_COUNT, image_size, seed=0)[1]
     if dataset == "cifar10":
+        need_plain_batches(data_dir)
         files = data.cifar10_files(data_dir, data.CIFAR10_TRAIN)
         return np.concatenate([data.read_batch(path, content)[1] for path, content in files])
     return None
@@ -116,12 +117,18 @@ def load_cifar10(data_dir: str | Path, archive: Archive = CIFAR10) -> Bytes:
         with being_made(folder):
             if not folder.is_dir():  # made by another process in the meantime
                 extract_cifar10(folder)
+    need_plain_batches(data_dir)
+    return whole("cifar10", data.load_cifar10(data_dir), folder)
+
+
+def need_plain_batches(data_dir: str | Path) -> None:
+    """Raise UserError where a pipe or a device lies in place of a file of CIFAR-10, which the book would wait for."""
+    folder = Path(data_dir) / data.CIFAR10_FOLDER
     try:
         for name in data.CIFAR10_TRAIN:
             plain(folder / name)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; move {folder} away to fetch it again") from None
-    return whole("cifar10", data.load_cifar10(data_dir), folder)
 
 
 def extract_cifar10(folder: Path) -> None:

@@ -73,7 +73,7 @@ def belongs_to_one(path: Path, refusal: str) -> Iterator[bool]:
     """
     posix = os.name == "posix"  # Windows removes no open file
     while True:
-        file = path.open("ab")
+        file = plain(path).open("ab")
         try:
             sure = lock(file)
         except BlockingIOError:

@@ -1,5 +1,7 @@
 """The promises of store/datasets.py: pictures of any kind are read right, and nothing that a file holds does any harm."""
 
+import contextlib
+import dataclasses
 import errno
 import functools
 import gzip
@@ -601,6 +603,50 @@ def test_what_a_killed_decoding_leaves_goes_and_what_another_makes_stays(few, tm
     (where / f"{data.CIFAR10_FOLDER}.7.part").mkdir()
     load_small(tmp_path / "else")
     assert [name for name in leftovers(where) if not name.endswith(".pictures")] == ["mine.7.part", "poetry.lock"]
+
+
+@contextlib.contextmanager
+def not_for_ever():
+    """Within this context, whatever waits for three seconds is interrupted."""
+
+    def ring(*_):
+        raise AssertionError("it waits or reads for ever")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(3)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="about POSIX's files")
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipes_and_devices_in_place_of_files_are_refused(kind, few):
+    where = few.parent / "data"
+
+    def put(path):
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+        return path
+
+    brightness(few)
+    (cache,) = where.iterdir()
+    tries = [(put(cache), lambda: load_small(few))]
+    for name, (published, _, load) in PUBLISHED.items():
+        for file in (published.name, f"{published.name}.part", f"{published.name}.lock"):
+            path = put(few.parent / f"{name} {file}" / file)
+            archive = dataclasses.replace(published, url="http://127.0.0.1:9/x")
+            tries.append((path, lambda load=load, path=path, archive=archive: load(path.parent, archive)))
+    tries.append((put(few.parent / datasets.STL10_FILE), lambda: datasets.load_stl10(few.parent)))
+    tries.append((put(few.parent / data.CIFAR10_FOLDER / "data_batch_1"), lambda: datasets.load_cifar10(few.parent)))
+    tries.append((few.parent / data.CIFAR10_FOLDER, lambda: datasets.load_labels("cifar10", few.parent, 32)))
+    for path, load in tries:
+        with not_for_ever(), pytest.raises((UserError, OSError), match="a pipe or a device"):
+            load()
+            raise AssertionError(path)
 
 
 def test_a_disk_too_small_is_noticed_before_decoding(few, monkeypatch):
