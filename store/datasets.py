@@ -13,7 +13,6 @@ import operator
 import os
 import shutil
 import stat
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ import data
 from data import Bytes, Labels, UserError, first_line
 from store.downloads import Archive, fetch
 from store.files import CHUNK, MADE, being_made, need_space, plain, short_name, sweep, whole_file
-from store.output import Progress, one_line
+from store.output import Progress, one_line, warn
 from store.reading import Room, fit, hushed, is_passing, lean, read_picture
 
 SHAPES_COUNT = 8192
@@ -152,8 +151,8 @@ def extract_cifar10(folder: Path) -> None:
 def whole(name: str, pictures: Bytes, source: Path) -> Bytes:
     """The pictures of a published data set; if they are not as many as it has, that is said on standard error."""
     if len(pictures) != COUNTS[name]:
-        print(f"transgan: {source} is not the whole of {name}: it gives {len(pictures):,} pictures, not {COUNTS[name]:,}; "
-              "if it broke off, move it away and start again", file=sys.stderr)  # fmt: skip
+        warn(f"transgan: {source} is not the whole of {name}: it gives {len(pictures):,} pictures, not {COUNTS[name]:,}; "
+             "if it broke off, move it away and start again")  # fmt: skip
     return pictures
 
 
@@ -254,10 +253,10 @@ def name_skipped(path: Path, source: Path, skipped: dict[str, str]) -> None:
             shown = 10
         else:
             path.unlink(missing_ok=True)
-    for line in lines[:shown]:
-        print(line, file=sys.stderr)
     if lines[shown:]:
-        print(f"skipped {len(lines) - shown} more of {source}; all {len(lines)} are named in {path}", file=sys.stderr)
+        lines[shown:] = [f"skipped {len(lines) - shown} more of {source}; all {len(lines)} are named in {path}"]
+    for line in lines:
+        warn(line)
 
 
 def decode(names: list[str], opened: Callable[[str], IO[bytes]], side: int, source: Path, told: Told) -> Iterator[Bytes]:
@@ -302,7 +301,8 @@ def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
     folder, data_dir = Path(folder).resolve(), Path(data_dir)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; say where the pictures are with --dataset")
-    files, unread = find_files(folder)
+    with Progress() as progress:
+        files, unread = find_files(folder, progress)
     if not files:
         example = "".join(f" ({name!r}: {reason})" for name, reason in [*unread.items()][:1])
         raise UserError(f"{folder} holds no files{example}; name a folder of pictures as --dataset")
@@ -318,7 +318,7 @@ def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
     return pictures
 
 
-def find_files(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+def find_files(folder: Path, progress: Progress) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     """The files in a folder and its subfolders, by name: size and time of each; and what is none and why, to be named.
 
     Links are followed, to each folder once. Left out are hidden files, runs of this program, and what it keeps in a data
@@ -328,9 +328,10 @@ def find_files(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]
     unread: dict[str, str] = {}
     seen, waiting = set(), [folder]
     while waiting:
-        parent, name = waiting.pop(), ""
+        parent = waiting.pop()
+        name = parent.relative_to(folder).as_posix()
+        progress(f"looking through {folder}: {len(files):,} files")
         try:
-            name = parent.relative_to(folder).as_posix()
             state = parent.stat()
             if (place := (state.st_dev, state.st_ino)) in seen:
                 unread[name] = "it leads to a folder that is read already"
