@@ -49,7 +49,7 @@ POINTS = 125  # a curve through more numbers is averaged down to so many
 def read_log(path):
     """The finite numbers in a run's log.csv by column: {"disc_loss": (steps, values), ...}, float arrays of one length."""
     stride = 1 + path.stat().st_size // LOG_BYTES
-    with path.open(newline="") as file:
+    with files.plain(path).open(newline="") as file:
         reader = csv.reader(file)
         names = next(reader)
         measured = [names.index(name) for name in LABELS]
@@ -176,7 +176,7 @@ def progress(samples, image_size, path):
     cut = slice(0, side * factor, factor)
     frames = []
     for grid in grids:
-        with Image.open(grid) as image:
+        with Image.open(files.plain(grid)) as image:
             frames.append(np.asarray(image.convert("RGB"))[cut, cut])
     durations = [*(len(grids) - 1) * [max(60, min(400, 6000 // len(grids)))], 2500]
     captions = [f"step {int(grid.stem[5:]):,}" for grid in grids]
@@ -218,7 +218,7 @@ def embedded(path, caption, kind=""):
     """A picture as a figure of HTML that holds its bytes, or nothing where there is none."""
     if path is None or not path.exists():
         return ""
-    content = base64.b64encode(path.read_bytes()).decode()
+    content = base64.b64encode(files.plain(path).read_bytes()).decode()
     image = f'<img class="{kind}" src="data:image/{path.suffix[1:]};base64,{content}" alt="{html.escape(caption)}">'
     return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 

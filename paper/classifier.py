@@ -174,14 +174,14 @@ def load_classifier(pictures, dataset, data_dir):
     path = Path(data_dir) / f"classifier-{name}.npz"
     with contextlib.suppress(Exception):  # a damaged archive can raise anything at all
         return read_classifier(path, dataset)
-    files.need_folder(path.parent, "--data-dir")
-    labels = datasets.load_labels(dataset, data_dir, pictures.shape[-1])
-    output.note(f"training a classifier on {task(dataset, classes_of(labels))}, once, for FID-own and IS-own")
-    network, accuracy = train_classifier(pictures, labels)
-    features, _ = Extractor(network)(pictures[:4096])
-    scale = 1 / max(float(features.std(axis=0).mean()), 1e-6)
-    arrays = {key: ag.to_numpy(p) for key, p in network.parameters().items()}
-    files.save_arrays(path, scale=scale, accuracy=accuracy, **arrays)
+    with files.being_made(path):
+        labels = datasets.load_labels(dataset, data_dir, pictures.shape[-1])
+        output.note(f"training a classifier on {task(dataset, classes_of(labels))}, once, for FID-own and IS-own")
+        network, accuracy = train_classifier(pictures, labels)
+        features, _ = Extractor(network)(pictures[:4096])
+        scale = 1 / max(float(features.std(axis=0).mean()), 1e-6)
+        arrays = {key: ag.to_numpy(p) for key, p in network.parameters().items()}
+        files.save_arrays(path, scale=scale, accuracy=accuracy, **arrays)
     return described(network, dataset, accuracy, scale)
 
 

@@ -169,11 +169,11 @@ def reference_statistics(pictures, dataset, extractor, data_dir):
             return read_statistics(path, extractor.dims)
         except UserError as error:
             output.note(f"{first_line(error).rpartition(';')[0]}; it is made anew")
-    files.need_folder(Path(data_dir), "--data-dir")
-    step = at_once(extractor)
-    batches = (pictures[i : i + step] for i in range(0, len(pictures), step))
-    statistics, _ = look(batches, len(pictures), extractor, "real pictures", splits=1)
-    files.save_arrays(path, mu=statistics.mean, sigma=statistics.covariance, network=extractor.digest)
+    with files.being_made(path):
+        step = at_once(extractor)
+        batches = (pictures[i : i + step] for i in range(0, len(pictures), step))
+        statistics, _ = look(batches, len(pictures), extractor, "real pictures", splits=1)
+        files.save_arrays(path, mu=statistics.mean, sigma=statistics.covariance, network=extractor.digest)
     return statistics.mean, statistics.covariance
 
 

@@ -626,3 +626,10 @@ def test_rehearsal_of_scores_on_a_gpu(quick, tmp_path, rehearsed_gpu):
     expected = scored(tmp_path / "cpu")
     assert ag.use_device("auto") == "a rehearsed GPU"
     np.testing.assert_allclose(scored(tmp_path / "gpu"), expected, rtol=1e-3)
+
+
+def test_what_is_kept_is_made_by_one_process_at_a_time(tmp_path):
+    pictures = data.draw_shapes(40, 8)
+    path = tmp_path / f"classifier-shapes-8-{files.fingerprint(pictures)}.npz"
+    with files.being_made(path), pytest.raises(UserError, match="another process is making .*; start again when"):
+        classifier.load_classifier(pictures, "shapes", tmp_path)

@@ -306,7 +306,7 @@ def prepare_folder(out, resume, goes_on):
         (out / "samples").mkdir(exist_ok=True)
         log = out / "log.csv"
         if out != resume:
-            kept = log.read_bytes().strip() if log.exists() else b""
+            kept = files.plain(log).read_bytes().strip() if log.exists() else b""
             if kept not in EMPTY or any((out / name).exists() for name in CHECKPOINTS):
                 raise holds_a_run(out, goes_on)
             log.unlink(missing_ok=True)  # of a run that ended before its first checkpoint

@@ -47,13 +47,14 @@ class Log:
         kept, self.earlier = [], 0.0
         if resumed and path.exists() and step:
             try:
-                with path.open(newline="", encoding="utf-8", errors="replace") as file:
+                with files.plain(path).open(newline="", encoding="utf-8", errors="replace") as file:
                     kept = rows_until(step, csv.DictReader(file))
                 self.earlier = float(kept[-1]["seconds"]) if kept else 0.0
                 if not math.isfinite(self.earlier):
                     raise ValueError(f"it took {self.earlier} seconds")
-            except (ValueError, KeyError, TypeError, csv.Error) as error:
-                raise UserError(f"{path} is not a log of this program ({error}); move it away to go on without") from None
+            except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"{path} is not a log of this program ({reason}); move it away to go on without") from None
         with contextlib.ExitStack() as whole:
             start = whole.enter_context(files.whole_file(path)) if resumed else path
             try:

@@ -24,7 +24,7 @@ import data
 import fast
 import transgan
 from data import UserError
-from fast import augment
+from fast import augment, cpu
 from look import pictures as looks
 from look import summary
 from look.report import Report
@@ -37,7 +37,7 @@ from program.profile import profile, tell_profile
 from program.signals import stop_signals
 from program.trainer import make_networks, make_trainer
 from program.update import Group
-from store import datasets, files, output
+from store import datasets, files, output, reading
 from store.files import CHECKPOINTS
 
 # --- 1. Training ------------------------------------------------------------------------------------------------------
@@ -241,6 +241,8 @@ def choose_forms(args, options):
     if not args.plain:
         device = fast.install(options.precision)
         augment.install()
+        if device == "cpu":
+            reading.when_decoded = cpu.keep_freed_memory
         return f"fast forms for the {device.upper()}"
     fast.uninstall()
     if options.precision != "float32":

@@ -13,7 +13,6 @@ import operator
 import os
 import shutil
 import stat
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -29,8 +28,8 @@ import data
 from data import Bytes, Labels, UserError, first_line
 from store.downloads import Archive, fetch
 from store.files import CHECKPOINTS, CHUNK, MADE, being_made, need_space, plain, short_name, sweep, whole_file
-from store.output import Progress, one_line
-from store.reading import Room, fit, hushed, is_passing, read_picture
+from store.output import Progress, one_line, warn
+from store.reading import Room, fit, hushed, is_passing, lean, read_picture
 
 SHAPES_COUNT = 8192
 SIDES = {"cifar10": 32, "stl10": 48, "celeba": 64}  # pixels a side of the published data sets, as the paper has them
@@ -98,6 +97,7 @@ def load_labels(dataset: str, data_dir: str | Path, image_size: int) -> Labels |
     if dataset == "shapes":
         return data.draw_labelled_shapes(SHAPES_COUNT, image_size, seed=0)[1]
     if dataset == "cifar10":
+        need_plain_batches(data_dir)
         files = data.cifar10_files(data_dir, data.CIFAR10_TRAIN)
         return np.concatenate([data.read_batch(path, content)[1] for path, content in files])
     return None
@@ -116,12 +116,18 @@ def load_cifar10(data_dir: str | Path, archive: Archive = CIFAR10) -> Bytes:
         with being_made(folder):
             if not folder.is_dir():  # made by another process in the meantime
                 extract_cifar10(folder)
+    need_plain_batches(data_dir)
+    return whole("cifar10", data.load_cifar10(data_dir), folder)
+
+
+def need_plain_batches(data_dir: str | Path) -> None:
+    """Raise UserError where a pipe or a device lies in place of a file of CIFAR-10, which the book would wait for."""
+    folder = Path(data_dir) / data.CIFAR10_FOLDER
     try:
         for name in data.CIFAR10_TRAIN:
             plain(folder / name)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; move {folder} away to fetch it again") from None
-    return whole("cifar10", data.load_cifar10(data_dir), folder)
 
 
 def extract_cifar10(folder: Path) -> None:
@@ -145,8 +151,8 @@ def extract_cifar10(folder: Path) -> None:
 def whole(name: str, pictures: Bytes, source: Path) -> Bytes:
     """The pictures of a published data set; if they are not as many as it has, that is said on standard error."""
     if len(pictures) != COUNTS[name]:
-        print(f"transgan: {source} is not the whole of {name}: it gives {len(pictures):,} pictures, not {COUNTS[name]:,}; "
-              "if it broke off, move it away and start again", file=sys.stderr)  # fmt: skip
+        warn(f"transgan: {source} is not the whole of {name}: it gives {len(pictures):,} pictures, not {COUNTS[name]:,}; "
+             "if it broke off, move it away and start again")  # fmt: skip
     return pictures
 
 
@@ -217,7 +223,13 @@ def make(path: Path, side: int, source: Path, count: int, read: Read) -> Told:
     """Write a cache, and return what it tells. Raises UserError and OSError."""
     need_space(path, count * 3 * side**2, "the decoded pictures need room")
     told = Told()
-    with whole_file(path) as part, part.open("wb") as file, hushed(), contextlib.closing(read(told, None)) as pictures:
+    with (
+        whole_file(path) as part,
+        part.open("wb") as file,
+        hushed(),
+        lean(),
+        contextlib.closing(read(told, None)) as pictures,
+    ):
         for picture in pictures:
             file.write(picture.tobytes())
             told.pictures += 1
@@ -241,10 +253,10 @@ def name_skipped(path: Path, source: Path, skipped: dict[str, str]) -> None:
             shown = 10
         else:
             path.unlink(missing_ok=True)
-    for line in lines[:shown]:
-        print(line, file=sys.stderr)
     if lines[shown:]:
-        print(f"skipped {len(lines) - shown} more of {source}; all {len(lines)} are named in {path}", file=sys.stderr)
+        lines[shown:] = [f"skipped {len(lines) - shown} more of {source}; all {len(lines)} are named in {path}"]
+    for line in lines:
+        warn(line)
 
 
 def decode(names: list[str], opened: Callable[[str], IO[bytes]], side: int, source: Path, told: Told) -> Iterator[Bytes]:
@@ -289,7 +301,8 @@ def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
     folder, data_dir = Path(folder).resolve(), Path(data_dir)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; say where the pictures are with --dataset")
-    files, unread = find_files(folder)
+    with Progress() as progress:
+        files, unread = find_files(folder, progress)
     if not files:
         example = "".join(f" ({name!r}: {reason})" for name, reason in [*unread.items()][:1])
         raise UserError(f"{folder} holds no files{example}; name a folder of pictures as --dataset")
@@ -305,7 +318,7 @@ def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
     return pictures
 
 
-def find_files(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+def find_files(folder: Path, progress: Progress) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     """The files in a folder and its subfolders, by name: size and time of each; and what is none and why, to be named.
 
     Links are followed, to each folder once. Left out are hidden files, runs of this program, and what it keeps in a data
@@ -315,9 +328,10 @@ def find_files(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]
     unread: dict[str, str] = {}
     seen, waiting = set(), [folder]
     while waiting:
-        parent, name = waiting.pop(), ""
+        parent = waiting.pop()
+        name = parent.relative_to(folder).as_posix()
+        progress(f"looking through {folder}: {len(files):,} files")
         try:
-            name = parent.relative_to(folder).as_posix()
             state = parent.stat()
             if (place := (state.st_dev, state.st_ino)) in seen:
                 unread[name] = "it leads to a folder that is read already"

@@ -159,9 +159,10 @@ def check_digest(path: str | Path, archive: Archive, source: str | Path) -> None
     algorithm, expected = archive.digest.split(":")
     digest = hashlib.new(algorithm, usedforsecurity=False)
     try:
-        with plain(path).open("rb") as file:
+        with plain(path).open("rb") as file, Progress() as progress:
             while block := file.read(1 << 20):
                 digest.update(block)
+                progress(f"checking {path}: {file.tell() / 1e6:.0f} MB")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; move it away, or choose another --data-dir") from None
     if not digest.hexdigest().startswith(expected):

@@ -73,7 +73,7 @@ def belongs_to_one(path: Path, refusal: str) -> Iterator[bool]:
     """
     posix = os.name == "posix"  # Windows removes no open file
     while True:
-        file = path.open("ab")
+        file = plain(path).open("ab")
         try:
             sure = lock(file)
         except BlockingIOError:
@@ -105,14 +105,9 @@ def being_made(path: Path) -> Iterator[None]:
 
     Raises UserError, before there was any work, where another process makes it or nothing can be written there.
     """
-    with contextlib.ExitStack() as held:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            refusal = f"another process is making {path}; start again when it has finished"
-            held.enter_context(belongs_to_one(path.with_name(f"{path.name}.lock"), refusal))
-        except OSError as error:
-            reason = f"{error.strerror}; free some space or choose another --data-dir"
-            raise UserError(f"cannot write {path}: {reason}") from None
+    need_folder(path.parent, "--data-dir")
+    refusal = f"another process is making {path}; start again when it has finished"
+    with belongs_to_one(path.with_name(f"{path.name}.lock"), refusal):
         yield
 
 

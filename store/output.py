@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import sys
@@ -28,6 +29,12 @@ def tell(line: str | None, **fields: object) -> None:
 def note(line: str) -> None:
     """Say on standard error what is going on, unless --quiet wants to hear of errors alone."""
     if mode != "quiet":
+        print(line, file=sys.stderr, flush=True)
+
+
+def warn(line: str) -> None:
+    """Say on standard error what is not as it should be, though it stops nothing; once, where processes share a run."""
+    if not multiprocessing.parent_process():
         print(line, file=sys.stderr, flush=True)
 
 

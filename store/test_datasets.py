@@ -1,5 +1,8 @@
 """The promises of store/datasets.py: pictures of any kind are read right, and nothing that a file holds does any harm."""
 
+import contextlib
+import dataclasses
+import errno
 import functools
 import gzip
 import io
@@ -7,8 +10,12 @@ import os
 import pickle
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 import tempfile
+import types
 import warnings
 import zipfile
 from pathlib import Path
@@ -426,6 +433,227 @@ def test_a_fuzzed_picture_is_read_or_skipped(kind, seed):
     assert [x.shape for x in pictures] == [(3, 8, 8)] * (2 - len(told.skipped))
     assert {*told.skipped} <= {"bad"}
     assert told.again == []
+
+
+@pytest.fixture
+def few(tmp_path):
+    """A folder of four pictures, of brightness 0, 1, 2 and 3."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes(encoded(np.full((9, 9, 3), i, np.uint8)))
+    return folder
+
+
+def brightness(folder):
+    return load_small(folder)[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OSError(errno.EIO, "Input/output error"), OSError(errno.EMFILE, "Too many open files"),
+     PermissionError(errno.EACCES, "Permission denied"), FileNotFoundError(errno.ENOENT, "No such file or directory")],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["plain", "read_picture"])
+def test_a_passing_trouble_is_no_property_of_a_picture(error, place, few, capsys, monkeypatch):
+    decoded, real, fit = [], getattr(datasets, place), reading.fit
+
+    def sick(first, *rest):
+        if str(getattr(first, "name", first)).endswith("2.png"):
+            raise error
+        return real(first, *rest)
+
+    monkeypatch.setattr(reading, "fit", lambda picture, side: decoded.append(side) or fit(picture, side))
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, place, sick)
+        for fresh in (3, 0):
+            decoded.clear()
+            assert brightness(few) == [0, 1, 3]
+            assert f"skipped '2.png': {error.strerror if error.args else 'MemoryError'}" in capsys.readouterr().err
+            assert len(decoded) == fresh
+    assert brightness(few) == [0, 1, 2, 3]
+    assert capsys.readouterr().err == ""
+    assert len(leftovers(few.parent / "data")) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="about POSIX's files")
+def test_whatever_is_left_out_is_named_at_every_start(few, capsys):
+    far = few.parent / "far" / "cats"
+    far.mkdir(parents=True)
+    (far / "x.png").write_bytes(encoded(slope(9, 9)))
+    os.mkfifo(few / "pipe.png")
+    for name, target in (("zero.png", "/dev/zero"), ("nothing.png", "nowhere"), ("no folder", "nowhere/at/all"),
+                         ("round.png", "round.png"), ("cats", far), ("again", far), ("loop", few)):  # fmt: skip
+        (few / name).symlink_to(target)
+    for i in range(12):
+        (few / f"a.pictures{i}.png").write_bytes(b"no picture")
+    (few / "b.pictures").write_bytes(encoded(slope(9, 9)))  # a name that is like that of a cache, and is none's
+    lost = ["pipe.png", "zero.png", "nothing.png", "no folder", "round.png", "cats", "loop"]
+    lost += [f"a.pictures{i}.png" for i in range(12)]
+    for _ in range(2):
+        assert len(load_small(few)) == 6  # of the linked folder, the first of its names
+        lines = capsys.readouterr().err.splitlines()
+        (named,) = (few.parent / "data").glob("*.skipped.txt")
+        assert all(f"skipped '{name}': " in named.read_text() for name in lost)
+        assert [line[:7] for line in lines] == ["skipped"] * 11
+        assert lines[10] == f"skipped {len(lost) - 10} more of {few}; all {len(lost)} are named in {named}"
+    for name in lost:
+        (few / name).unlink()
+    assert len(load_small(few)) == 6
+    assert capsys.readouterr().err == ""
+    assert not named.exists()
+
+
+def test_what_lies_in_a_folder_that_may_not_be_read_is_named(few, capsys, monkeypatch):
+    (few / "closed").mkdir()
+    listed = os.listdir
+
+    def listdir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert len(load_small(few)) == 4
+    assert capsys.readouterr().err == "skipped 'closed': Permission denied\n"
+
+
+@pytest.mark.parametrize("damage", [-1, -9, -48, 48, 0])
+def test_a_cache_that_is_not_whole_is_made_anew(damage, few):
+    assert brightness(few) == [0, 1, 2, 3]
+    (cache,) = (few.parent / "data").iterdir()
+    cache.write_bytes(cache.read_bytes()[damage:] if damage >= 0 and damage else cache.read_bytes()[:damage])
+    assert brightness(few) == [0, 1, 2, 3]
+
+
+def test_a_cache_goes_by_how_pictures_were_read(few, monkeypatch):
+    brightness(few)
+    white = lambda *_: np.full((3, 4, 4), 255, np.uint8)  # noqa: E731
+    monkeypatch.setattr(reading, "fit", white)
+    for patch, expected in (
+        ((datasets, "READING", datasets.READING), [0, 1, 2, 3]),
+        ((datasets, "READING", -1), [255] * 4),
+    ):
+        monkeypatch.setattr(*patch)
+        assert brightness(few) == expected
+    monkeypatch.undo()
+    assert brightness(few) == [0, 1, 2, 3]
+    monkeypatch.setattr(reading, "fit", white)
+    monkeypatch.setattr(datasets.PIL, "__version__", "99.0")  # which may read other kinds
+    assert brightness(few) == [255] * 4
+    assert len(leftovers(few.parent / "data")) == 1
+
+
+@each_data_set
+def test_a_published_data_set_that_changed_or_is_half_there_is_noticed(name, tmp_path, capsys):
+    published, make, load = PUBLISHED[name]
+    content, *_ = make()
+    (tmp_path / published.name).write_bytes(content)
+    found = len(load(tmp_path, of(published, content)))
+    said = f"is not the whole of {name}: it gives {found} pictures, not {datasets.COUNTS[name]:,}"
+    for _ in range(2):
+        assert capsys.readouterr().err.count(said) == 1
+        load(tmp_path, of(published, content))
+    if name == "cifar10":
+        return
+    other = tmp_path / "other"
+    other.mkdir()
+    place = other / (datasets.STL10_FILE if name == "stl10" else "img_align_celeba/1.jpg")
+    place.parent.mkdir()
+    for grey in (10, 200):
+        picture = np.full((96, 96, 3), grey, np.uint8)
+        place.write_bytes(picture.tobytes() if name == "stl10" else encoded(picture, "JPEG"))
+        assert abs(int(load(other, published)[0].mean()) - grey) < 3
+    assert len([*other.glob("*.pictures")]) == 1
+
+
+MAKE = """
+import sys, time
+from store import datasets, reading
+fit = reading.fit
+def slow(*words):
+    time.sleep(0.5)
+    return fit(*words)
+reading.fit = slow
+datasets.load_folder(*sys.argv[1:], 4)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="about POSIX's signals")
+def test_what_a_killed_decoding_leaves_goes_and_what_another_makes_stays(few, tmp_path):
+    command, where = [sys.executable, "-c", MAKE, few, tmp_path / "data"], tmp_path / "data"
+    for i in range(60):
+        (few / f"more{i}.png").write_bytes(encoded(slope(9, 9)))
+    other = subprocess.Popen(command, cwd=Path(datasets.__file__).parents[1])
+    try:
+        while not [*where.glob("*.part")]:
+            assert other.poll() is None
+        with pytest.raises(UserError, match="another process is making .*; start again when it has finished"):
+            load_small(few)
+        (tmp_path / "else").mkdir()
+        (tmp_path / "else" / "x.png").write_bytes(encoded(slope(9, 9)))
+        load_small(tmp_path / "else")
+        assert len([*where.glob("*.part")]) == 1
+    finally:
+        other.kill()
+        other.wait()
+    for name in ("poetry.lock", "mine.7.part"):
+        (where / name).write_text("somebody else's")
+    (where / f"fid-stats-x-8-{'0' * 16}.npz.7.part").write_bytes(bytes(1 << 20))
+    (where / f"{data.CIFAR10_FOLDER}.7.part").mkdir()
+    load_small(tmp_path / "else")
+    assert [name for name in leftovers(where) if not name.endswith(".pictures")] == ["mine.7.part", "poetry.lock"]
+
+
+@contextlib.contextmanager
+def not_for_ever():
+    """Within this context, whatever waits for three seconds is interrupted."""
+
+    def ring(*_):
+        raise AssertionError("it waits or reads for ever")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(3)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="about POSIX's files")
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipes_and_devices_in_place_of_files_are_refused(kind, few):
+    where = few.parent / "data"
+
+    def put(path):
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+        return path
+
+    brightness(few)
+    (cache,) = where.iterdir()
+    tries = [(put(cache), lambda: load_small(few))]
+    for name, (published, _, load) in PUBLISHED.items():
+        for file in (published.name, f"{published.name}.part", f"{published.name}.lock"):
+            path = put(few.parent / f"{name} {file}" / file)
+            archive = dataclasses.replace(published, url="http://127.0.0.1:9/x")
+            tries.append((path, lambda load=load, path=path, archive=archive: load(path.parent, archive)))
+    tries.append((put(few.parent / datasets.STL10_FILE), lambda: datasets.load_stl10(few.parent)))
+    tries.append((put(few.parent / data.CIFAR10_FOLDER / "data_batch_1"), lambda: datasets.load_cifar10(few.parent)))
+    tries.append((few.parent / data.CIFAR10_FOLDER, lambda: datasets.load_labels("cifar10", few.parent, 32)))
+    for path, load in tries:
+        with not_for_ever(), pytest.raises((UserError, OSError), match="a pipe or a device"):
+            load()
+            raise AssertionError(path)
+
+
+def test_a_disk_too_small_is_noticed_before_decoding(few, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100))
+    with pytest.raises(UserError, match="need room: .* choose another --data-dir"):
+        load_small(few)
+    assert leftovers(few.parent / "data") == []
 
 
 def test_cifar10_is_read_from_its_files_or_out_of_their_archive(tmp_path):
