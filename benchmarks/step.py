@@ -30,6 +30,7 @@ import numpy as np  # isort: skip
 
 import autograd as ag
 import transgan
+from fast import recording
 from program.options import Options
 from program.trainer import make_trainer as trainer_of
 
@@ -98,8 +99,8 @@ def torch_steps(side, size, batch_size, precision):
 def resident(field):
     """A line of this process's status in MB: VmRSS, resident memory now, or VmHWM, its peak; on a GPU, of its pools."""
     if ag.xp is not np:
-        pool, torch = ag.xp.get_default_memory_pool(), sys.modules.get("torch")
-        now, peak = pool.used_bytes(), pool.total_bytes()
+        pools, torch = (ag.xp.get_default_memory_pool(), recording.pool()), sys.modules.get("torch")
+        now, peak = (sum(x) for x in zip(*((pool.used_bytes(), pool.total_bytes()) for pool in pools), strict=True))
         if torch:
             now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_reserved()
         return (now if field == "VmRSS" else peak) / 1e6

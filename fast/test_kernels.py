@@ -294,7 +294,7 @@ def test_a_recorded_step_is_the_step(loss, small, on_any_gpu, monkeypatch, capsy
     for name, x in expected.items():
         np.testing.assert_array_equal(state[name], x, err_msg=name)
 
-    def refusing(function, inputs, pool):
+    def refusing(function, inputs):
         function(*inputs)
         raise RuntimeError("not today")
 

@@ -99,7 +99,6 @@ class Played(Update):
     def __init__(self):
         super().__init__()
         self.phase, self.now, self.recordings, self.refused = lambda: None, None, {}, False
-        self.pool = ag.xp.cuda.MemoryPool()
 
     def __call__(self, scores, inputs, loss, adam, rate):
         if ag.hook or self.refused:  # a profiler wants to see every operation
@@ -117,7 +116,7 @@ class Played(Update):
 
         if id(adam) not in self.recordings:
             try:
-                self.recordings[id(adam)] = Recording(run, inputs, self.pool)
+                self.recordings[id(adam)] = Recording(run, inputs)
             except Exception as error:  # CuPy, CUDA and cuBLAS refuse in many ways; without, a step is slower and the same
                 print(
                     f"transgan: this GPU's work cannot be recorded, steps are slower: {first_line(error)}", file=sys.stderr
