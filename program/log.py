@@ -7,6 +7,9 @@ import shutil
 import sys
 import time
 
+import numpy as np
+
+import autograd as ag
 from data import UserError
 from look.report import LABELS
 from program import signals
@@ -71,7 +74,7 @@ class Log:
             self.writer.writer = csv.writer(self.file)  # the same columns, in the file that goes on
         self.live = output.mode == "lines" and output.is_live(sys.stdout)
         self.terminal = bool(sys.stdout and sys.stdout.isatty())
-        self.measured = {}
+        self.measured, self.event = {}, None  # the latter a GPU's, of the last step
         self.row, self.speed = {"step": step}, 0.0  # as they were shown
         self.waiting = []  # for the file
         self.written = []  # those in it that were not shown
@@ -79,7 +82,14 @@ class Log:
         self.took = self.working = self.besides = 0.0  # seconds: of the first step, of all after it, of what is no step
 
     def add(self, step, losses, pictures):
-        """Remember a step: its losses, and how many real pictures it used."""
+        """Remember a step: its losses, and how many real pictures it used.
+
+        A GPU still works on it; but the step before is waited for, so that a row has the time of a step.
+        """
+        if ag.xp is not np:
+            before, self.event = self.event, ag.xp.cuda.get_current_stream().record()
+            if before:
+                before.synchronize()
         now = time.monotonic()
         seconds = max(now - self.last, 1e-9)
         row = {"step": step, "pictures_per_second": pictures / seconds}

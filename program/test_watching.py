@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+import autograd as ag
+from fast.rehearsal import Event, Stream
 from look import report
 from program import log as logs
 from program import presets, run, signals
@@ -48,6 +50,19 @@ def terminal(monkeypatch):
 def lines(capsys):
     """The states of the live line that were shown."""
     return re.split(r"\r\x1b\[K|\n", capsys.readouterr().out)
+
+
+def test_a_row_has_the_time_of_a_step_where_a_gpu_lags_behind(tmp_path, clock, rehearsed_gpu, monkeypatch):
+    """A step is only handed to a GPU, which works on: one at a time may be under way when the next is written down."""
+    ag.use_device("gpu")
+    log, events = Log(tmp_path / "log.csv", 0, 10), [Event() for _ in range(3)]
+    for step, event in enumerate(events):
+        monkeypatch.setattr(Event, "synchronize", lambda event: (clock.append(7.0), setattr(event, "waited_for", True)))
+        monkeypatch.setattr(Stream, "record", lambda _, event=event: event)
+        log.add(step, {}, 14)
+    assert [event.waited_for for event in events] == [True, True, False]
+    assert [row["pictures_per_second"] for row in log.waiting[1:]] == [2.0, 2.0]
+    log.close()
 
 
 @pytest.mark.parametrize("columns", [20, 40, 80, 200])
