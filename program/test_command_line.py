@@ -428,7 +428,7 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
             "cifar10 has pictures of 32 pixels a side, which --image-size 48 does not divide; choose one of 32, 16, 8",
         ),
         (["--preset", "stl10-XL", "--image-size", "32"], "choose one of 48, 24, 16, 12, 8"),
-        (["--dataset", "cifar10", "--data-dir", tmp_path / "file"], "cannot write"),
+        (["--dataset", "cifar10", "--data-dir", tmp_path / "file"], "choose another --data-dir"),
     ):
         if not {"--out", "--summary"} & {*args}:
             args = [*args, "--out", tmp_path / "run"]

@@ -113,7 +113,7 @@ def test_a_run_from_another_system_goes_on_when_told_where_its_pictures_are(else
     assert run_main("--resume", moved, "--data-dir", "other", "--steps", 6) == 0  # it knows where they are from then on
 
 
-@pytest.mark.parametrize("value", ["pictures", "./x", "C:pictures", "..\\x", "", "\0"])
+@pytest.mark.parametrize("value", ["../pictures", "./x/y", "C:pictures/x", "..\\x", "", "\0"])
 def test_a_data_set_in_no_certain_place_is_none(value):
     assert not options.is_valid("dataset", value)
 
