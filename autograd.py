@@ -9,20 +9,20 @@ differentiated again. TransGAN's loss needs exactly that, because it penalises t
 
 Contents
     1. Where arrays live      xp, use_device, to_numpy
-    2. Tensor                 Tensor, Node, recording, operation, result
+    2. Tensor                 Tensor, Node, recording, result, operation, KINDS of its arguments
     3. Walking back           grad, unbroadcast
     4. Primitive operations   add ... concatenate
     5. Parts of networks      linear, gelu, softmax, layer_norm, attention, pixel_shuffle, as their definitions read
     6. Checking derivatives   gradient_check
-    7. Modules                Module, Init, Linear, LayerNorm
+    7. Modules                Module, Linear, LayerNorm
     8. Optimisation           clip_by_global_norm, Adam over flat arrays
 
 All of it is written to be understood. The folder fast/ holds the same operations again, arranged for a processor, and
 enters them into the table `faster`; each is tested to equal its definition here, which knows nothing of them.
 
 Errors: every operation raises ValueError (IndexError for an index out of range) with one line naming the operation, or
-the one within it that failed, and the shapes it was given, and TypeError when float32 and float64 meet. The docstrings
-below name only what goes beyond.
+the one within it that failed, and the shapes it was given, and TypeError when float32 and float64 meet or an argument is
+of another kind than KINDS says. The docstrings below name only what goes beyond.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import heapq
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -134,44 +135,40 @@ class Node:
 class Tensor:
     """An array `data` of floats, and the Node that computed it, or None if no gradient is to flow into it.
 
-    data: anything that xp.asarray understands. Float arrays keep their dtype, everything else becomes float32; dtype=
-    overrides. requires_grad=True makes a leaf whose gradient can be asked for. The methods are operations of section 4.
+    data: what xp.asarray makes an array of real numbers of, else TypeError. Float arrays keep their dtype, everything else
+    becomes float32; dtype= overrides. requires_grad=True makes a leaf whose gradient can be asked for. The array is not
+    copied: do not write into it between an operation and `grad`, which reads it again and does not notice.
+    The methods are operations of section 4.
     """
 
     __slots__ = ("data", "node")
     __array_ufunc__ = None  # so that array * Tensor asks Tensor.__rmul__, not NumPy
 
     def __init__(self, data: Any, requires_grad: bool = False, dtype: DTypeLike | None = None):
-        if not isinstance(data, xp.ndarray) or dtype is not None:
-            data = xp.asarray(data, dtype=dtype or getattr(data, "dtype", np.float32))
-        if data.dtype.kind != "f":
-            data = data.astype(np.float32)
+        if type(data) is not xp.ndarray or dtype is not None or data.dtype.kind != "f" or not data.dtype.isnative:
+            given = getattr(data, "dtype", np.dtype(object))
+            wanted = np.dtype(dtype or (given if given.kind == "f" else np.float32)).newbyteorder("=")
+            data = xp.asarray(data)
+            if data.dtype.kind not in "biuf" or wanted.kind != "f":
+                raise TypeError(f"a Tensor holds real numbers, as floats, not {data.dtype} as {wanted}")
+            data = data.astype(wanted, copy=False)
         self.data: Array = data
         self.node = Node() if requires_grad else None
 
+    # fmt: off
     @property
-    def shape(self) -> Shape:
-        return self.data.shape
-
+    def shape(self) -> Shape: return self.data.shape
     @property
-    def ndim(self) -> int:
-        return self.data.ndim
-
+    def ndim(self) -> int: return self.data.ndim
     @property
-    def size(self) -> int:
-        return self.data.size
-
+    def size(self) -> int: return self.data.size
     @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.data.dtype
-
+    def dtype(self) -> np.dtype[Any]: return self.data.dtype
     @property
-    def requires_grad(self) -> bool:
-        return self.node is not None
-
+    def requires_grad(self) -> bool: return self.node is not None
     @property
-    def T(self) -> Tensor:
-        return transpose(self)
+    def T(self) -> Tensor: return transpose(self)
+    # fmt: on
 
     def detach(self) -> Tensor:
         """The same array, without its history: no gradient flows back through the result."""
@@ -181,13 +178,17 @@ class Tensor:
         """The value of a Tensor of one element as a Python float (on a GPU this waits for the device)."""
         return float(self.data.item())
 
-    def __len__(self) -> int:
-        return len(self.data)
-
     def __repr__(self) -> str:
         return f"Tensor({self.data!r}{', requires_grad=True' if self.node else ''})"
 
     # fmt: off
+    def __len__(self) -> int: return len(self.data)
+    def __iter__(self) -> Iterator[Tensor]: return (self[i] for i in range(len(self)))
+    def __bool__(self) -> bool: return bool(self.data)  # of one element; ValueError of several, as NumPy has it
+    def __eq__(self, b: object) -> bool: raise TypeError("a Tensor is compared by its array: x.data == ..., x.data < ...")
+    def __array__(self, *_: Any, **__: Any) -> Array: raise TypeError("NumPy would lose a Tensor's history; use to_numpy")
+    __array_function__ = __array__  # of numpy.sum, numpy.concatenate, ...
+    __hash__ = object.__hash__
     def __add__(self, b: Operand) -> Tensor: return add(self, b)
     def __radd__(self, a: Operand) -> Tensor: return add(a, self)  # a + self, where a is a number or an array
     def __sub__(self, b: Operand) -> Tensor: return subtract(self, b)
@@ -201,24 +202,16 @@ class Tensor:
     def __neg__(self) -> Tensor: return negative(self)
     def __pow__(self, exponent: float) -> Tensor: return power(self, exponent)
     def __getitem__(self, index: Index | tuple[Index, ...]) -> Tensor: return getitem(self, index)
+    def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor: return reduce_sum(self, axis, keepdims)
+    def mean(self, axis: Axis = None, keepdims: bool = False) -> Tensor: return reduce_mean(self, axis, keepdims)
+    def reshape(self, *shape: int | Sequence[int]) -> Tensor: return reshape(self, *shape)
+    def transpose(self, *axes: int) -> Tensor: return transpose(self, *axes)
     # fmt: on
 
-    def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        return reduce_sum(self, axis, keepdims)
 
-    def mean(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        return reduce_mean(self, axis, keepdims)
-
-    def reshape(self, *shape: int | Sequence[int]) -> Tensor:
-        return reshape(self, *shape)
-
-    def transpose(self, *axes: int) -> Tensor:
-        return transpose(self, *axes)
-
-
-def array_of(x: Operand) -> Array | float:
-    """An operand's array; plain numbers and arrays pass as they are."""
-    return x.data if isinstance(x, Tensor) else x
+def array_of(x: Any) -> Any:
+    """An operand's array; a NumPy number becomes Python's, which has no dtype to insist on; all else passes as it is."""
+    return x.data if isinstance(x, Tensor) else x.item() if isinstance(x, np.generic) else x
 
 
 def result(data: Array | float, *edges: tuple[Operand | None, Vjp]) -> Tensor:
@@ -231,7 +224,8 @@ def result(data: Array | float, *edges: tuple[Operand | None, Vjp]) -> Tensor:
     tensors = [(x, vjp) for x, vjp in edges if isinstance(x, Tensor)]
     for x, _ in tensors:
         if x.dtype != made.dtype:
-            raise TypeError(f"operands of {x.dtype} and {made.dtype} meet; convert one: Tensor(x.data, dtype=...)")
+            arrays = "".join(f", by {describe(y)}" for y, _ in edges if isinstance(y, xp.ndarray))
+            raise TypeError(f"operands of {x.dtype} and {made.dtype} meet{arrays}: convert one, Tensor(x.data, dtype=...)")
     if is_recording():
         kept = tuple((x.node, x.shape, vjp) for x, vjp in tensors if x.node is not None)
         if kept:
@@ -241,30 +235,66 @@ def result(data: Array | float, *edges: tuple[Operand | None, Vjp]) -> Tensor:
 
 faster: dict[Callable[..., Any], Callable[..., Any]] = {}  # an operation -> a form of it that runs in its place
 hook: Callable[..., Any] | None = None  # for a profiler: hook(operation's name, direction, function, *arguments) runs it
+NUMBER = (int, float, np.bool_, np.integer, np.floating)
+KINDS: dict[str, tuple[Any, str, str]] = {  # of a parameter by its name: the types, dtypes of an array, and both in words
+    **dict.fromkeys(("x", "weight", "bias", "qkv", "output", "output_grad"), (Tensor, "", "{} must be a Tensor")),
+    **dict.fromkeys(("tensors", "inputs", "parameters", "gradients"), (Tensor, "", "{} must be Tensors")),
+    **dict.fromkeys(("a", "b"), ((Tensor, *NUMBER), "biuf", "{} must be a Tensor, an array of real numbers or a number")),
+    **dict.fromkeys(("num_heads", "factor"), ((int, np.integer), "", "{} must be a whole number")),
+    "exponent": (NUMBER, "", "the exponent must be a number (a ** b of Tensors is exp(b * log(a)))"),
+    "index": ((int, np.integer, slice, type(None), EllipsisType), "", "an index may hold whole numbers, slices, None, ..."),
+    "mask": (np.bool_, "b", "the mask must be a boolean array"),
+}
+SEVERAL: Any = {"index": tuple, **dict.fromkeys(("tensors", "inputs", "parameters", "gradients"), (tuple, list))}
+LEAST = {"num_heads": 1, "factor": 1}  # the smallest a number may be; SEVERAL above: what may hold more than one of a kind
+
+
+def check_arguments(arguments: Iterable[tuple[str, Any]], optional: Iterable[str] = ()) -> None:
+    """Raise TypeError where one of the arguments, pairs (name, value), is not of its parameter's kind, ValueError where a
+    number is too small. optional: the names of those that may be None. Appendices enter their own names into KINDS."""
+    for name, x in arguments:
+        types, dtypes, words = KINDS.get(name, (object, "", ""))
+        if x is None and name in optional:
+            continue
+        for part in x if isinstance(x, SEVERAL.get(name, ())) else (x,):
+            if not isinstance(part, types) and not (type(part) is xp.ndarray and part.dtype.kind in dtypes):
+                raise TypeError(f"{words.format(name)}, not {describe(x)}")
+            if name in LEAST and part < LEAST[name]:
+                raise ValueError(f"{name} must be at least {LEAST[name]}, not {x}")
+
+
+def describe(x: Any) -> str:
+    """What somebody has passed, in a few words: its type, and that of what it holds."""
+    held = {describe(y) for y in x} if isinstance(x, (list, tuple)) else {str(x.dtype)} if getattr(x, "ndim", 0) else ()
+    return str(type(x))[8:-2] + " of " * bool(held) + ", ".join(sorted(held))  # <class 'name'>
 
 
 def operation(definition: Callable[P, R]) -> Callable[P, R]:
     """Make a function an operation: what stands in `faster` for it runs in its place, and its errors are clear.
 
-    The operation's name and the shapes it was given go before whatever its arrays complain about. Its definition stays
-    at hand as `__wrapped__`.
+    Its arguments are checked, and the operation's name and the shapes it was given go before whatever is wrong with them
+    or its arrays complain about. Its definition stays at hand as `__wrapped__`.
     """
+    parameters = inspect.signature(definition).parameters
+    names, optional = tuple(parameters), {name for name, parameter in parameters.items() if parameter.default is None}
+    types = [() if name in LEAST else KINDS.get(name, [object])[0] for name in names]  # for which no closer look is needed
 
     @functools.wraps(definition)
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
         form: Callable[P, R] = faster.get(named, definition)
         try:
+            if kwargs or not all(map(isinstance, args, types)):
+                check_arguments((*zip(names, args, strict=False), *kwargs.items()), optional)
             if hook is None:
                 return form(*args, **kwargs)
-            made: R = hook(definition.__name__, "forward", form, *args, **kwargs)
-            return made
-        except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:  # the last: of shapes with a 0
+            return hook(definition.__name__, "forward", form, *args, **kwargs)
+        except (ValueError, IndexError, TypeError, ArithmeticError) as error:  # the last: of shapes with a 0, huge numbers
             if getattr(error, "is_clear", False):
                 raise
-            operands = itertools.chain.from_iterable(x if isinstance(x, (list, tuple)) else (x,) for x in args)
-            shapes = ", ".join(str(x.shape) for x in operands if hasattr(x, "shape"))
+            given = (x if isinstance(x, (list, tuple)) else (x,) for x in (*args, *kwargs.values()))
+            shapes = ", ".join(str(x.shape) for x in itertools.chain(*given) if hasattr(x, "shape"))
             kind = next((k for k in (ValueError, IndexError, TypeError) if isinstance(error, k)), ValueError)
-            clear: Any = kind(f"{definition.__name__} of shapes {shapes}: {error}")
+            clear: Any = kind(f"{definition.__name__}{shapes and ' of shapes '}{shapes}: {error}")
             clear.is_clear = True
             raise clear from None
 
@@ -275,9 +305,9 @@ def operation(definition: Callable[P, R]) -> Callable[P, R]:
 
 
 def grad(
-    output: Tensor, inputs: Iterable[Tensor], output_grad: Tensor | None = None, create_graph: bool = False
+    output: Tensor, inputs: Tensor | Iterable[Tensor], output_grad: Tensor | None = None, create_graph: bool = False
 ) -> list[Tensor]:
-    """Gradients of `output` with respect to each of `inputs`: a list of Tensors of their shapes.
+    """Gradients of `output` with respect to each of `inputs`, or to the one: a list of Tensors of their shapes.
 
     output: a Tensor of one element, or any shape with `output_grad`, a Tensor of that shape, v in v^T d(output)/d(input)
     (then the sum over output's elements weighted by v is what is differentiated). An input that output does not depend
@@ -291,7 +321,8 @@ def grad(
     Raises ValueError if output needs output_grad or an input is not a leaf or result with history, RuntimeError if the
     graph was let go by an earlier walk.
     """
-    inputs = list(inputs)
+    inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    check_arguments([("output", output), ("inputs", inputs), ("output_grad", output_grad)], ["output_grad"])
     if not inputs:
         return []
     nodes = [x.node for x in inputs if x.node]
@@ -303,6 +334,8 @@ def grad(
         output_grad = Tensor(xp.ones_like(output.data))
     if output_grad.shape != output.shape:
         raise ValueError(f"grad: output_grad of shape {output_grad.shape} for an output of shape {output.shape}")
+    if output_grad.dtype != output.dtype:
+        raise TypeError(f"grad: output_grad of {output_grad.dtype} for an output of {output.dtype}")
 
     wanted: dict[Node, Tensor | None] = dict.fromkeys(nodes)
     useful = _between(output.node, wanted)
@@ -334,9 +367,8 @@ def _pull(vjp: Vjp, gradient: Tensor, shape: Shape) -> Tensor:
     def pull() -> Tensor:
         return unbroadcast(vjp(gradient), shape)
 
-    return (
-        hook(vjp.__qualname__.partition(".")[0], "backward", pull) if hook else pull()
-    )  # a vjp is named after its operation
+    name = vjp.__qualname__.partition(".")[0]  # a vjp is named after its operation
+    return hook(name, "backward", pull) if hook else pull()
 
 
 def _between(start: Node | None, wanted: Iterable[Node]) -> set[Node]:
@@ -411,9 +443,7 @@ def negative(x: Tensor) -> Tensor:
 
 @operation
 def power(x: Tensor, exponent: float) -> Tensor:
-    """x ** exponent for a constant number. d(x^p) = p x^(p-1) dx."""
-    if isinstance(exponent, Tensor):
-        raise TypeError("the exponent must be a number; write exp(b * log(a)) for a ** b")
+    """x ** exponent for a constant number; for a Tensor b, a ** b is exp(b * log(a)). d(x^p) = p x^(p-1) dx."""
     exponent = float(exponent)
     if exponent == 0:
         return Tensor(xp.ones_like(x.data))  # a constant; its formula would be 0 * infinity at x = 0
@@ -463,7 +493,14 @@ def softplus(x: Tensor) -> Tensor:
 @operation
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), elementwise; the derivative is 1 where x > 0, else 0."""
-    return result(xp.maximum(x.data, 0.0), (x, lambda g: g * (x.data > 0)))
+    return result(xp.maximum(x.data, 0.0), (x, lambda g: where(x.data > 0, g, 0.0)))  # g * 0 is NaN if g is infinite
+
+
+@operation
+def where(mask: Array, a: Operand, b: Operand) -> Tensor:
+    """a where the boolean array is True, else b, elementwise with broadcasting; so the gradient goes."""
+    data = xp.where(mask, array_of(a), array_of(b))
+    return result(data, (a, lambda g: where(mask, g, 0.0)), (b, lambda g: where(mask, 0.0, g)))
 
 
 @operation
@@ -490,10 +527,10 @@ def reduce_sum(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
 @operation
 def reduce_mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Mean over `axis` (a number, a tuple, or None for all)."""
-    if not x.size:
-        raise ValueError("there is no mean of no elements")
     total = reduce_sum(x, axis, keepdims)
-    return total * (total.size / x.size)  # x.size / total.size elements went into each sum
+    if total.size and not x.size:
+        raise ValueError("there is no mean of no elements")
+    return total * (total.size / max(x.size, 1))  # x.size / total.size elements went into each sum
 
 
 @operation
@@ -526,9 +563,6 @@ def swap_last(x: Tensor) -> Tensor:
 @operation
 def getitem(x: Tensor, index: Index | tuple[Index, ...]) -> Tensor:
     """x[index] for whole numbers, slices, None and ...; the gradient is laid into zeros at the same place."""
-    for part in index if isinstance(index, tuple) else (index,):
-        if not (part is None or part is Ellipsis or isinstance(part, (int, np.integer, slice))):
-            raise TypeError(f"an index may hold whole numbers, slices, None and ..., not {type(part).__name__}")
     return result(x.data[index], (x, lambda g: _place(g, index, x.shape)))
 
 
@@ -598,7 +632,8 @@ def softmax(x: Tensor, mask: Array | None = None) -> Tensor:
         if np.broadcast_shapes(x.shape, mask.shape) != x.shape:
             raise ValueError(f"the mask, of shape {mask.shape}, must broadcast to x")
         x = x + xp.where(mask, 0, -xp.inf).astype(x.dtype)
-    top = xp.maximum(x.data.max(axis=-1, keepdims=True), xp.finfo(x.dtype).min)  # finite in any row
+    highest = x.data.max(axis=-1, keepdims=True) if x.size else x.data[..., :1]
+    top = xp.maximum(highest, xp.finfo(x.dtype).min)  # finite in any row
     weights = exp(x - top)
     total = weights.sum(axis=-1, keepdims=True)
     nothing_left: Array = total.data == 0
@@ -686,13 +721,13 @@ def gradient_check(
     function: takes Tensors like `inputs` and returns a Tensor of any shape; inputs: float64 arrays. The result y is
     made one number, f = sum(w (y + y^2/2)) with random w, so that the gradient arriving at the function depends on its
     inputs too. Order 1 compares df/dx_i with (f(x_i + step) - f(x_i - step)) / (2 step) at `coordinates` random
-    coordinates of each input, both as `grad` gives it and with create_graph=True, because an operation may have a form
-    for either. The next order is the same check of f's slope along a random direction u, the function x -> sum(u df/dx),
-    whose derivative is a second one of f.
+    coordinates of each input, and along a random direction, in which every element has a part; both as `grad` gives it
+    and with create_graph=True, because an operation may have a form for either. The next order is the same check of f's
+    slope along a random direction u, the function x -> sum(u df/dx), whose derivative is a second one of f.
     Errors are relative to the largest derivative, or to 1 where all are smaller; below 1e-6 is agreement in float64.
     Raises TypeError for inputs that are not float64: their rounding would hide the difference.
     """
-    inputs = [xp.asarray(x) for x in inputs]
+    inputs = [xp.asarray(x) for x in ([inputs] if isinstance(inputs, xp.ndarray) else inputs)]
     if any(x.dtype != np.float64 for x in inputs):
         raise TypeError("gradient_check: inputs must be float64")
     rng = np.random.default_rng(seed)
@@ -721,31 +756,26 @@ def gradient_check(
 def _first_order_error(
     number: Callable[..., Tensor], inputs: list[Array], step: float, coordinates: int, rng: np.random.Generator
 ) -> float:
-    walks = [grad(*_call(number, inputs), create_graph=recorded) for recorded in (False, True)]
+    leaves = [Tensor(x, requires_grad=True) for x in inputs]
+    walks = [grad(number(*leaves), leaves, create_graph=recorded) for recorded in (False, True)]
     exact = [[to_numpy(g) for g in pair] for pair in zip(*walks, strict=True)]  # of each input, both forms
     worst = 0.0
     for i, x in enumerate(inputs):
-        chosen = rng.permutation(x.size)[:coordinates]
-        differences = np.empty(len(chosen))
-        for at, coordinate in enumerate(chosen):
-            values = []
-            for sign in (1, -1):
-                moved = x.copy()
-                moved.reshape(-1)[coordinate] += sign * step
-                values.append(_call(number, [*inputs[:i], moved, *inputs[i + 1 :]])[0].item())
-            differences[at] = (values[0] - values[1]) / (2 * step)
-        for derivative in exact[i] if len(chosen) else ():
-            error = np.abs(derivative.reshape(-1)[chosen] - differences).max() / max(1.0, np.abs(differences).max())
-            worst = max(worst, float(error) if np.isfinite(error) else math.inf)
+        rows = []  # along each direction the central difference, and what both forms say
+        for coordinate in (*rng.permutation(x.size)[:coordinates], None):
+            u = rng.standard_normal(x.shape) if coordinate is None else np.arange(x.size).reshape(x.shape) == coordinate
+            u = u / np.linalg.norm(u)
+            ends = [[*inputs[:i], x + xp.asarray(move), *inputs[i + 1 :]] for move in (step * u, -step * u)]
+            high, low = (number(*(Tensor(x, requires_grad=True) for x in end)).item() for end in ends)
+            rows.append([(high - low) / (2 * step), *((g * u).sum() for g in exact[i])])
+        differences, *found = np.array(rows).T
+        error = np.abs(found - differences).max() / max(1.0, np.abs(differences).max())
+        worst = max(worst, float(error) if np.isfinite(error) else math.inf)
     return worst
 
 
-def _call(number: Callable[..., Tensor], inputs: list[Array]) -> tuple[Tensor, list[Tensor]]:
-    tensors = [Tensor(x, requires_grad=True) for x in inputs]
-    return number(*tensors), tensors
-
-
 # --- 7. Modules -------------------------------------------------------------------------------------------------------
+# Their first values are drawn by `init`, such as transgan.Init.
 
 
 class Module:
@@ -765,46 +795,10 @@ class Module:
         return found
 
 
-class Init:
-    """Draws the parameters' first values from `rng`, a NumPy generator, in `dtype`.
-
-    linear="uniform": weights and biases from U(-1/sqrt(k), 1/sqrt(k)) for k inputs, as the authors' generator has them;
-    linear="normal": normal weights of deviation 0.02 and zero biases, as in their discriminator.
-    """
-
-    def __init__(self, rng: np.random.Generator, linear: str, dtype: DTypeLike = np.float32):
-        self.rng, self.linear_rule, self.dtype = rng, linear, dtype
-
-    def parameter(self, values: Array) -> Tensor:
-        return Tensor(values, requires_grad=True, dtype=self.dtype)
-
-    def normal(self, *shape: int) -> Tensor:
-        """Mean 0, deviation 0.02. (The authors truncate it at -2 and 2, a hundred deviations out, where nothing falls.)"""
-        return self.parameter(0.02 * self.rng.standard_normal(shape))
-
-    def linear(self, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-        """The weight (inputs, outputs) and bias (outputs,) of a linear layer."""
-        if self.linear_rule == "normal":
-            return self.normal(inputs, outputs), self.parameter(np.zeros(outputs))
-        bound = inputs**-0.5
-        weight = self.rng.uniform(-bound, bound, (inputs, outputs))
-        return self.parameter(weight), self.parameter(self.rng.uniform(-bound, bound, outputs))
-
-    def patches(self, inputs: int, outputs: int, pixels: int) -> tuple[Tensor, Tensor]:
-        """The same of a layer that is a convolution in the authors' code, over squares of so many pixels, side by side.
-
-        Weights as Glorot and Bengio (2010, eq. 16) have them, U(-b, b) with b^2 = 6 / (fan_in + fan_out): what a number is
-        made of, `inputs`, and what it goes into, pixels * outputs. Biases from U(-1/sqrt(inputs), 1/sqrt(inputs)).
-        """
-        bound = math.sqrt(6 / (inputs + pixels * outputs))
-        weight = self.rng.uniform(-bound, bound, (inputs, outputs))
-        return self.parameter(weight), self.parameter(self.rng.uniform(-1, 1, outputs) * inputs**-0.5)
-
-
 class Linear(Module):
-    """x W + b: (..., inputs) -> (..., outputs). pixels: of each token, if its first weights are to be `Init.patches`."""
+    """x W + b: (..., inputs) -> (..., outputs). pixels: of each token, if its first weights are to be `init.patches`."""
 
-    def __init__(self, inputs: int, outputs: int, init: Init, bias: bool = True, pixels: int = 0):
+    def __init__(self, inputs: int, outputs: int, init: Any, bias: bool = True, pixels: int = 0):
         self.weight, drawn = init.patches(inputs, outputs, pixels) if pixels else init.linear(inputs, outputs)
         self.bias = drawn if bias else None
 
@@ -815,7 +809,7 @@ class Linear(Module):
 class LayerNorm(Module):
     """Layer normalization with weight and bias over the last axis, eps 1e-5: (..., C) -> (..., C)."""
 
-    def __init__(self, embed_dim: int, init: Init):
+    def __init__(self, embed_dim: int, init: Any):
         self.weight, self.bias = init.parameter(np.ones(embed_dim)), init.parameter(np.zeros(embed_dim))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -852,6 +846,10 @@ class Adam:
         decay: float | None = None,
     ):
         self.parameters, self.betas, self.eps, self.decay, self.t = list(parameters), betas, eps, decay, 0
+        check_arguments([("parameters", self.parameters)])
+        leaves = {p for p in self.parameters if p.node and p.node.edges == ()}
+        if len({p.dtype for p in leaves}) != 1 or len(leaves) < len(self.parameters):
+            raise ValueError("Adam: expected Tensors made with requires_grad=True, of one dtype, and each only once")
         self.p = xp.concatenate([p.data.reshape(-1) for p in self.parameters])
         self.gradient, self.v = xp.zeros_like(self.p), xp.zeros_like(self.p)
         self.m = xp.zeros_like(self.p) if betas[0] else None
@@ -869,6 +867,10 @@ class Adam:
 
     def add(self, gradients: Iterable[Tensor]) -> None:
         """Add gradients, Tensors in the parameters' order, to those of the next step."""
+        gradients = list(gradients)
+        check_arguments([("gradients", gradients)])
+        if [(g.shape, g.dtype) for g in gradients] != [(p.shape, p.dtype) for p in self.parameters]:
+            raise ValueError("Adam: expected a gradient for each parameter, of its shape and dtype")
         for total, gradient in zip(self.parts(self.gradient), gradients, strict=True):
             total += gradient.data
 

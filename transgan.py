@@ -10,7 +10,7 @@ This is the paper's first version (February 2021): its networks, its training, a
 data augmentation, co-training and locality-aware initialization.
 
 Contents
-    1. Building blocks        Attention, MLP, Block
+    1. Building blocks        Init, Attention, MLP, Block
     2. The two networks       SIZES, upscale, window_mask, Stage, Generator, Discriminator
     3. Losses                 gradient_penalty, discriminator_loss, generator_loss, super_resolution_error
     4. Augmentation           diff_augment, draw_augmentation
@@ -43,13 +43,49 @@ from numpy.typing import DTypeLike, NDArray
 
 import autograd as ag
 import data
-from autograd import Array, Init, LayerNorm, Linear, Module, Shape, Tensor, grad
+from autograd import Array, LayerNorm, Linear, Module, Shape, Tensor, grad
 from data import Bytes, Floats
 
 Inputs: TypeAlias = list[Array]  # what an update of one network needs from outside, see Trainer.inputs
 Losses: TypeAlias = dict[str, Array | None]  # disc_loss, penalty, gen_loss, sr_loss: 0-d arrays on the device, or None
 
 # --- 1. Building blocks -----------------------------------------------------------------------------------------------
+
+
+class Init:
+    """Draws the parameters' first values from `rng`, a NumPy generator, in `dtype`.
+
+    linear="uniform": weights and biases from U(-1/sqrt(k), 1/sqrt(k)) for k inputs, as the authors' generator has them;
+    linear="normal": normal weights of deviation 0.02 and zero biases, as in their discriminator.
+    """
+
+    def __init__(self, rng: np.random.Generator, linear: str, dtype: DTypeLike = np.float32):
+        self.rng, self.linear_rule, self.dtype = rng, linear, dtype
+
+    def parameter(self, values: Array) -> Tensor:
+        return Tensor(values, requires_grad=True, dtype=self.dtype)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Mean 0, deviation 0.02. (The authors truncate it at -2 and 2, a hundred deviations out, where nothing falls.)"""
+        return self.parameter(0.02 * self.rng.standard_normal(shape))
+
+    def linear(self, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+        """The weight (inputs, outputs) and bias (outputs,) of a linear layer."""
+        if self.linear_rule == "normal":
+            return self.normal(inputs, outputs), self.parameter(np.zeros(outputs))
+        bound = inputs**-0.5
+        weight = self.rng.uniform(-bound, bound, (inputs, outputs))
+        return self.parameter(weight), self.parameter(self.rng.uniform(-bound, bound, outputs))
+
+    def patches(self, inputs: int, outputs: int, pixels: int) -> tuple[Tensor, Tensor]:
+        """The same of a layer that is a convolution in the authors' code, over squares of so many pixels, side by side.
+
+        Weights as Glorot and Bengio (2010, eq. 16) have them, U(-b, b) with b^2 = 6 / (fan_in + fan_out): what a number is
+        made of, `inputs`, and what it goes into, pixels * outputs. Biases from U(-1/sqrt(inputs), 1/sqrt(inputs)).
+        """
+        bound = math.sqrt(6 / (inputs + pixels * outputs))
+        weight = self.rng.uniform(-bound, bound, (inputs, outputs))
+        return self.parameter(weight), self.parameter(self.rng.uniform(-1, 1, outputs) * inputs**-0.5)
 
 
 class Attention(Module):
@@ -458,8 +494,8 @@ def cutout(x: Tensor, draws: Array) -> Tensor:
     side = x.shape[-1]
     pixel, size = ag.xp.arange(side), (side + 1) // 2
     from_edge = (pixel - (draws[:, i].reshape(-1, 1) - size // 2) for i in (5, 6))  # (B, H), counted from the square's
-    rows, columns = (((edge >= 0) * (edge < size)).astype(x.dtype) for edge in from_edge)
-    return x * (1 - rows[:, None, :, None] * columns[:, None, None, :])
+    rows, columns = ((edge >= 0) * (edge < size) for edge in from_edge)
+    return ag.where(rows[:, None, :, None] * columns[:, None, None, :], 0.0, x)
 
 
 AUGMENTATIONS = {"translation": translation, "cutout": cutout, "color": color}

@@ -81,24 +81,26 @@ def discriminator(p, pictures, depth, patch_size, num_heads=4, fused=False):
 
 
 def diff_augment(x, policy, draws):
-    """Picture by picture, by padding and slicing, in the order of `policy`."""
-    side, pictures = x.shape[-1], []
-    for picture, (brightness, saturation, contrast, down, right, row, column) in zip(x, draws.tolist(), strict=True):
-        for name in policy.split(","):
-            if name == "color":
-                picture = picture + brightness
-                picture = torch.lerp(picture.mean(dim=0, keepdim=True).expand_as(picture), picture, saturation)
-                picture = torch.lerp(picture.mean().expand_as(picture), picture, contrast)
-            elif name == "translation":
-                picture = F.pad(picture, [side] * 4)[:, side - int(down) :, side - int(right) :][:, :side, :side]
-            else:
-                size = (side + 1) // 2
-                keep = torch.ones_like(picture)
-                top, left = int(row) - size // 2, int(column) - size // 2
-                keep[:, max(0, top) : max(0, top + size), max(0, left) : max(0, left + size)] = 0
-                picture = picture * keep
-        pictures.append(picture)
-    return torch.stack(pictures)
+    """All pictures at once, by indices into a copy with a margin of 1, in the order of `policy`; draws as ours."""
+    side, batch = x.shape[-1], torch.arange(len(x), device=x.device)[:, None, None]
+    pixel, draws = torch.arange(side, device=x.device), torch.as_tensor(draws, device=x.device)
+    brightness, saturation, contrast = draws[:, :3].to(x.dtype).T[..., None, None, None]  # (B, 1, 1, 1) each
+    down, right, row, column = draws[:, 3:].long().T[..., None]  # (B, 1) each
+    for name in policy.split(","):
+        if name == "color":
+            x = x + brightness
+            x = torch.lerp(x.mean(dim=1, keepdim=True).expand_as(x), x, saturation)
+            x = torch.lerp(x.mean(dim=(1, 2, 3), keepdim=True).expand_as(x), x, contrast)
+        elif name == "translation":
+            rows, columns = ((pixel - shift + 1).clamp(0, side + 1) for shift in (down, right))  # (B, side) each
+            padded = F.pad(x, [1] * 4).permute(0, 2, 3, 1)
+            x = padded[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        else:
+            size = (side + 1) // 2
+            starts = (row - size // 2, column - size // 2)
+            rows, columns = ((pixel >= start) & (pixel < start + size) for start in starts)
+            x = x * ~(rows[:, None, :, None] & columns[:, None, None, :])
+    return x
 
 
 def discriminator_loss(discriminate, real, fake, loss, mix):
@@ -125,24 +127,36 @@ class Trainer:
     """transgan.Trainer's steps in PyTorch, from the same first weights and with the same draws."""
 
     def __init__(self, trainer):
-        self.batches, self.options, self.size = trainer.batches, trainer.options, transgan.SIZES[trainer.options.size]
-        self.co_batches = trainer.co_batches if trainer.options.sr_weight else None
-        self.draws = trainer.draws
+        options, pictures = trainer.options, trainer.batches.pictures
+        if options.locality != "none" and (options.locality_stages, options.locality_shape) != (1, "window"):
+            raise ValueError("in PyTorch, locality is windows in the last stage")
+        self.options, self.size, self.draws = options, transgan.SIZES[options.size], trainer.draws
+        self.depths = transgan.stage_depths(options.size, options.image_size)
+        self.batches = data.Batches(pictures, options.batch_size, options.seed)  # its own: they know one epoch at a time
+        if options.sr_weight:
+            self.co_batches = data.Batches(pictures, options.gen_batch_size, options.seed, "co-training order")
         self.g, self.d = parameters(trainer.gen_parameters), parameters(trainer.disc_parameters)
         self.average = {name: p.detach().clone() for name, p in self.g.items()}
-        self.adams = [torch.optim.Adam(p.values(), betas=(0.0, 0.99)) for p in (self.g, self.d)]
+        self.adams = [torch.optim.Adam(p.values(), betas=(0.0, options.beta2), eps=1e-8) for p in (self.g, self.d)]
         self.step, self.norms = 0, []
 
     def tensor(self, array):
         return torch.as_tensor(array, dtype=self.g["to_rgb.bias"].dtype, device=self.g["to_rgb.bias"].device)
 
-    def generate(self, z, small=None):
-        """With the window of 2 that small_trainer's schedule has in the first half of a run."""
+    def generate(self, z, small=None, parameters=None):
+        """With the window that the schedule has for this step: so many pixels either way in the last stage."""
         mask, side = None, self.options.image_size
-        if self.options.locality == "2:800" and self.step < self.options.steps / 2:
+        windows = (half_width for half_width, end in transgan.locality_phases(self.options) if self.step < end)
+        if half_width := next(windows, None):
             place = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).flatten(1).double()
-            mask = (torch.cdist(place.T, place.T, p=math.inf) <= 2).to(self.g["to_rgb.bias"].device)
-        return generator(self.g, z, self.size.depths, small=small, mask=mask)
+            mask = (torch.cdist(place.T, place.T, p=math.inf) <= half_width).to(self.g["to_rgb.bias"].device)
+        return generator(parameters or self.g, z, self.depths, small=small, mask=mask)
+
+    def sample(self, z):
+        """Pictures of the averaged generator from noise (n, Z), 64 at a time: NumPy (n, 3, H, W)."""
+        with torch.no_grad():
+            parts = [self.generate(part, parameters=self.average) for part in self.tensor(z).split(64)]
+        return torch.cat(parts).cpu().numpy()
 
     def discriminate(self, x, draws=None):
         if self.options.diff_aug != "none":
@@ -152,7 +166,7 @@ class Trainer:
     def update(self, loss, parameters, adam):
         for p, gradient in zip(parameters.values(), torch.autograd.grad(loss, parameters.values()), strict=True):
             p.grad = gradient
-        self.norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), 5.0))
+        self.norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), transgan.MAX_NORM))
         adam.param_groups[0]["lr"] = self.options.learning_rate * (
             1 - self.step / self.options.steps if self.options.decay == "linear" else 1
         )
@@ -181,9 +195,9 @@ class Trainer:
             flipped = rng.random(len(real)) < 0.5
             real[flipped] = real[flipped, :, :, ::-1]
             real = self.tensor(real)
-            small = torch.nn.functional.avg_pool2d(real, 2)
+            small = F.avg_pool2d(real, 2 ** (len(self.depths) - 2))
             restored = self.generate(None, small)
-            loss = loss + options.sr_weight * torch.nn.functional.mse_loss(restored, real)
+            loss = loss + options.sr_weight * F.mse_loss(restored, real)
         gen_loss = self.update(loss, self.g, self.adams[0])
         with torch.no_grad():
             for name, p in self.g.items():

@@ -1,5 +1,6 @@
 """Every command behind the figures runs, in small."""
 
+import csv
 import json
 import re
 import subprocess
@@ -59,3 +60,25 @@ def test_the_table_of_growth_is_measured():
     assert base["linear"] / fewer["linear"] == pytest.approx(4)
     assert base["attention"] / fewer["attention"] == pytest.approx(16)
     assert base["linear"] / narrow["linear"] == pytest.approx(16)
+
+
+@on_cpu
+@pytest.mark.parametrize(("precision", "tolerance"), [((), 1e-3), (("--float64",), 1e-9)])
+def test_a_training_is_compared_with_pytorchs(precision, tolerance, tmp_path):
+    """Both sides' distances change, and to the same; so do ours after a nudge, which is one."""
+    pytest.importorskip("torch")
+    small = ("--dataset", "shapes", "--image-size", "8", "--batch-size", "4", "--gen-batch-size", "4", "--ema-decay", "0.1")
+    lengths = ("--seeds", "1,0", "--short", "1", "--steps", "2", "--every", "1")
+    run("training.py", *small, *lengths, *precision, "--nudge", "--out", str(tmp_path))
+    with (tmp_path / "distances.csv").open(newline="") as file:
+        rows = [(row["seed"], row["step"], row["side"], float(row["distance"])) for row in csv.DictReader(file)]
+    assert [row[:2] for row in rows[::3]] == [("1", "0"), ("1", "1"), ("0", "0"), ("0", "1"), ("0", "2")]
+    sides = "ours", "PyTorch", "ours, nudged"
+    ours, theirs, nudged = ([distance for _, _, side, distance in rows if side == name] for name in sides)
+    assert abs(ours[4] / ours[2] - 1) > 0.01
+    assert theirs == pytest.approx(ours, rel=tolerance)
+    assert nudged == pytest.approx(ours, rel=1e-3)
+    assert nudged != ours
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+    with pytest.raises(AssertionError, match="--seeds"):
+        run("training.py", "--seeds", "0,x", "--out", str(tmp_path))

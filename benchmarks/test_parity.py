@@ -65,6 +65,7 @@ def test_five_training_steps_agree_with_pytorch(loss, diff_aug):
     """
     trainer = small_trainer(
         None, np.float64, loss=loss, diff_aug=diff_aug, image_size=16, patch_size=4, disc_steps=5, learning_rate=1e-4,
+        beta2=0.9,
         ema_decay=0.9,
         decay="linear",
     )  # fmt: skip

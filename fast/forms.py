@@ -73,7 +73,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
     With means over the last axis, dr = -r^2 mean(h dx) and dh = r (dx - mean(dx) - h mean(h dx)): a symmetric map, so that
     the gradient of x is the same of u = g weight,  r (u - mean(u) - h mean(h u)).
     """
-    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:]:
+    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:] or not weight.size:
         return definition(ag.layer_norm)(x, weight, bias, eps)
     data, h, r = arrays.layer_norm(x.data, weight.data, bias.data, eps)
 

@@ -123,7 +123,6 @@ def softmax(x, mask):
     """exp(x) / sum exp(x) over the last axis, 0 where the mask, boolean or None, is False."""
     p, rows = like(x), 1
     if mask is not None:
-        mask = mask.astype(bool)
         if mask.shape != x.shape[x.ndim - mask.ndim :]:  # else its rows come again in the same order
             mask = ag.xp.broadcast_to(mask, x.shape)
         rows = max(mask.size // max(x.shape[-1], 1), 1)

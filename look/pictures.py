@@ -4,6 +4,7 @@
     python transgan.py --from runs/NAME --interpolate 8       a walk through noise, over 8 points and back to the first
     python transgan.py --from runs/NAME --attention           where both networks look, block by block, head by head
     python transgan.py --from runs/NAME --nearest 8           samples beside the training pictures most like them
+    python transgan.py --from runs/NAME --export FILE         keep the generator alone; --from FILE does all of the above
 
 Contents
     1. Samples and walks     sample, slerp, interpolate
@@ -171,7 +172,7 @@ def attention(sampler, noise, query, path):
     """Draw `views` as maps over the picture, a row for each block and a column for each head, and their mean."""
     picture, found = views(sampler, noise, query)
     if not found:
-        raise UserError("--attention looks into TransGAN's networks, and this run has none of them; leave it out")
+        raise UserError("--attention looks into TransGAN's networks, and there is none of them here; leave it out")
     pixels, side = drawing.channels_last(picture), picture.shape[-1]
     factor = max(1, 64 // side)
     tile, columns = factor * side, 1 + len(next(iter(found.values()))[0])
@@ -195,6 +196,8 @@ def attention(sampler, noise, query, path):
     for line, note in enumerate(notes):
         sheet.text(left, top + 12 + 2 * tile + 18 * line, note, 12, MUTED)
     sheet.save(path)
+    if not sampler.discriminator:
+        output.note("--attention shows the generator's maps alone, because there is no discriminator in an export")
 
 
 def attention_maps(sheet, left, top, pixels, maps, factor):
@@ -288,9 +291,13 @@ def pixel(text):
 def add_options(parser):
     """What the command line of transgan.py knows of this chapter."""
     looks = parser.add_argument_group("pictures of a run, see look/pictures.py")
-    looks.add_argument("--from", type=arguments.folder, dest="begun", metavar="DIR",
-                       help="make the pictures asked for below of the run in DIR, into DIR/look or --out; --seed is theirs "
-                       "(default: that of the run)")  # fmt: skip
+    looks.add_argument("--from", type=arguments.folder, dest="begun", metavar="RUN",
+                       help="make what is asked for below of the run in the folder RUN, into RUN/look or --out; or of a "
+                       "file of --export, into runs/FILE-look or --out; --seed is that of the pictures (default: the "
+                       "run's)")  # fmt: skip
+    looks.add_argument("--export", type=arguments.folder, metavar="FILE",
+                       help="write the averaged generator alone, its weights as float16, with its options and where it "
+                       "comes from; an earlier export of the same run is replaced, no other file is")  # fmt: skip
     looks.add_argument("--sample", type=arguments.number(int, 1, 1024), metavar="N", help="N new samples")
     looks.add_argument("--interpolate", type=arguments.number(int, 2, 100), metavar="N",
                        help="a walk through noise over N points and back, as a GIF and a strip of pictures")  # fmt: skip
@@ -300,6 +307,11 @@ def add_options(parser):
                        help="the pixel whose token looks, beside [cls] (default: in the middle)")  # fmt: skip
     looks.add_argument("--nearest", type=arguments.number(int, 1, 100), metavar="N",
                        help="N samples beside the training pictures that are most like them")  # fmt: skip
+
+
+def wanted(args):
+    """The kinds of pictures that are asked for."""
+    return [name for name in ("sample", "interpolate", "attention", "nearest") if getattr(args, name)]
 
 
 def make(args, sampler, load, out):

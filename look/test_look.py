@@ -3,13 +3,16 @@
 import base64
 import csv
 import html.parser
+import json
 import math
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import test_transgan as base
 
@@ -25,11 +28,11 @@ import data
 import transgan
 from autograd import Tensor
 from look import architecture, drawing, pictures, report
-from program import checkpoints, options, support
+from program import VERSION, checkpoints, options, support
 from program.log import Log
 from program.support import fails, run_main
 from store import datasets, output
-from store.support import holds, leftovers
+from store.support import encoded, holds, leftovers, slope
 
 # --- 1. Setting up ----------------------------------------------------------------------------------------------------
 
@@ -571,17 +574,101 @@ def test_looking_needs_a_checkpoint_alone(pair, tmp_path, monkeypatch, capsys):
     assert leftovers(out / "look") == []  # said before anything is made
 
 
-def test_a_generator_alone_is_looked_at(run, tmp_path):
-    """Of a file without Adam's state, the generator's own weights and the discriminator."""
-    path, chosen = checkpoints.newest_checkpoint(run)
-    with np.load(path) as saved, (tmp_path / "alone.npz").open("wb") as file:
-        np.savez(file, **{name: x for name, x in saved.items() if name.partition("/")[0] in ("options", "step", "average")})
-    sampler = checkpoints.load_sampler(chosen, tmp_path / "alone.npz")
-    noise = sampler.noise(1, np.random.default_rng(0))
-    picture, found = pictures.views(sampler, noise, (5, 14))
-    np.testing.assert_array_equal(picture, trainer_of(run).sample(noise)[0])
-    assert list(found) == [("generator", "the token of pixel 5, 14")]
-    pictures.attention(sampler, noise, (5, 14), tmp_path / "attention.png")
+@pytest.mark.parametrize("pair", PEERS)
+def test_an_export_is_the_generator_to_half_precision(pair, tmp_path):
+    """And nothing but that: as it came out of the run, and with weights large and small; exported again, it is the same."""
+    out, path = tmp_path / "run", tmp_path / "new" / "alone.npz"
+    assert run_main(*support.TRAIN, "--steps", 2, *pair, "--out", out) == 0
+    checkpoint, chosen = checkpoints.newest_checkpoint(out)
+    sampler = checkpoints.load_sampler(chosen, checkpoint)
+    noise = sampler.noise(70, np.random.default_rng(0))
+    made = data.to_bytes(sampler.sample(noise)).astype(int)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        for weights in sampler.generator.parameters().values() if seed else ():
+            weights.data[...] = rng.standard_normal(weights.shape) * 10 ** rng.uniform(-8, 4)
+        checkpoints.export(sampler, path)
+        assert checkpoints.newest_checkpoint(path) == (path, chosen)
+        alone = checkpoints.load_sampler(chosen, path)
+        assert (alone.step, alone.discriminator) == (2, None)
+        for name, weights in alone.generator.parameters().items():
+            own = sampler.generator.parameters()[name].data
+            np.testing.assert_array_equal(weights.data, own.astype(np.float16).astype(np.float32))
+        if not seed:
+            assert np.abs(data.to_bytes(alone.sample(noise)) - made).max() <= 2
+    assert leftovers(path.parent) == ["alone.npz"]
+    checkpoints.export(alone, tmp_path / "again.npz")
+    assert support.same_arrays(path, tmp_path / "again.npz")
+    size = sum(2 * weights.size for weights in alone.generator.parameters().values())
+    assert path.stat().st_size < size + 400 * len(alone.generator.parameters()) + 8000
+
+
+def test_an_export_is_looked_at_as_its_run_is(tmp_path, monkeypatch, capsys):
+    """Without the run, in another folder; it does not tell where the pictures lay that it learnt from."""
+    folder, out, path = tmp_path / "secret place" / "my birds", tmp_path / "run", tmp_path / "kept" / "birds.npz"
+    folder.mkdir(parents=True)
+    for i in range(9):
+        (folder / f"{i}.png").write_bytes(encoded(slope(20, 30, i % 6)))
+    learn = ("--dataset", folder, "--data-dir", tmp_path / "data", "--size", "tiny", "--diff-aug", "none")
+    assert run_main(*support.TRAIN, *learn, "--out", out) == 0
+    capsys.readouterr()
+    assert run_main("--from", out, "--export", path) == 0
+    assert capsys.readouterr() == (f"{path}\n", "")
+    assert leftovers(out.parent / "kept") == ["birds.npz"]
+    content = path.read_bytes()
+    assert not any(place.encode() in content for place in ("secret", str(tmp_path), os.path.dirname(sys.executable)))
+    with np.load(path) as saved:
+        source = json.loads(str(saved["source"]))
+    assert source.pop("program") == f"transgan-from-scratch {VERSION}"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", source.pop("exported"))
+    monkeypatch.chdir(folder.parent)
+    chosen = support.parsed(*shlex.split(source.pop("command"))[2:])
+    assert source == {"step": 4, "dataset": "./my birds"}
+    assert chosen == checkpoints.newest_checkpoint(out)[1]
+
+    shutil.rmtree(out)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    asked = ["--from", path, "--sample", 5, "--interpolate", 2, "--attention"]
+    message = fails(capsys, *asked, "--nearest", 2)
+    assert f"there is no folder {tmp_path / 'elsewhere' / 'my birds'}; say where the pictures are with --dataset" in message
+    assert run_main(*asked, "--nearest", 2, "--dataset", folder, "--data-dir", tmp_path / "data") == 0
+    told = capsys.readouterr()
+    assert "generator's maps alone" in told.err
+    assert f"{path} is the generator of step 4 of: {options.program()} --dataset" in told.err
+    kinds, looked = ["attention", "interpolate", "interpolate", "nearest", "sample"], Path("runs", "birds-look")
+    assert [file.stem.split("-")[0] for file in sorted(looked.iterdir())] == kinds
+    (looked / "checkpoint.npz").write_text("of a run of this name")
+    assert "holds a run; choose another place with --out" in fails(capsys, *asked)
+    assert run_main(*asked, "--out", "here") == 0
+    assert leftovers(path.parent) == ["birds.npz"]
+    assert holds(path, content)
+
+
+def test_an_export_takes_the_place_of_its_like_alone(run, tmp_path, capsys):
+    """Whatever else lies there stays as it is, and numbers too large for the file leave what was there."""
+    mine, other, path = tmp_path / "mine", tmp_path / "other", tmp_path / "x.npz"
+    assert run_main(*support.TRAIN, "--out", mine) == run_main(*support.TRAIN, "--seed", 1, "--out", other) == 0
+    assert run_main("--from", mine, "--export", path) == 0
+    first = path.read_bytes()
+    assert run_main("--resume", mine, "--steps", 6) == run_main("--from", mine, "--export", path) == 0
+    assert checkpoints.newest_checkpoint(path)[1].steps == 6
+    assert not holds(path, first)
+    (tmp_path / "notes.txt").write_text("precious")
+    os.symlink(tmp_path / "nowhere", tmp_path / "link")
+    for place in (path, other / "checkpoint.npz", tmp_path / "notes.txt", tmp_path, tmp_path / "link"):
+        before = place.read_bytes() if place.is_file() else None
+        assert "no earlier export of this run" in fails(capsys, "--from", other, "--export", place)
+        assert (place.read_bytes() if place.is_file() else None) == before
+    assert "choose another --export" in fails(capsys, "--from", other, "--export", tmp_path / "notes.txt" / "x.npz")
+    before, (checkpoint, chosen) = path.read_bytes(), checkpoints.newest_checkpoint(mine)
+    sampler = checkpoints.load_sampler(chosen, checkpoint)
+    sampler.generator.parameters()["to_rgb.bias"].data[1] = 65_520  # what rounds to more than 65504
+    with pytest.raises(data.UserError, match="average/to_rgb.bias does not fit into float16"):
+        checkpoints.export(sampler, path)
+    assert holds(path, before)
+    sampler.generator.parameters()["to_rgb.bias"].data[1] = 65_519
+    checkpoints.export(sampler, path)
 
 
 def test_pictures_that_are_not_finite_are_none(tmp_path, capsys):
@@ -603,6 +690,10 @@ def test_pictures_that_are_not_finite_are_none(tmp_path, capsys):
     [
         (["--sample", 4], "name its folder with --from"),
         (["--attention"], "name its folder with --from"),
+        (["--export", "RUN/x.npz"], "with --from"),
+        (["--export", "RUN/x.npz", "--resume", "RUN"], "with --from"),
+        (["--from", "RUN", "--export", "RUN/x.npz", "--seed", 1], "nothing here asks for"),
+        (["--from", "RUN", "--export", ""], "is empty"),
         (["--from", "RUN"], "which pictures"),
         (["--from", "RUN", "--sample", 4, "--query", "1,2"], "--query goes with --attention"),
         (["--from", "RUN", "--attention", "--query", "16,0"], "count from 0 to 15"),

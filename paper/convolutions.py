@@ -19,8 +19,38 @@ from autograd import Module, Tensor, operation, result
 # --- 1. Operations ----------------------------------------------------------------------------------------------------
 
 
-def _pair(n):
-    return n if isinstance(n, tuple) else (n, n)
+SIZES = ("kernel", "stride", "padding")
+PAIR = "{} must be a whole number, or a pair of them (for rows, for columns)"
+ag.KINDS |= dict.fromkeys(SIZES, ((int, np.integer), "", PAIR)) | dict.fromkeys(("height", "width"), ag.KINDS["factor"])
+ag.SEVERAL |= dict.fromkeys(SIZES, tuple)
+ag.LEAST |= {"kernel": 1, "stride": 1, "padding": 0, "height": 1, "width": 1}
+ag.KINDS |= dict.fromkeys(("mean", "variance"), ag.KINDS["x"])
+
+
+def _check_pictures(shape):
+    if len(shape) != 4:
+        raise ValueError("expected pictures (B, C, H, W)")
+    return shape
+
+
+def _geometry(shape, kernel, stride, padding):
+    """Kernel, stride and padding as pairs, and how many windows lie in pictures of `shape` that way, (H', W')."""
+    _check_pictures(shape)
+    kernel, stride, padding = pairs = [n if isinstance(n, tuple) else (n, n) for n in (kernel, stride, padding)]
+    if [len(pair) for pair in pairs] != [2, 2, 2]:
+        raise ValueError("kernel, stride and padding must be a number each, or a pair (for rows, for columns)")
+    height, width = (n + 2 * p for n, p in zip(shape[2:], padding, strict=True))
+    if not (0 < kernel[0] <= height and 0 < kernel[1] <= width):
+        raise ValueError(f"windows of {kernel[0]}x{kernel[1]} do not fit into {height}x{width}")
+    return *pairs, ((height - kernel[0]) // stride[0] + 1, (width - kernel[1]) // stride[1] + 1)
+
+
+def _pool_geometry(shape, kernel, stride, padding):
+    """The same, of windows that all have a pixel of the picture in them."""
+    kernel, stride, padding, counts = _geometry(shape, kernel, stride, padding)
+    if padding[0] >= kernel[0] or padding[1] >= kernel[1]:
+        raise ValueError("the padding must be less than the kernel")
+    return kernel, stride, padding, counts
 
 
 def _padded(x, padding, fill):
@@ -35,12 +65,9 @@ def _padded(x, padding, fill):
 
 def _windows(x, kernel, stride):
     """A view of an array (B, C, H, W) as its windows, (B, C, kh, kw, H', W'), all of them in the same memory."""
-    (kh, kw), (down, right), (batch, channels, height, width) = kernel, stride, x.shape
-    rows, columns = (height - kh) // down + 1, (width - kw) // right + 1
-    if min(rows, columns) < 1:
-        raise ValueError(f"windows of {kh}x{kw} do not fit into {height}x{width}")
-    strides = (*x.strides, x.strides[2] * down, x.strides[3] * right)
-    return ag.xp.lib.stride_tricks.as_strided(x, (batch, channels, kh, kw, rows, columns), strides)
+    *_, counts = _geometry(x.shape, kernel, stride, 0)
+    strides = (*x.strides, x.strides[2] * stride[0], x.strides[3] * stride[1])
+    return ag.xp.lib.stride_tricks.as_strided(x, (*x.shape[:2], *kernel, *counts), strides)
 
 
 @operation
@@ -50,7 +77,7 @@ def unfold(x, kernel, stride=1, padding=0, fill=0.0):
     out[b, c, i, j, y, x] is pixel (i, j) of the window whose corner lies at (y, x) * stride, in the picture with a margin
     of `fill`. An element lies in several windows, so its gradient is a sum: `fold`.
     """
-    kernel, stride, padding = _pair(kernel), _pair(stride), _pair(padding)
+    kernel, stride, padding, _ = _geometry(x.shape, kernel, stride, padding)
     data = _windows(_padded(x.data, padding, fill), kernel, stride)
     return result(data, (x, lambda g: fold(g, x.shape, stride, padding)))
 
@@ -58,8 +85,10 @@ def unfold(x, kernel, stride=1, padding=0, fill=0.0):
 @operation
 def fold(x, shape, stride=1, padding=0):
     """Add windows (B, C, kh, kw, H', W') up where `unfold` took them from: a picture of `shape` (B, C, H, W)."""
-    kernel, stride, padding = x.shape[2:4], _pair(stride), _pair(padding)
-    (down, right), (top, left), (rows, columns) = stride, padding, x.shape[4:]
+    kernel, stride, padding, counts = _geometry(shape, x.shape[2:4], stride, padding)
+    if x.shape != (*shape[:2], *kernel, *counts):
+        raise ValueError(f"pictures of {tuple(shape)} have windows of {(*shape[:2], *kernel, *counts)}")
+    (down, right), (top, left), (rows, columns) = stride, padding, counts
     total = _padded(ag.xp.zeros(shape, x.dtype), padding, 0)
     for i, j in itertools.product(*map(range, kernel)):
         total[:, :, i : i + down * rows : down, j : j + right * columns : right] += x.data[:, :, i, j]
@@ -79,26 +108,27 @@ def conv2d(x, weight, bias=None, stride=1, padding=0):
     factors, so each gradient is a product again: of the weights, g times the columns; of the columns, the weights times
     g, and these are then folded.
     """
-    kernel, stride, padding = weight.shape[2:], _pair(stride), _pair(padding)
-    if x.ndim != 4 or weight.ndim != 4 or x.shape[1] != weight.shape[1]:
-        raise ValueError("expected (B, C, H, W) and (O, C, kh, kw)")
-    outputs, inner = weight.shape[0], math.prod(weight.shape[1:])
+    fit = x.ndim == weight.ndim == 4 and x.shape[1] == weight.shape[1]
+    if not fit or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError("expected (B, C, H, W), (O, C, kh, kw) and (O,)")
+    kernel, stride, padding, (rows, columns) = _geometry(x.shape, weight.shape[2:], stride, padding)
+    batch, outputs, inner = len(x), len(weight), math.prod(weight.shape[1:])
     windows = _windows(_padded(x.data, padding, 0), kernel, stride)  # (B, C, kh, kw, H', W')
-    batch, *_, rows, columns = windows.shape
     data, matrix = ag.xp.empty((batch, outputs, rows, columns), x.dtype), Tensor(weight.data.reshape(outputs, inner))
     for images, lines in _picture_blocks(batch, rows, inner * columns):
-        block = windows[images, :, :, :, lines].reshape(-1, inner, (lines.stop - lines.start) * columns)  # the only copy
-        data[images, :, lines] = (matrix @ Tensor(block)).data.reshape(len(block), outputs, -1, columns)
+        part = data[images, :, lines]  # (b, O, h, W')
+        block = windows[images, :, :, :, lines].reshape(len(part), inner, part.shape[2] * columns)  # the only copy
+        part[...] = (matrix @ Tensor(block)).data.reshape(part.shape)
     if bias is not None:
         data += bias.data.reshape(-1, 1, 1)
 
     def vjp_x(g):
-        spread = ag.matmul(ag.reshape(weight, outputs, inner).T, ag.reshape(g, batch, outputs, -1))  # (B, C kh kw, H'W')
-        return fold(ag.reshape(spread, windows.shape), x.shape, stride, padding)
+        spread = ag.matmul(ag.reshape(weight, outputs, inner).T, ag.reshape(g, batch, outputs, rows * columns))
+        return fold(ag.reshape(spread, windows.shape), x.shape, stride, padding)  # of (B, C kh kw, H'W')
 
     def vjp_weight(g):
-        laid_out = ag.reshape(unfold(x, kernel, stride, padding), batch, inner, -1)  # (B, C kh kw, H'W')
-        product = ag.matmul(ag.reshape(g, batch, outputs, -1), ag.swap_last(laid_out))  # (B, O, C kh kw)
+        laid_out = ag.reshape(unfold(x, kernel, stride, padding), batch, inner, rows * columns)  # (B, C kh kw, H'W')
+        product = ag.matmul(ag.reshape(g, batch, outputs, rows * columns), ag.swap_last(laid_out))  # (B, O, C kh kw)
         return ag.reshape(ag.reduce_sum(product, 0), weight.shape)
 
     return result(data, (x, vjp_x), (weight, vjp_weight), (bias, lambda g: ag.reduce_sum(g, (0, 2, 3))))
@@ -107,8 +137,8 @@ def conv2d(x, weight, bias=None, stride=1, padding=0):
 def _picture_blocks(batch, rows, size):
     """Slices (pictures, rows of the result) that cover them all, when a row of the result needs `size` numbers."""
     budget = _COLUMNS if ag.xp is np else 1 << 28  # a GPU wants large products: a gigabyte of float32
-    lines = min(rows, max(1, budget // size))
-    images = max(1, budget // (size * rows))
+    lines = min(rows, max(1, budget // max(1, size)))
+    images = max(1, budget // max(1, size * rows))
     for b in range(0, batch, images):
         for r in range(0, rows, lines):
             yield slice(b, min(b + images, batch)), slice(r, min(r + lines, rows))
@@ -126,13 +156,13 @@ def _over_windows(function, windows):
 @operation
 def max_pool2d(x, kernel, stride, padding=0):
     """The largest pixel of each window: (B, C, H, W) -> (B, C, H', W'). Equal ones share its gradient, which is folded."""
-    kernel, stride, padding = _pair(kernel), _pair(stride), _pair(padding)
+    kernel, stride, padding, _ = _pool_geometry(x.shape, kernel, stride, padding)
     data = _over_windows(ag.xp.maximum, _windows(_padded(x.data, padding, -ag.xp.inf), kernel, stride))
 
     def vjp(g):
         is_top = _windows(_padded(x.data, padding, -ag.xp.inf), kernel, stride) == data[:, :, None, None]
-        share = is_top / is_top.sum(axis=(2, 3), keepdims=True).astype(x.dtype)
-        return fold(g[:, :, None, None] * share, x.shape, stride, padding)
+        share = g / ag.xp.maximum(is_top.sum(axis=(2, 3)), 1).astype(x.dtype)
+        return fold(ag.where(is_top, share[:, :, None, None], 0.0), x.shape, stride, padding)
 
     return result(data, (x, vjp))
 
@@ -140,7 +170,7 @@ def max_pool2d(x, kernel, stride, padding=0):
 @operation
 def avg_pool2d(x, kernel, stride, padding=0, count_padding=True):
     """The mean of each window: (B, C, H, W) -> (B, C, H', W'); with count_padding=False of its pixels in the picture."""
-    kernel, stride, padding = _pair(kernel), _pair(stride), _pair(padding)
+    kernel, stride, padding, _ = _pool_geometry(x.shape, kernel, stride, padding)
     data = _over_windows(ag.xp.add, _windows(_padded(x.data, padding, 0), kernel, stride))
     inside = _padded(ag.xp.ones((1, 1, *x.shape[2:]), x.dtype), padding, 1 if count_padding else 0)
     share = 1 / _over_windows(ag.xp.add, _windows(inside, kernel, stride))  # (1, 1, H', W')
@@ -156,7 +186,7 @@ def avg_pool2d(x, kernel, stride, padding=0, count_padding=True):
 @operation
 def upsample_nearest(x, factor):
     """Each pixel becomes factor*factor of them: (B, C, H, W) -> (B, C, H factor, W factor)."""
-    batch, channels, height, width = x.shape
+    batch, channels, height, width = _check_pictures(x.shape)
     x = ag.reshape(x, batch, channels, height, 1, width, 1)
     x = ag.broadcast_to(x, (batch, channels, height, factor, width, factor))
     return ag.reshape(x, batch, channels, height * factor, width * factor)
@@ -169,7 +199,8 @@ def resize_bilinear(x, height, width):
     A product with a matrix from the left for the rows and from the right for the columns. As PyTorch's interpolate with
     align_corners=False has it, without smoothing where a picture shrinks.
     """
-    rows, columns = (_interpolation(new, old, x.dtype) for new, old in zip((height, width), x.shape[2:], strict=True))
+    sides = zip((height, width), _check_pictures(x.shape)[2:], strict=True)
+    rows, columns = (_interpolation(new, old, x.dtype) for new, old in sides)
     return ag.matmul(ag.matmul(Tensor(rows), x), Tensor(columns).T)
 
 
@@ -221,12 +252,16 @@ def batch_statistics(x):
     return mean, ((x - mean) ** 2).mean(axis=(0, 2, 3), keepdims=True)
 
 
+@operation
 def batch_norm(x, mean, variance, weight, bias, eps=1e-5):
     """Batch normalization (Ioffe and Szegedy 2015): (x - mean) / sqrt(variance + eps) * weight + bias, a channel each.
 
     x (B, C, H, W); mean and variance (1, C, 1, 1) of `batch_statistics` while training, later of their running averages;
     weight and bias (C,).
     """
+    shapes = {mean.shape, variance.shape}, {weight.shape, bias.shape}
+    if x.ndim != 4 or shapes != ({(1, x.shape[1], 1, 1)}, {(x.shape[1],)}):
+        raise ValueError("expected (B, C, H, W), twice (1, C, 1, 1) and twice (C,)")
     return (x - mean) * (weight.reshape(1, -1, 1, 1) / ag.sqrt(variance + eps)) + bias.reshape(1, -1, 1, 1)
 
 

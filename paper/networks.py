@@ -18,7 +18,7 @@ import math
 import numpy as np
 
 import autograd as ag
-from autograd import Init, Linear, Tensor
+from autograd import Linear, Tensor
 from paper.convolutions import (
     Stateful,
     avg_pool2d,
@@ -30,6 +30,7 @@ from paper.convolutions import (
     spectral_norm,
     upsample_nearest,
 )
+from transgan import Init
 
 NAMES = {"transgan": "TransGAN", "autogan": "AutoGAN", "resnet": "ResNet"}  # of either network; the last is WGAN-GP's
 LATENT_DIM = 128

@@ -172,12 +172,26 @@ def test_spectral_norm_derivatives(outputs, rest, seed):
     check(lambda w: spectral_norm(w, direction), [weight])
 
 
+PICTURE = np.ones((1, 2, 4, 4))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: conv2d(*tensors(np.ones((1, 2, 4, 4)), np.ones((3, 3, 2, 2)))), r"conv2d of shapes .*expected \(B, C"),
         (lambda: conv2d(*tensors(np.ones((1, 2, 2, 2)), np.ones((3, 2, 3, 3)))), "windows of 3x3 do not fit into 2x2"),
-        (lambda: max_pool2d(*tensors(np.ones((1, 2, 2, 2))), 3, 1), "max_pool2d of shapes .* do not fit"),
+        (lambda: conv2d(*tensors(PICTURE, np.ones((3, 2, 2, 2)), np.ones(1))), r"conv2d of .*, \(1,\): expected .* \(O,\)"),
+        (lambda: conv2d(*tensors(PICTURE, np.ones((3, 2, 2, 0)))), "windows of 2x0 do not fit"),
+        (lambda: max_pool2d(*tensors(PICTURE), 5, 1), "max_pool2d of shapes .* do not fit"),
+        (lambda: max_pool2d(*tensors(PICTURE), 2, 1, 2), "the padding must be less than the kernel"),
+        (lambda: avg_pool2d(*tensors(PICTURE), (3, 2), 1, (2, 2), False), "the padding must be less than the kernel"),
+        (lambda: max_pool2d(*tensors(PICTURE[0]), 2, 1), r"max_pool2d of .*: expected pictures \(B, C, H, W\)"),
+        (lambda: upsample_nearest(*tensors(PICTURE[0]), 2), r"upsample_nearest of .*: expected pictures \(B, C, H, W\)"),
+        (lambda: resize_bilinear(*tensors(PICTURE[0]), 2, 2), r"resize_bilinear of .*: expected pictures \(B, C, H, W\)"),
+        (lambda: fold(*tensors(np.ones((1, 2, 2, 2, 3, 3))), (1, 2, 9, 9)), r"fold of .*: pictures of \(1, 2, 9, 9\) have"),
+        (lambda: fold(*tensors(np.ones((1, 2, 2, 2, 1, 1))), (1, 2, 1, 2)), "fold of .* do not fit"),
+        (lambda: batch_norm(*tensors(PICTURE, *[np.ones((1, 2, 1, 1))] * 2, np.ones(1), np.ones(2))), r"twice \(1, C"),
+        (lambda: batch_norm(*tensors(PICTURE, *[np.ones((1, 1, 1, 1))] * 2, *[np.ones(2)] * 2)), "batch_norm of .* twice"),
     ],
 )
 def test_errors_of_pictures_name_operation_and_shapes(call, message):

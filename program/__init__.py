@@ -4,3 +4,5 @@ How many threads multiply matrices is decided before NumPy is loaded. So whoever
 """
 
 import fast  # noqa: F401 (first: it decides how many threads NumPy's matrix products use)
+
+VERSION = "0.1.0"  # as in pyproject.toml

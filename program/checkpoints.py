@@ -1,10 +1,12 @@
-"""A run's folder and the checkpoints in it, from which training goes on to the bit as if it had not stopped."""
+"""A run's folder and the checkpoints in it, from which training goes on to the bit as if it had not stopped; exports."""
 
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -16,7 +18,8 @@ import numpy as np
 import autograd as ag
 from data import UserError, first_line
 from paper.convolutions import Stateful
-from program.options import quoted, read_options
+from program import VERSION
+from program.options import flags, needed, quoted, read_options, without_place
 from program.sampler import Sampler
 from program.trainer import make_networks
 from store import files
@@ -104,11 +107,48 @@ def load_sampler(options, path, threads=None):
         return Sampler(options, saved.step(), digest, generator, discriminator, threads, pictures)
 
 
+def export(sampler, path):
+    """Write a Sampler's averaged generator alone, its weights as float16: a file that `load_sampler` takes, too.
+
+    `source`, JSON, says where it comes from. Nothing in it tells of this machine: of the path of a folder of pictures only
+    the name is left. An earlier export of the same run is replaced. Raises UserError for any other file that lies there,
+    and for weights that float16 does not hold.
+    """
+    options = dataclasses.replace(sampler.options, dataset=without_place(sampler.options.dataset))
+    refuse_to_replace(path, options)
+    arrays = {f"average/{name}": ag.to_numpy(p.data) for name, p in sampler.generator.parameters().items()}
+    with np.errstate(over="ignore"):
+        arrays = {name: x.astype(np.float16) for name, x in arrays.items()}
+    for name, x in arrays.items():
+        if not np.isfinite(x).all():
+            raise UserError(f"{name} does not fit into float16, whose largest number is {np.finfo(np.float16).max:.0f}; "
+                            "export an earlier step")  # fmt: skip
+    if isinstance(sampler.generator, Stateful):
+        arrays |= {f"generator/{name}": ag.to_numpy(x) for name, x in sampler.generator.buffers().items()}
+    source = {"program": f"transgan-from-scratch {VERSION}", "step": sampler.step, "dataset": options.dataset,
+              "command": f"python transgan.py {flags(needed(options))}".rstrip(),
+              "exported": datetime.date.today().isoformat()}  # fmt: skip
+    files.save_arrays(path, "--export", options=json.dumps(dataclasses.asdict(options)), step=sampler.step,
+                      source=json.dumps(source), **arrays)  # fmt: skip
+
+
+def refuse_to_replace(path, options):
+    """Raise UserError for what lies at `path` if it is no export of a run with these options, as `export` has them."""
+    if not os.path.lexists(path):
+        return
+    same, changeable = False, {"steps": options.steps, "accumulate": options.accumulate}
+    with contextlib.suppress(UserError), open_checkpoint(path) as saved:
+        same = saved.exported and dataclasses.replace(saved.options(), **changeable) == options
+    if not same:
+        raise UserError(f"{path} is there, and is no earlier export of this run; choose another file for --export")
+
+
 class open_checkpoint:
     """Within this context, the arrays of a checkpoint's zip file; whatever is wrong with it becomes a UserError.
 
-    names: what it holds. What it says of itself is not trusted: nothing may be compressed, all together may claim no more
-    than the file's size, and an array is read only if its header says what it should.
+    names: what it holds; exported: whether `export` made it. What it says of itself is not trusted: nothing may be
+    compressed, all together may claim no more than the file's size, and an array is read only if its header says what it
+    should.
     """
 
     SMALL = 1 << 16  # bytes of what is no array of the networks
@@ -121,6 +161,7 @@ class open_checkpoint:
             self.file = zipfile.ZipFile(files.plain(self.path))
             members = self.file.infolist()
             self.names = {member.filename.removesuffix(".npy") for member in members}
+            self.exported = "source" in self.names
             if not {"options", "step"} <= self.names:
                 raise ValueError("it lacks options or step")
             claimed = sum(max(member.file_size, member.compress_size) for member in members)
@@ -139,16 +180,20 @@ class open_checkpoint:
             raise UserError(f"{self.path} is damaged: {first_line(error)}; name another run's folder") from None
 
     def read(self, name, like=None):
-        """The array of this name, read-only; of the shape and dtype of `like`, or of at most SMALL bytes."""
+        """The array of this name, read-only; of the shape and dtype of `like` and finite, or of at most SMALL bytes.
+
+        The weights in an export are of float16, and `like` those that they are to become.
+        """
         if name not in self.names:
             raise UserError(f"{self.path} does not fit: it has no {name}")
         if like is None:
             return files.read_array(self.file, name, self.SMALL)
         with self.file.open(f"{name}.npy") as member:
             shape, _, dtype = files.array_header(member)
-        if (shape, dtype) != (like.shape, like.dtype):
-            found, needed = f"{dtype} of shape {shape}", f"{like.dtype} of shape {like.shape}"
-            raise UserError(f"{self.path} does not fit: {name} is {found}, not {needed}")
+        expected = np.dtype(np.float16) if self.exported and name.startswith("average/") else like.dtype
+        if (shape, dtype) != (like.shape, expected):
+            found, wanted = f"{dtype} of shape {shape}", f"{expected} of shape {like.shape}"
+            raise UserError(f"{self.path} does not fit: {name} is {found}, not {wanted}")
         if not np.isfinite(array := files.read_array(self.file, name, math.prod(shape) * dtype.itemsize)).all():
             raise ValueError(f"its {name} is not finite")
         return array
@@ -165,12 +210,18 @@ class open_checkpoint:
         return read_options(str(self.read("options")), self.path)
 
 
-def newest_checkpoint(folder):
+def newest_checkpoint(begun):
     """The newest whole checkpoint in a run's folder, (path, Options); says on standard error if that is the previous one.
 
-    Raises UserError if none can be used.
+    begun: the folder; or a file, a checkpoint or an export, that is then the one. Raises UserError if none can be used.
     """
-    newest, previous = (folder / name for name in CHECKPOINTS)
+    if not os.path.isdir(begun):
+        try:
+            return begun, whole_checkpoint(begun)
+        except UserError as error:
+            reason = str(error).rpartition(";")[0]
+            raise UserError(f"{reason}; name a run's folder, or a file that --export made") from None
+    newest, previous = (begun / name for name in CHECKPOINTS)
     try:
         return newest, whole_checkpoint(newest)
     except UserError as error:

@@ -27,7 +27,9 @@ def make_parser():
         "  python transgan.py --dataset PATH        your own pictures, in a folder\n"
         "  python transgan.py --resume runs/NAME    go on where a run was stopped\n"
         "  python transgan.py --evaluate runs/NAME  give its FID and Inception Score\n"
-        "  python transgan.py --from runs/NAME ...  make pictures of it: --sample, --interpolate, --attention, --nearest",
+        "  python transgan.py --from runs/NAME ...  make pictures of it: --sample, --interpolate, --attention, --nearest\n"
+        "  python transgan.py --from runs/NAME --export FILE    keep its generator alone, and\n"
+        "  python transgan.py --from FILE ...       make pictures of that, or --evaluate FILE",
         epilog="A run's folder holds report.html, which shows it all in a browser: samples/ (step-*: grids of the same\n"
         "noise, over time; restored-*: real pictures made small, what the generator makes of them, and the originals),\n"
         "progress.gif, curves.png and log.csv (a row a step; distance is the sliced Wasserstein distance of generated\n"
@@ -94,7 +96,8 @@ def add_watching(parser):
 
 def add_scores(parser):
     group = parser.add_argument_group("scores, see paper/scores.py")
-    group.add_argument("--evaluate", type=folder, metavar="DIR", help="give FID and Inception Score of the run in DIR")
+    group.add_argument("--evaluate", type=folder, metavar="RUN", help="give FID and Inception Score of the run in the "
+                       "folder RUN, or of a file of --export")  # fmt: skip
     group.add_argument("--features", choices=("inception", "own"), help="the network that looks: Inception-v3, as papers "
                        "have it (96 MB, downloaded once), or a small classifier trained here on the data set, whose scores "
                        "are named FID-own and IS-own (default: inception; for shapes own)")  # fmt: skip

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -180,7 +181,7 @@ def is_valid(name, value):
         return False
     if name == "dataset":  # a folder may have been moved, also from another kind of system
         whole = any(kind(value).is_absolute() for kind in (PurePosixPath, PureWindowsPath))
-        return value in arguments.NAMES or (whole and files.is_possible(value))
+        return value in arguments.NAMES or ((whole or value == without_place(value)) and files.is_possible(value))
     values = OPTIONS[name].values
     try:
         return values(str(value)) == value if callable(values) else value in values
@@ -200,6 +201,11 @@ def read_options(text, path):
         if not is_valid(name, getattr(options, name)):
             raise UserError(f"{path}: its option {name} is {getattr(options, name)!r:.99}; start a new run")
     return options
+
+
+def without_place(dataset):
+    """A data set as other machines may know it: of a folder's path no more than its name, as ./NAME."""
+    return dataset if dataset in arguments.NAMES else "./" + re.split(r"[/\\]", dataset.rstrip("/\\"))[-1]
 
 
 def given_options(args):
@@ -242,7 +248,12 @@ def choose_options(args, saved=None):
     for name, value in given.items():
         if name not in changeable and value != getattr(saved, name):
             raise UserError(f"the run in {begun} has {flag(name)} {getattr(saved, name)}; leave out {flag(name)} {value}")
-    return check_options(dataclasses.replace(saved, **given)), args.out or (begun / "look" if args.begun else begun)
+    options, out = check_options(dataclasses.replace(saved, **given)), begun / "look" if args.begun else begun
+    if begun.is_file():
+        out = Path("runs") / f"{files.portable(begun.stem)}-look"
+        if not args.out and any((out / name).exists() for name in files.CHECKPOINTS):
+            raise UserError(f"{out}, where what is made of {begun} goes, holds a run; choose another place with --out")
+    return options, args.out or out
 
 
 def idle(options):
@@ -284,7 +295,7 @@ ACTS = {
     **dict.fromkeys(("on_nan", "gpus", "sample_every", "save_every", "evaluate_every", "profile"), TRAINING_MODES),
     **dict.fromkeys(("data_dir", "out", "device", "threads", "plain"), (*TRAINING_MODES, "--evaluate", "--from")),
     **dict.fromkeys(("features", "inception", "fid_stats"), ("--evaluate",)),
-    **dict.fromkeys(("sample", "interpolate", "attention", "query", "nearest"), ("--from",)),
+    **dict.fromkeys(("sample", "interpolate", "attention", "query", "nearest", "export"), ("--from",)),
     "num_images": ("--evaluate", *TRAINING_MODES),
     "preset": ("a training", "--summary"),
 }
@@ -312,13 +323,17 @@ def refuse_idle_options(args, parser):
         if mode not in ACTS[name]:
             where = " or ".join(other for other in ACTS[name] if other != "--resume")
             if (mode, where) == ("a training", "--from"):
-                raise UserError(f"{names[name]} makes pictures of a run that has begun; name its folder with --from")
+                raise UserError(f"{names[name]} is of a run that has begun; name its folder with --from")
             raise UserError(f"{names[name]} does nothing here: it goes with {where}; leave it out")
         if name in NEEDS and mode != "--evaluate" and not getattr(args, NEEDS[name]):
             where = " or ".join(["--evaluate"] * (name == "num_images") + [names[NEEDS[name]]])
             raise UserError(f"{names[name]} goes with {where}; leave it out")
-    if mode == "--from" and not given & {"sample", "interpolate", "attention", "nearest"}:
-        raise UserError("--from wants to know which pictures: --sample N, --interpolate N, --attention or --nearest N")
+    pictures = given & {"sample", "interpolate", "attention", "nearest"}
+    if mode == "--from" and not pictures | given & {"export"}:
+        raise UserError("--from wants to know which pictures: --sample N, --interpolate N, --attention or --nearest N; or "
+                        "--export FILE")  # fmt: skip
+    if mode == "--from" and not pictures and (args.out or args.seed is not None):
+        raise UserError("--out and --seed are of pictures, which nothing here asks for; leave them out")
     if args.threads and args.device == "gpu":
         raise UserError("--threads are a CPU's, and do nothing with --device gpu; leave out one of them")
 
@@ -339,13 +354,18 @@ def long_command(options):
     return "transgan.py " + flags({name: x for name, x in dataclasses.asdict(options).items() if name not in idle(options)})
 
 
-def command(options):
-    """The shortest command that gives these options: with those that are not what the others decide."""
+def needed(options):
+    """Those of the options, by name, that are not what the others decide."""
     given, deciding = {}, ["dataset", "size", "generator", "discriminator", "image_size"]
     for name in dict.fromkeys([*deciding, *OPTIONS]):
         if getattr(options, name) != getattr(fill_in(given), name):
             given[name] = getattr(options, name)
-    return f"{program()} {flags(given)}".rstrip()
+    return given
+
+
+def command(options):
+    """The shortest command that gives these options."""
+    return f"{program()} {flags(needed(options))}".rstrip()
 
 
 # What a checkpoint does not know of the command that made it.

@@ -15,9 +15,9 @@ def profile():
     """Within this context every operation is timed; yields {(name, direction): [seconds, calls, bytes]}.
 
     Seconds are summed over threads; the bytes are those of the results. An operation made of others is one. On a GPU each
-    is waited for, which makes the whole slower.
+    is waited for, which makes the whole slower. Within another such context, both see what is done.
     """
-    times, thread, lock = {}, threading.local(), threading.Lock()
+    times, thread, lock, outer = {}, threading.local(), threading.Lock(), ag.hook
 
     def timed(name, direction, function, *args, **kwargs):
         if getattr(thread, "busy", False):  # within an operation that is being timed: this one is part of it
@@ -26,7 +26,7 @@ def profile():
         wait()
         start = time.perf_counter()
         try:
-            made = function(*args, **kwargs)
+            made = outer(name, direction, function, *args, **kwargs) if outer else function(*args, **kwargs)
             wait()
         finally:
             thread.busy = False
@@ -42,7 +42,7 @@ def profile():
     try:
         yield times
     finally:
-        ag.hook = None
+        ag.hook = outer
 
 
 def wait():

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
+import os
 import signal
 import socket
 import sys
@@ -296,9 +297,16 @@ def saying_how_to_go_on(chosen, out, goes_on):
 
 
 def look_back(args, sampler, load, out):
-    """Make the pictures or the scores that are asked for of a run's Sampler; load: gives its data set's pictures."""
-    if args.begun:
+    """Make the export, the pictures or the scores that are asked for of a Sampler; load: gives its data set's pictures."""
+    if args.export:
+        checkpoints.export(sampler, args.export)
+        output.tell(str(args.export), event="export", path=str(args.export))
+    if looks.wanted(args):
         looks.make(args, sampler, load, out)
+    if args.begun:
+        if not args.begun.is_dir():
+            command = options.command(sampler.options)
+            output.note(output.one_line(f"{args.begun} is the generator of step {sampler.step} of: {command}"))
         return
     features = args.features or ("own" if sampler.options.dataset == "shapes" and not args.inception else "inception")
     scores.evaluate(out, sampler, load, features, args.num_images or 50_000, args.data_dir, args.inception, args.fid_stats)
@@ -308,6 +316,8 @@ def run(args, parser):
     """What the command line asks for, as `parser` understood it: returns the exit code. Raises UserError."""
     options.refuse_idle_options(args, parser)
     begun = args.resume or args.evaluate or args.begun
+    if args.resume and not os.path.isdir(args.resume):
+        raise UserError(f"--resume goes on with the training in a run's folder, and {args.resume} is none; name another")
     checkpoint, saved = checkpoints.newest_checkpoint(begun) if begun else (None, None)
     chosen, out = options.choose_options(args, saved)
     if args.summary:

@@ -24,10 +24,9 @@ import autograd as ag
 import transgan
 from data import UserError
 from paper.networks import NAMES
-from program import checkpoints, main, run
+from program import VERSION, checkpoints, main, run
 from program.log import Log
 from program.options import (
-    PRESETS,
     Options,
     choose_options,
     commands,
@@ -38,6 +37,7 @@ from program.options import (
     program,
     refuse_idle_options,
 )
+from program.presets import PAPERS
 from program.support import (
     POLICY,
     TRAIN,
@@ -166,7 +166,7 @@ def test_the_larger_data_sets_are_learnt(name, side, stages, tmp_path, monkeypat
         assert grid.size == ((8 * (side + 1) + 1) * factor, (rows * (side + 1) + 1) * factor), kind
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PAPERS)
 def test_presets_are_the_papers_runs(name, capsys):
     dataset, size = name.split("-")
     options = parsed("--preset", name)
@@ -188,7 +188,7 @@ def test_presets_are_the_papers_runs(name, capsys):
     assert len(command) == 1 + 2 * len(dataclasses.fields(options))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", PAPERS)
 def test_a_preset_says_whose_its_values_are(name, capsys):
     """A row each where text and commands differ or one is silent; what is given here is nobody else's."""
     dataset = name.split("-")[0]
@@ -321,8 +321,8 @@ ACTING = {
     "--device cpu": RUNS, "--threads 1": RUNS, "--plain": RUNS, "--features own": "--evaluate",
     "--inception x": "--evaluate", "--fid-stats x": "--evaluate", "--num-images 20": "--evaluate",
     "--interpolate 2": "--from", "--attention": "--from", "--nearest 2": "--from", "--sample 3": "--from",
-    "--query 1,1": "", "--resume x": "--summary", "--evaluate x": "", "--from x": "", "--summary": "--resume",
-    "--quiet": ANY, "--json": ANY,
+    "--query 1,1": "", "--export x": "--from", "--resume x": "--summary", "--evaluate x": "", "--from x": "",
+    "--summary": "--resume", "--quiet": ANY, "--json": ANY,
 }  # fmt: skip
 OTHERS = {
     "dataset": "cifar10", "size": "S", "generator": "resnet", "discriminator": "resnet", "image_size": 24, "patch_size": 2,
@@ -380,7 +380,7 @@ def test_options_that_need_another_are_refused_without_it():
         ("--from x", "--from wants to know which pictures"),
         ("--device gpu --threads 2", "--threads are a CPU's"),
         ("--profile --summary", "--profile does nothing here: it goes with a training; leave it out"),
-        ("--sample 2", "--sample makes pictures of a run that has begun; name its folder with --from"),
+        ("--sample 2", "--sample is of a run that has begun; name its folder with --from"),
     ):
         assert message in line(*words.split())
     parser = main.make_parser()
@@ -423,8 +423,11 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
         (["--patch-size", "5"], "patches of 5 pixels do not tile a picture of 16"),
         (["--batch-size", "1000"], "lower --batch-size"),
         (["--out", tmp_path / "file" / "run"], "choose another --out"),
-        (["--dataset", "cifar10", "--image-size", "48"], "cifar10 has pictures of 32 pixels a side, not 48"),
-        (["--preset", "stl10-XL", "--image-size", "32"], "stl10 has pictures of 48 pixels a side, not 32"),
+        (
+            ["--dataset", "cifar10", "--image-size", "48"],
+            "cifar10 has pictures of 32 pixels a side, which --image-size 48 does not divide; choose one of 32, 16, 8",
+        ),
+        (["--preset", "stl10-XL", "--image-size", "32"], "choose one of 48, 24, 16, 12, 8"),
         (["--dataset", "cifar10", "--data-dir", tmp_path / "file"], "cannot write"),
     ):
         if not {"--out", "--summary"} & {*args}:
@@ -434,7 +437,15 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
         assert "no GPU to use" in fails(capsys, "--device", "gpu", "--out", tmp_path / "run")
 
 
-def nonsense_checkpoints(good):
+def nonsense_checkpoints(good, kind="generator"):
+    """(what is wrong, a function that writes it to a path, a part of the message) for a checkpoint or an export.
+
+    kind: "generator" or "average", whose to_rgb.bias is changed, too.
+    """
+    bias = f"{kind}/to_rgb.bias"
+    with np.load(good) as saved:
+        numbers = saved[bias]
+
     def change(**arrays):
         def write(path):
             with np.load(good) as saved:
@@ -466,17 +477,10 @@ def nonsense_checkpoints(good):
 
     yield "members that lie on one another", repeated, "claims more than its size"
     yield "compressed", lambda path: np.savez_compressed(path, **np.load(good)), "claims more than its size"
-    yield (
-        "another shape",
-        change(**{"generator/to_rgb.bias": np.ones(4, np.float32)}),
-        "does not fit: generator/to_rgb.bias",
-    )
-    yield (
-        "no numbers",
-        change(**{"average/to_rgb.bias": np.full(3, np.nan, np.float32)}),
-        "average/to_rgb.bias is not finite",
-    )
-    yield "another type", change(**{"generator/to_rgb.bias": np.ones(3)}), "does not fit: generator/to_rgb.bias"
+    yield "another shape", change(**{bias: np.ones(4, numbers.dtype)}), f"does not fit: {bias}"
+    yield "another type", change(**{bias: np.ones(3)}), f"does not fit: {bias}"
+    for number in (math.nan, -math.inf):
+        yield "not finite", change(**{bias: np.full_like(numbers, number)}), f"{bias} is not finite"
     yield "a step of words", change(step=np.array("three")), "is damaged"
     yield "a step too far", change(step=np.array(-1)), "is damaged"
     yield "options of words", change(options=np.array("{}}")), "options of another version"
@@ -521,6 +525,58 @@ def test_resuming_from_nonsense(small, tmp_path, capsys):
     assert "holds a run already" in fails(capsys, *TRAIN, "--out", good)
     (good / "log.csv").write_bytes(b"step\n\xff\xfe")
     assert "log.csv" in fails(capsys, "--resume", good, "--steps", 9)
+
+
+def test_looking_at_nonsense(small, tmp_path, capsys):
+    """At a file of --export, and at the checkpoint in a run's folder; nothing is made of it."""
+    run, good, bad, path = tmp_path / "run", tmp_path / "good.npz", tmp_path / "bad", tmp_path / "bad.npz"
+    assert run_main(*TRAIN, "--out", run) == run_main("--from", run, "--export", good) == 0
+    bad.mkdir()
+    for source, place, begun in ((good, path, path), (run / "checkpoint.npz", bad / "checkpoint.npz", bad)):
+        for name, write, message in nonsense_checkpoints(source, "average"):
+            place.unlink(missing_ok=True)
+            write(place)
+            for look in ("--sample", 2), ("--export", tmp_path / "new.npz"):
+                assert message in fails(capsys, "--from", begun, *look), name
+    with np.load(good) as saved:
+        np.savez(path, **{name: x for name, x in saved.items() if name != "source"})
+    assert "average/" in fails(capsys, "--from", path, "--sample", 2)  # whose weights are too short for a checkpoint's
+    assert "name a run's folder, or a file that --export made" in fails(capsys, "--from", tmp_path / "gone", "--sample", 2)
+    for place in (good, path, tmp_path / "gone", run / "log.csv"):
+        assert "goes on with the training in a run's folder" in fails(capsys, "--resume", place)
+    (bad / "checkpoint.npz").write_bytes(good.read_bytes())
+    assert "it has no generator/" in fails(capsys, "--resume", bad, "--steps", 9)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        assert "a pipe or a device" in fails(capsys, "--from", tmp_path / "pipe", "--sample", 2)
+        assert "no earlier export" in fails(capsys, "--from", run, "--export", tmp_path / "pipe")
+    assert not {"new.npz", "runs"} & {*leftovers(tmp_path)}
+
+
+GENERATORS = sorted((Path(transgan.__file__).parent / "trained").glob("*.npz"))
+
+
+@pytest.mark.parametrize("path", GENERATORS, ids=[path.name for path in GENERATORS])
+def test_a_generator_that_comes_with_the_program_makes_pictures(path, tmp_path, monkeypatch):
+    """Of real size, without any data, and none twice the same."""
+
+    def none(*_):
+        raise AssertionError("it asks for the pictures that were learnt")
+
+    monkeypatch.setattr(datasets, "load_pictures", none)
+    monkeypatch.chdir(tmp_path)
+    assert path.stat().st_size <= 2e6
+    assert run_main("--from", path, "--sample", 64, "--interpolate", 2, "--attention") == 0
+    made = {file.name.split("-")[0]: np.asarray(Image.open(file)) for file in Path("runs").glob("*-look/*.png")}
+    assert {*made} == {"sample", "interpolate", "attention"}
+    chosen = checkpoints.newest_checkpoint(path)[1]
+    assert chosen.dataset in arguments.NAMES
+    side, factor = chosen.image_size, max(1, 96 // chosen.image_size)
+    grid = made["sample"][factor::factor, factor::factor][: 8 * (side + 1), : 8 * (side + 1)]
+    tiles = grid.reshape(8, side + 1, 8, side + 1, 3).transpose(0, 2, 1, 3, 4)[:, :, :side, :side].reshape(64, -1)
+    assert len(np.unique(tiles, axis=0)) == 64
+    assert tiles.std(axis=1).min() > 8  # none of one colour
+    assert tiles.std(axis=0).mean() > 16  # and none like the next
 
 
 def test_a_checkpoint_that_is_refused_is_closed(tmp_path, monkeypatch):
@@ -644,6 +700,30 @@ def test_a_fuzzed_checkpoint_only_ever_raises_our_own_error(seed, small, tmp_pat
     assert_same_state(state_of(trainer), expected)
 
 
+@functools.cache
+def exported_once():
+    """The export of that checkpoint's generator."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, path = Path(folder, CHECKPOINTS[0]), Path(folder, "x.npz")
+        checkpoint.write_bytes(saved_once()[0])
+        checkpoints.export(checkpoints.load_sampler(saved_once()[2].options, checkpoint), path)
+        return path.read_bytes()
+
+
+@fuzz(60)
+@given(seed=seeds)
+def test_a_fuzzed_export_only_ever_raises_our_own_error(seed, small, tmp_path):
+    path = tmp_path / "x.npz"
+    path.write_bytes(exported_once())
+    expected = checkpoints.load_sampler(saved_once()[2].options, path).generator.parameters()
+    path.write_bytes(fuzzed(exported_once(), seed))
+    with one_line_at_most():
+        sampler = checkpoints.load_sampler(checkpoints.newest_checkpoint(path)[1], path)
+        assert sampler.options == saved_once()[2].options
+        for name, weights in sampler.generator.parameters().items():
+            np.testing.assert_array_equal(weights.data, expected[name].data)
+
+
 @fuzz(150)
 @given(seed=seeds)
 def test_a_fuzzed_log_only_ever_raises_our_own_error(seed, small, tmp_path):
@@ -693,6 +773,12 @@ def test_json_tells_what_else_is_printed(small, hasty, tmp_path, capsys):
     assert run_main("--from", out, "--sample", 2, "--json") == 0
     picture, last = objects(capsys.readouterr().out)
     assert Image.open(picture["path"]).format == "PNG"
+    assert run_main("--from", out, "--export", tmp_path / "x.npz", "--json") == 0
+    assert objects(capsys.readouterr().out)[0] == {"event": "export", "path": str(tmp_path / "x.npz")}
+    evaluate = ("--evaluate", tmp_path / "x.npz", "--num-images", 20, "--data-dir", tmp_path, "--json")
+    assert run_main(*evaluate, "--out", tmp_path / "scores") == 0
+    scores, last = objects(capsys.readouterr().out)
+    assert scores == {"event": "scores"} | json.loads((tmp_path / "scores" / "scores.json").read_text())[0]
     assert run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path, "--json") == 0
     scores, last = objects(capsys.readouterr().out)
     assert scores == {"event": "scores"} | json.loads((out / "scores.json").read_text())[0]
@@ -833,7 +919,9 @@ def test_packages_of_the_same_names_do_no_harm(tmp_path):
     assert subprocess.run(program, capture_output=True, cwd=tmp_path, env=env).returncode == 0
     theirs = [sys.executable, "-c", "import autograd, data, look, paper; assert autograd.theirs and data.theirs"]
     assert subprocess.run(theirs, capture_output=True, cwd=tmp_path, env=env).returncode == 0
-    assert "py-modules = []\n" in (Path(transgan.__file__).parent / "pyproject.toml").read_text()
+    project = (Path(transgan.__file__).parent / "pyproject.toml").read_text()
+    assert "py-modules = []\n" in project
+    assert f'version = "{VERSION}"\n' in project
 
 
 @pytest.mark.skipif(os.name != "posix", reason="about a POSIX shell")

@@ -27,7 +27,7 @@ from PIL import Image
 import data
 from data import Bytes, Labels, UserError, first_line
 from store.downloads import Archive, fetch
-from store.files import CHUNK, MADE, being_made, need_space, plain, short_name, sweep, whole_file
+from store.files import CHECKPOINTS, CHUNK, MADE, being_made, need_space, plain, short_name, sweep, whole_file
 from store.output import Progress, one_line, warn
 from store.reading import Room, fit, hushed, is_passing, lean, read_picture
 
@@ -341,7 +341,7 @@ def find_files(folder: Path, progress: Progress) -> tuple[dict[str, tuple[int, i
         except OSError as error:
             unread[name] = error.strerror or str(error)
             continue
-        if {"checkpoint.npz", "log.csv"} <= {*inside}:
+        if {*CHECKPOINTS} & {*inside} and {"log.csv", "samples"} & {*inside}:
             continue  # a run of this program, whose grids are no pictures to learn
         folders = []
         for path in (parent / entry for entry in inside if not MADE.fullmatch(entry)):

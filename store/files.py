@@ -216,14 +216,17 @@ def save_grid(pictures: Floats, path: str | Path, columns: int = 8) -> None:
         data.save_grid(pictures, part, columns)
 
 
-def save_arrays(path: Path, **arrays: Any) -> None:
-    """Write arrays as an .npz file, which appears when it is whole. Raises UserError."""
+def save_arrays(path: Path, option: str = "--data-dir", /, **arrays: Any) -> None:
+    """Write arrays as an .npz file, which appears when it is whole.
+
+    Raises UserError, which advises another place by `option`, the command line's name for it.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as part, part.open("wb") as file:
             np.savez(file, **arrays)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another --data-dir") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another {option}") from None
 
 
 def array_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
