@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import signal
 import sys
 
 import numpy as np  # isort: skip
@@ -17,6 +18,11 @@ from fast import augment
 from program import checkpoints, main, options, run
 from program.trainer import make_trainer
 from store import datasets
+
+for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    number = getattr(signal, name, None)  # Windows has no SIGHUP
+    if number and signal.getsignal(number) == signal.SIG_IGN:  # what a background job, or nohup, hands on to the tests
+        signal.signal(number, usual)
 
 
 def make_small(patch):
