@@ -32,23 +32,28 @@ CHUNK = 1024  # pictures that are decoded or hashed at once
 def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Within this context, a path to write to; what lies there appears as `path` at the end, unless something went wrong.
 
-    So nobody ever meets half a file, and one that was there before stays until the new one is whole and on the disk itself.
-    It is then renamed to `previous`, if that is given. If all ends between the two renames, `previous` is the newest, and
-    there is no `path`; links would close that gap, but not every file system has them.
+    That may be a folder, too. So nobody ever meets half a file, and one that was there before stays until the new one is
+    whole and on the disk itself. It is then renamed to `previous`, if that is given. If all ends between the two renames,
+    `previous` is the newest, and there is no `path`; links would close that gap, but not every file system has them.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
-        sync(part)
+        if part.is_file():
+            sync(part)
         if previous and path.exists():
             path.replace(previous)
         part.replace(path)
-        if os.name == "posix":
-            with contextlib.suppress(OSError):  # some network file systems cannot
-                sync(path.parent)
+        with contextlib.suppress(OSError):  # Windows and some network file systems cannot
+            sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
-            part.unlink()
+            remove(part)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder and all that is in it. Raises OSError."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def need_folder(folder: Path, option: str) -> None:
@@ -126,7 +131,7 @@ def sweep(folder: Path) -> None:
             if (made := MADE.fullmatch(path.name)) and made[2]:
                 with contextlib.suppress(OSError, UserError), belongs_to_one(folder / f"{made[1]}.lock", "in use") as sure:
                     if sure:
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        remove(path)
 
 
 def lock(file: IO[bytes]) -> bool:

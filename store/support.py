@@ -238,8 +238,8 @@ def celeba_archive():
 
 PUBLISHED = {
     "cifar10": (datasets.CIFAR10, cifar10_archive, datasets.load_cifar10),
-    "stl10": (datasets.STL10, stl10_archive, lambda folder, archive: datasets.load_stl10(folder, 48, archive)),
-    "celeba": (datasets.CELEBA, celeba_archive, lambda folder, archive: datasets.load_celeba(folder, 64, archive)),
+    "stl10": (datasets.STL10, stl10_archive, datasets.load_stl10),
+    "celeba": (datasets.CELEBA, celeba_archive, datasets.load_celeba),
 }
 each_data_set = pytest.mark.parametrize("name", PUBLISHED)
 

@@ -135,7 +135,7 @@ def test_a_file_too_large_is_not_extracted(tmp_path, monkeypatch):
     content, *_ = celeba_archive()
     (tmp_path / datasets.CELEBA.name).write_bytes(content)
     with pytest.raises(UserError, match="no picture that can be read .*too large for a face"):
-        datasets.load_celeba(tmp_path, 64, of(datasets.CELEBA, content))
+        datasets.load_celeba(tmp_path, of(datasets.CELEBA, content))
 
 
 made_once = functools.cache(lambda make: make()[0])
@@ -506,14 +506,14 @@ def test_whatever_is_left_out_is_named_at_every_start(few, capsys):
 
 def test_what_lies_in_a_folder_that_may_not_be_read_is_named(few, capsys, monkeypatch):
     (few / "closed").mkdir()
-    listed = os.listdir
+    scanned = os.scandir
 
-    def listdir(path):
+    def scandir(path):
         if str(path).endswith("closed"):
             raise PermissionError(errno.EACCES, "Permission denied")
-        return listed(path)
+        return scanned(path)
 
-    monkeypatch.setattr(os, "listdir", listdir)
+    monkeypatch.setattr(os, "scandir", scandir)
     assert len(load_small(few)) == 4
     assert capsys.readouterr().err == "skipped 'closed': Permission denied\n"
 
