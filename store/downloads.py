@@ -43,13 +43,12 @@ def fetch(archive: Archive, data_dir: str | Path) -> Path:
     return path
 
 
-def download(archive: Archive, path: str | Path) -> None:
+def download(archive: Archive, path: Path) -> None:
     """Fetch an Archive to `path`, showing progress on standard error, and check its sum.
 
     What arrives is kept in path.part, so that the next call goes on where a connection broke off or a disk filled up (an
     HTTP range request). The file appears under its own name only when it is whole and right. Raises UserError.
     """
-    path = Path(path)
     part, by_hand = path.with_name(path.name + ".part"), f"or fetch {archive.page} by hand and save it as {path}"
     try:
         with plain(part).open("ab") as out:
@@ -116,22 +115,15 @@ def _arriving(request: urllib.request.Request, by_hand: str) -> Iterator[Any]:
     blocks: queue.Queue[Any] = queue.Queue(64)
     given_up = threading.Event()
 
-    def put(block: Any) -> None:
-        waits = True
-        while waits and not given_up.is_set():
-            with contextlib.suppress(queue.Full):
-                blocks.put(block, timeout=1)
-                waits = False
-
     def receive() -> None:
         try:
             with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
                 block = answer.read1(1 << 18)
-                put((answer.status, max(0, int(answer.headers.get("Content-Length") or 0)), block))
+                blocks.put((answer.status, max(0, int(answer.headers.get("Content-Length") or 0)), block))
                 while block and not given_up.is_set():
-                    put(block := answer.read1(1 << 18))
+                    blocks.put(block := answer.read1(1 << 18))
         except Exception as error:
-            put(error)
+            blocks.put(error)
 
     threading.Thread(target=receive, daemon=True).start()
     since, received = time.monotonic(), 0
@@ -152,6 +144,8 @@ def _arriving(request: urllib.request.Request, by_hand: str) -> Iterator[Any]:
                 yield block
     finally:
         given_up.set()
+        while not blocks.empty():  # so that a thread that waits to put in one more can end
+            blocks.get_nowait()
 
 
 def check_digest(path: str | Path, archive: Archive, source: str | Path) -> None:

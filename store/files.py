@@ -91,10 +91,9 @@ def belongs_to_one(path: Path, refusal: str) -> Iterator[bool]:
     try:
         yield sure
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), file:
             if posix:
                 path.unlink()
-        file.close()
         with contextlib.suppress(OSError):
             if not posix:
                 path.unlink()
@@ -135,19 +134,17 @@ def sweep(folder: Path) -> None:
 
 
 def lock(file: IO[bytes]) -> bool:
-    """Lock an open file for this process, until it is closed. Raises BlockingIOError where another has locked it.
+    """Lock an open, empty file for this process, until it is closed. Raises BlockingIOError where another has locked it.
 
     Returns False, and has done nothing, where the file system has no locks.
     """
     if sys.platform == "win32":
         import msvcrt
 
-        file.seek(0)  # the one byte from here on is what is locked
         try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # the first byte, though there is none
         except PermissionError:
             raise BlockingIOError from None
-        file.seek(0, os.SEEK_END)
     else:
         import fcntl
 
@@ -277,19 +274,16 @@ def checksum(archive: zipfile.ZipFile, prefix: str) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """What a JSON text says. Raises ValueError also for what Python would take and no other program: numbers that are not
-    finite, or of hundreds of digits; and for one that is nested deeper than Python can go.
+    """What a JSON text says. Raises ValueError also for numbers that are not finite, which Python would take and no other
+    program, and for a text that is nested deeper than Python can go.
     """
 
-    def number(kind: type[int] | type[float]) -> Any:
-        def convert(digits: str) -> float:
-            if len(digits) > 99 or not math.isfinite(kind(digits)):
-                raise ValueError(f"{digits[:20]} is no number of JSON")
-            return kind(digits)
-
-        return convert
+    def finite(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"{digits[:20]} is no number of JSON")
+        return value
 
     try:
-        return json.loads(text, parse_float=number(float), parse_int=number(int), parse_constant=number(float))
+        return json.loads(text, parse_float=finite, parse_constant=finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
