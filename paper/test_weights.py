@@ -574,6 +574,7 @@ def hostile_zip_files():
     yield "two pickles", zip_file({"w": NEW}, STORAGES, **{"more/data.pkl": b"N."}), "one data.pkl"
     yield "another name", good.replace(b"a name/version", b"a name/data/0\0"), "the same name"
     yield "other numbers", good.replace(NUMBERS.tobytes(), NUMBERS[::-1].tobytes()), "CRC"
+    yield "another tensor", good.replace(code("w"), code("v")), "CRC"
     yield "members", zip_file({"w": NEW}, STORAGES, **{f"data/x{i}": b"" for i in range(5001)}), "more than 5000 members"
     for name, at, change, message in (
         ("locked", 8, b"\1\0", "encrypted"),
