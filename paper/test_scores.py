@@ -219,8 +219,8 @@ def test_the_classifier_is_trained_once_for_the_same_pictures(quick, tmp_path, c
 def test_two_classifiers_have_two_names():
     """Also where they are equally often right: another machine's come out a little different."""
     networks = [classifier.Classifier(4, np.random.default_rng(seed)) for seed in (0, 0, 1)]
-    one, same, other = (classifier.described(network, "/my/dogs", 0.5, 1.0) for network in networks)
-    scaled = classifier.described(networks[0], "/my/dogs", 0.5, 2.0)
+    one, same, other = (classifier.Extractor(network, "/my/dogs", 0.5, 1.0) for network in networks)
+    scaled = classifier.Extractor(networks[0], "/my/dogs", 0.5, 2.0)
     assert (one.weights, one.digest) == (same.weights, same.digest)
     assert len({x.weights for x in (one, other, scaled)}) == len({x.digest for x in (one, other, scaled)}) == 3
 
