@@ -98,11 +98,7 @@ def test_a_part_that_is_the_whole_is_taken_and_a_wrong_one_thrown_away(name, tmp
     [
         (b"", {"announced": 5000}, "broke off after 0 of 5000 bytes"),
         (b"\x1f\x8b wrong", {}, "is not the file expected .* fetch .* by hand"),
-        (
-            b" <html>try later</html>",
-            {},
-            "answered with a web page, not with .*; try later, or fetch .* by hand and save it as",
-        ),
+        (b" <html>try later</html>", {}, "answered with a web page, not with .*, or fetch .* by hand and save it as"),
         (b"gone", {"status": 404}, "Not Found.* fetch .* by hand"),
         (b"", {"status": 503}, "Service Unavailable"),
     ],
