@@ -531,20 +531,8 @@ def test_what_is_wrong_is_said_before_the_work(quick, tmp_path, capsys):
     folder = tmp_path / "one"
     folder.mkdir()
     (folder / "a.png").write_bytes(encoded(slope(9, 9)))
-    alone = (
-        "--dataset",
-        folder,
-        "--size",
-        "tiny",
-        "--image-size",
-        8,
-        "--steps",
-        1,
-        "--batch-size",
-        1,
-        "--gen-batch-size",
-        1,
-    )
+    one = ("--steps", 1, "--batch-size", 1, "--gen-batch-size", 1)
+    alone = ("--dataset", folder, "--size", "tiny", "--image-size", 8, *one)
     run = (*alone, "--out", tmp_path / "alone", *where)
     message = support.fails(capsys, *run, "--evaluate-every", 1)
     assert re.search("two real pictures or more; .* or leave out --evaluate-every", message)

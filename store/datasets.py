@@ -113,7 +113,10 @@ def load_cifar10(data_dir: str | Path, archive: Archive = CIFAR10) -> Bytes:
         fetch(archive, data_dir)
         with being_made(folder):
             if not folder.is_dir():  # made by another process in the meantime
-                extract_cifar10(folder)
+                with whole_file(folder) as part:
+                    part.mkdir()
+                    for path, content in data.cifar10_files(data_dir, CIFAR10_FILES):
+                        (part / path.name).write_bytes(content)
     need_plain_batches(data_dir)
     return whole("cifar10", data.load_cifar10(data_dir), folder)
 
@@ -126,20 +129,6 @@ def need_plain_batches(data_dir: str | Path) -> None:
             plain(folder / name)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; move {folder} away to fetch it again") from None
-
-
-def extract_cifar10(folder: Path) -> None:
-    """Write the seven files that CIFAR-10's archive must hold into a folder beside it, which appears only when complete.
-
-    Raises UserError if the archive is damaged or incomplete.
-    """
-    try:
-        with whole_file(folder) as part:
-            part.mkdir()
-            for path, content in data.cifar10_files(folder.parent, CIFAR10_FILES):
-                (part / path.name).write_bytes(content)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; free some space or choose another --data-dir") from None
 
 
 def whole(name: str, pictures: Bytes, source: Path) -> Bytes:

@@ -107,12 +107,17 @@ MADE = re.compile(r"(.+-[0-9a-f]{16}\.(?:pictures|npz|skipped\.txt)|cifar-10-bat
 def being_made(path: Path) -> Iterator[None]:
     """Within this context, this process alone makes `path` in its folder, which is made, too.
 
-    Raises UserError, before there was any work, where another process makes it or nothing can be written there.
+    Raises UserError, before there was any work, where another process makes it or nothing can be written there; and for
+    an OSError within.
     """
     need_folder(path.parent, "--data-dir")
     refusal = f"another process is making {path}; start again when it has finished"
-    with belongs_to_one(path.with_name(f"{path.name}.lock"), refusal):
-        yield
+    try:
+        with belongs_to_one(path.with_name(f"{path.name}.lock"), refusal):
+            yield
+    except OSError as error:
+        reason = f"{error.strerror or error}; free some space, or choose another --data-dir"
+        raise UserError(f"cannot write {path}: {reason}") from None
 
 
 def need_space(path: Path, size: int, what: str) -> None:
