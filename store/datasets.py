@@ -65,10 +65,9 @@ def load_pictures(dataset: str, data_dir: str | Path, image_size: int) -> Bytes:
     """
     if dataset == "shapes":
         return data.draw_shapes(SHAPES_COUNT, image_size)
-    published: dict[str, Callable[[str | Path], Bytes]]
-    published = {"cifar10": load_cifar10, "stl10": load_stl10, "celeba": load_celeba}
-    if dataset in published:
-        return average_squares(published[dataset](data_dir), image_size)
+    if dataset in SIDES:
+        load = {"cifar10": load_cifar10, "stl10": load_stl10, "celeba": load_celeba}[dataset]
+        return average_squares(load(data_dir), image_size)
     return load_folder(dataset, data_dir, image_size)
 
 

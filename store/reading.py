@@ -19,6 +19,7 @@ from typing import IO
 
 import numpy as np
 from PIL import Image
+from PIL.Image import Transpose
 
 from data import Bytes
 
@@ -36,16 +37,9 @@ DECODERS = {"PNG": 0, "BMP": 0, "DIB": 0, "GIF": 0, "PPM": 0, "TGA": 0, "PCX": 0
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 
-# EXIF's orientation: how an array (3, S, S) is turned upright.
-UPRIGHT = {
-    2: lambda x: x[:, :, ::-1],
-    3: lambda x: x[:, ::-1, ::-1],
-    4: lambda x: x[:, ::-1],
-    5: lambda x: x.swapaxes(1, 2),
-    6: lambda x: x.swapaxes(1, 2)[:, :, ::-1],
-    7: lambda x: x[:, ::-1, ::-1].swapaxes(1, 2),
-    8: lambda x: x.swapaxes(1, 2)[:, ::-1],
-}
+# EXIF's orientations from 2 on: how a picture is turned upright.
+UPRIGHT = dict(enumerate((Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
+                          Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90), 2))  # fmt: skip
 
 
 def is_passing(error: object) -> bool:
@@ -153,8 +147,9 @@ def fit(picture: Image.Image, side: int) -> Bytes:
         small.paste(band.reduce(factor), (0, (row - top) // factor))
     box = x / 2 / factor, y / 2 / factor, (x / 2 + square) / factor, (y / 2 + square) / factor
     small = small.resize((side, side), Image.Resampling.BICUBIC, box)
-    turn = UPRIGHT.get(orientation, lambda x: x)
-    return np.ascontiguousarray(turn(np.asarray(small).transpose(2, 0, 1)))
+    if orientation in UPRIGHT:
+        small = small.transpose(UPRIGHT[orientation])
+    return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
 
 
 def meaning(picture: Image.Image) -> tuple[int, bool]:
