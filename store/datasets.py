@@ -362,7 +362,7 @@ def load_stl10(data_dir: str | Path, archive: Archive = STL10) -> Bytes:
         size, count = 3 * STL10_SIDE**2, 0
         with data.reading(source), contextlib.ExitStack() as stack, Progress() as progress:
             if source == extracted:
-                file = stack.enter_context(plain(source).open("rb"))
+                file: IO[bytes] = stack.enter_context(plain(source).open("rb"))
             else:
                 tar = stack.enter_context(tarfile.open(source, "r|gz"))  # a stream, read once from beginning to end
                 file = next((tar.extractfile(member) for member in tar if member.name == STL10_FILE), None) or io.BytesIO()
