@@ -118,15 +118,16 @@ class Extractor:
     """The classifier as what `paper.scores` asks of a network: bytes (B, 3, S, S) -> features (B, 128), logits (B, K).
 
     Features are multiplied by `scale`, so that those of the data set's pictures vary by 1 in the mean: FID-own of random
-    networks would else be of any size.
+    networks would else be of any size. dataset, accuracy: what is to be quoted of it.
     """
 
     suffix, dims, resizing, bytes_per_picture = "-own", FEATURES, "none", 1 << 20
 
-    def __init__(self, network, what="", scale=1.0):
+    def __init__(self, network, dataset, accuracy, scale=1.0):
         self.network, self.scale = network, scale
         self.digest = files.fingerprint(np.array([scale], float), *map(ag.to_numpy, network.parameters().values()))
-        self.weights = f"own classifier {what}, digest {self.digest[:8]}"  # two machines make two of the same pictures
+        what = f"{task(dataset, len(network.head.bias))}, {100 * accuracy:.0f}% right"
+        self.weights = f"own classifier of {what}, digest {self.digest[:8]}"  # two machines make two of the same pictures
 
     def __call__(self, pictures):
         def part(x):
@@ -151,12 +152,7 @@ def read_classifier(path, dataset):
         network = Classifier(len(files.read_numbers(saved, "head.bias", 1 << 12)), data.random_stream("classifier", 0))
         for key, p in network.parameters().items():
             p.data[...] = ag.xp.asarray(read(key, p.shape))
-        return described(network, dataset, float(read("accuracy")), float(read("scale")))
-
-
-def described(network, dataset, accuracy, scale):
-    """The Extractor of a classifier, with what is to be quoted of it."""
-    return Extractor(network, f"of {task(dataset, len(network.head.bias))}, {100 * accuracy:.0f}% right", scale)
+        return Extractor(network, dataset, float(read("accuracy")), float(read("scale")))
 
 
 def task(dataset, classes):
@@ -178,11 +174,11 @@ def load_classifier(pictures, dataset, data_dir):
         labels = datasets.load_labels(dataset, data_dir, pictures.shape[-1])
         output.note(f"training a classifier on {task(dataset, classes_of(labels))}, once, for FID-own and IS-own")
         network, accuracy = train_classifier(pictures, labels)
-        features, _ = Extractor(network)(pictures[:4096])
+        features, _ = Extractor(network, dataset, accuracy)(pictures[:4096])
         scale = 1 / max(float(features.std(axis=0).mean()), 1e-6)
         arrays = {key: ag.to_numpy(p) for key, p in network.parameters().items()}
         files.save_arrays(path, scale=scale, accuracy=accuracy, **arrays)
-    return described(network, dataset, accuracy, scale)
+    return Extractor(network, dataset, accuracy, scale)
 
 
 def kept_classifier(dataset, data_dir, pictures, digest=None):

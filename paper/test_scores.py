@@ -219,8 +219,8 @@ def test_the_classifier_is_trained_once_for_the_same_pictures(quick, tmp_path, c
 def test_two_classifiers_have_two_names():
     """Also where they are equally often right: another machine's come out a little different."""
     networks = [classifier.Classifier(4, np.random.default_rng(seed)) for seed in (0, 0, 1)]
-    one, same, other = (classifier.described(network, "/my/dogs", 0.5, 1.0) for network in networks)
-    scaled = classifier.described(networks[0], "/my/dogs", 0.5, 2.0)
+    one, same, other = (classifier.Extractor(network, "/my/dogs", 0.5, 1.0) for network in networks)
+    scaled = classifier.Extractor(networks[0], "/my/dogs", 0.5, 2.0)
     assert (one.weights, one.digest) == (same.weights, same.digest)
     assert len({x.weights for x in (one, other, scaled)}) == len({x.digest for x in (one, other, scaled)}) == 3
 
@@ -531,20 +531,8 @@ def test_what_is_wrong_is_said_before_the_work(quick, tmp_path, capsys):
     folder = tmp_path / "one"
     folder.mkdir()
     (folder / "a.png").write_bytes(encoded(slope(9, 9)))
-    alone = (
-        "--dataset",
-        folder,
-        "--size",
-        "tiny",
-        "--image-size",
-        8,
-        "--steps",
-        1,
-        "--batch-size",
-        1,
-        "--gen-batch-size",
-        1,
-    )
+    one = ("--steps", 1, "--batch-size", 1, "--gen-batch-size", 1)
+    alone = ("--dataset", folder, "--size", "tiny", "--image-size", 8, *one)
     run = (*alone, "--out", tmp_path / "alone", *where)
     message = support.fails(capsys, *run, "--evaluate-every", 1)
     assert re.search("two real pictures or more; .* or leave out --evaluate-every", message)

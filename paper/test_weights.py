@@ -541,18 +541,8 @@ def hostile_pickles():
     yield {"w": Name("torch " + 1000 * "x")}, "asks for 'torch xxx"
     yield Raw(b"c" + b"x\xff\n\xffy\n"), ANY
     yield Raw(code("os") + code(3) + b"\x93"), ANY
-    for instruction in (
-        b"02",
-        b"(0",
-        b"1",
-        b"l",
-        b"d",
-        b"\x8f",
-        b"\x82\x01",
-        b"\x8b\1\0\0\0\1",
-        b"Pname\n",
-        b"G" + bytes(8),
-    ):
+    others = b"02", b"(0", b"1", b"l", b"d", b"\x8f", b"\x82\x01", b"\x8b\1\0\0\0\1", b"Pname\n", b"G" + bytes(8)
+    for instruction in others:
         yield Raw(b"}" + instruction), "which no state dict needs|arg extends|opcode"
     yield Raw(b"\xff" + before), ANY
 
@@ -574,6 +564,7 @@ def hostile_zip_files():
     yield "two pickles", zip_file({"w": NEW}, STORAGES, **{"more/data.pkl": b"N."}), "one data.pkl"
     yield "another name", good.replace(b"a name/version", b"a name/data/0\0"), "the same name"
     yield "other numbers", good.replace(NUMBERS.tobytes(), NUMBERS[::-1].tobytes()), "CRC"
+    yield "another tensor", good.replace(code("w"), code("v")), "CRC"
     yield "members", zip_file({"w": NEW}, STORAGES, **{f"data/x{i}": b"" for i in range(5001)}), "more than 5000 members"
     for name, at, change, message in (
         ("locked", 8, b"\1\0", "encrypted"),

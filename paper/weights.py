@@ -86,7 +86,7 @@ def _read_zip(content):
         if len(pickles) != 1 or members[pickles[0]].file_size > MAX_PICKLE:
             raise ValueError(f"its zip file does not hold one data.pkl of at most {MAX_PICKLE} bytes")
         top = pickles[0].removesuffix("data.pkl")
-        tensors, _ = _unpickle(archive.read(pickles[0]), 0, iter(range(MAX_OPCODES)), _storage)
+        tensors = _unpickle(io.BytesIO(archive.read(pickles[0])), iter(range(MAX_OPCODES)), _storage)
         order = archive.read(top + "byteorder") if top + "byteorder" in members else b"little"
         if order not in (b"little", b"big"):
             raise ValueError("its order of bytes is neither little nor big")
@@ -96,46 +96,38 @@ def _read_zip(content):
 
 def _read_pickles(content):
     """The format before that: five pickles in a row, then the storages, each as a count and that many numbers."""
-    at, opcodes, values = 0, iter(range(MAX_OPCODES)), []
-    for _ in range(5):
-        value, at = _unpickle(content, at, opcodes, _storage)
-        values.append(value)
-    magic, version, _, tensors, keys = values
+    stream, opcodes = io.BytesIO(content), iter(range(MAX_OPCODES))
+    magic, version, _, tensors, keys = [_unpickle(stream, opcodes, _storage) for _ in range(5)]
     if magic != 0x1950A86A20F9469CFC6C or version != 1001:
         raise ValueError("it does not begin as PyTorch's files do")
-    storages, raw = _storages(tensors), {}
+    storages = _storages(tensors)
     if sorted(_need(key, str) for key in keys) != sorted(storages):
         raise ValueError("the storages it lists are not those of its tensors")
-    for key in keys:
-        raw[key], at = _counted(content, at, storages[key].dtype)
-    return tensors, raw, "<"
+    return tensors, {key: _counted(stream, storages[key].dtype) for key in keys}, "<"
 
 
 def _read_tar(content):
     """The first format: a tar file of `storages`, `tensors` that look at them, and a `pickle` that gives those names."""
     members, opcodes, storages, tensors, raw = _tar_members(content), iter(range(MAX_OPCODES)), {}, {}, {}
-    data = members[b"storages"]
-    count, at = _unpickle(data, 0, opcodes)
-    for _ in range(count):
-        (key, _, dtype), at = _unpickle(data, at, opcodes, limit=1000)
-        block, at = _counted(data, at, dtype)
+    stream = members[b"storages"]
+    for _ in range(_unpickle(stream, opcodes)):
+        key, _, dtype = _unpickle(stream, opcodes)
+        block = _counted(stream, dtype)
         total = len(block) // dtype.itemsize
         storages[_whole(key)], raw[key] = _Storage(key, dtype, total, 0, total), block
-    for key, root, first, length in _unpickle(data, at, opcodes)[0]:
+    for key, root, first, length in _unpickle(stream, opcodes):
         storages[_whole(key)] = _view(storages[_whole(root)], first, length)
-    data = members[b"tensors"]
-    count, at = _unpickle(data, 0, opcodes)
-    for _ in range(count):
-        (key, storage, _), at = _unpickle(data, at, opcodes, limit=1000)
-        (ndim,) = struct.unpack_from("<i4x", data, at)
-        numbers = struct.unpack_from(f"<{2 * ndim + 1}q", data, at + 8)  # the shape, the strides, the offset
+    stream = members[b"tensors"]
+    for _ in range(_unpickle(stream, opcodes)):
+        key, storage, _ = _unpickle(stream, opcodes)
+        (ndim,) = struct.unpack("<i4x", stream.read(8))
+        numbers = struct.unpack(f"<{2 * ndim + 1}q", stream.read(16 * ndim + 8))  # the shape, the strides, the offset
         tensors[_whole(key)] = _tensor(storages[_whole(storage)], numbers[-1], numbers[:ndim], numbers[ndim:-1])
-        at += 8 + 8 * len(numbers)
-    return _unpickle(members[b"pickle"], 0, opcodes, lambda key: tensors[int(_need(key, str))])[0], raw, "<"
+    return _unpickle(members[b"pickle"], opcodes, lambda key: tensors[int(_need(key, str))]), raw, "<"
 
 
 def _tar_members(content):
-    """The bytes of the plain files in a tar file by name. tarfile could be kept busy for hours by a hostile one."""
+    """The plain files in a tar file by name, each as a stream. tarfile could be kept busy for hours by a hostile one."""
     members, at = {}, 0
     while any(content[at : at + 1]):  # an empty block, or the end, comes after the last member
         name, size = content[at : at + 100].rstrip(b"\0"), content[at + 124 : at + 136].strip(b" \0")
@@ -144,20 +136,20 @@ def _tar_members(content):
         if content[at + 156] in b"0\0":
             if name in members:
                 raise ValueError("two members of its tar file have the same name")
-            members[name] = memoryview(content)[at + 512 : end]
+            members[name] = io.BytesIO(content[at + 512 : end])
         at = end + -end % 512
     if not {b"storages", b"tensors", b"pickle"} <= members.keys():
         raise ValueError("its tar file lacks storages, tensors or the pickle")
     return members
 
 
-def _counted(content, at, dtype):
-    """The storage at content[at:], a count and that many numbers: its bytes, and where it ends."""
-    (count,) = struct.unpack_from("<q", content, at)
-    end = at + 8 + _whole(count) * dtype.itemsize
-    if end > len(content):
+def _counted(stream, dtype):
+    """The bytes of the storage that comes next, a count and that many numbers."""
+    (count,) = struct.unpack("<q", stream.read(8))
+    size = _whole(count) * dtype.itemsize
+    if size > MAX_FILE or len(block := stream.read(size)) < size:
         raise ValueError("it ends within a storage")
-    return memoryview(content)[at + 8 : end], end
+    return block
 
 
 # --- 3. Storages, tensors ---------------------------------------------------------------------------------------------
@@ -304,12 +296,12 @@ PUSHED = {  # the instructions that only put a value on the stack, and how it co
 }
 
 
-def _unpickle(content, at, opcodes, storage=None, limit=MAX_PICKLE):
-    """Run the pickle of at most `limit` bytes at content[at:]: its value, and where it ends.
+def _unpickle(stream, opcodes, storage=None):
+    """Run the pickle that comes next in a stream: its value.
 
     opcodes: an iterator that ends when there were too many. storage: what makes a value of a persistent id.
     """
-    stack, marks, memo, stream = [], [], {}, io.BytesIO(content[at : at + limit])
+    stack, marks, memo, start = [], [], {}, stream.tell()
 
     def above(mark):
         items = stack[mark:]
@@ -317,6 +309,8 @@ def _unpickle(content, at, opcodes, storage=None, limit=MAX_PICKLE):
         return items
 
     for (opcode, argument, _), _ in zip(pickletools.genops(stream), opcodes, strict=False):
+        if stream.tell() - start > MAX_PICKLE:
+            raise ValueError(f"it has a pickle of more than {MAX_PICKLE} bytes")
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
@@ -351,7 +345,7 @@ def _unpickle(content, at, opcodes, storage=None, limit=MAX_PICKLE):
                 stack.append(storage(stack.pop()))
             case "STOP":
                 (value,) = stack
-                return value, at + stream.tell()
+                return value
             case _:
                 raise ValueError(f"it contains {opcode.name}, which no state dict needs")
     raise ValueError(f"it takes more than {MAX_OPCODES} instructions")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import glob
@@ -11,7 +10,6 @@ import io
 import json
 import operator
 import os
-import shutil
 import stat
 import tarfile
 import zipfile
@@ -67,10 +65,9 @@ def load_pictures(dataset: str, data_dir: str | Path, image_size: int) -> Bytes:
     """
     if dataset == "shapes":
         return data.draw_shapes(SHAPES_COUNT, image_size)
-    published: dict[str, Callable[[str | Path], Bytes]]
-    published = {"cifar10": load_cifar10, "stl10": load_stl10, "celeba": load_celeba}
-    if dataset in published:
-        return average_squares(published[dataset](data_dir), image_size)
+    if dataset in SIDES:
+        load = {"cifar10": load_cifar10, "stl10": load_stl10, "celeba": load_celeba}[dataset]
+        return average_squares(load(data_dir), image_size)
     return load_folder(dataset, data_dir, image_size)
 
 
@@ -115,7 +112,10 @@ def load_cifar10(data_dir: str | Path, archive: Archive = CIFAR10) -> Bytes:
         fetch(archive, data_dir)
         with being_made(folder):
             if not folder.is_dir():  # made by another process in the meantime
-                extract_cifar10(folder)
+                with whole_file(folder) as part:
+                    part.mkdir()
+                    for path, content in data.cifar10_files(data_dir, CIFAR10_FILES):
+                        (part / path.name).write_bytes(content)
     need_plain_batches(data_dir)
     return whole("cifar10", data.load_cifar10(data_dir), folder)
 
@@ -128,24 +128,6 @@ def need_plain_batches(data_dir: str | Path) -> None:
             plain(folder / name)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; move {folder} away to fetch it again") from None
-
-
-def extract_cifar10(folder: Path) -> None:
-    """Write the seven files that CIFAR-10's archive must hold into a folder beside it, which appears only when complete.
-
-    Raises UserError if the archive is damaged or incomplete.
-    """
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    try:
-        try:
-            part.mkdir()
-            for path, content in data.cifar10_files(folder.parent, CIFAR10_FILES):
-                (part / path.name).write_bytes(content)
-            part.replace(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; free some space or choose another --data-dir") from None
 
 
 def whole(name: str, pictures: Bytes, source: Path) -> Bytes:
@@ -174,20 +156,31 @@ class Told:
 Read = Callable[[Told, "list[str] | None"], Iterator[Bytes]]
 
 
-def cached(path: Path, side: int, source: Path, count: int, read: Read, unread: dict[str, str] | None = None) -> Bytes:
-    """The pictures of `source`, kept in the file `path`: bytes, (N, 3, side, side), left on disk until used (a memory map).
+def cached(
+    data_dir: Path, stem: str, state: str, side: int, source: Path, count: int, read: Read, unread: dict[str, str]
+) -> Bytes:
+    """The pictures of `source`, kept in a file of data_dir: bytes, (N, 3, side, side), on disk until used (a memory map).
 
-    The file holds these bytes, and behind them what there is to tell. Where it is missing or damaged, or a picture can be
-    read that could not be before, it is made of read(told, None), which yields the `count` pictures (3, side, side) but for
-    those that it puts into `told`; read(told, names) yields only those of these names. What was skipped is named, as is
-    `unread`, which is to be named beside it. Raises UserError.
+    The file goes by `stem`, the source's `state` and how pictures are read; older ones of that stem are removed. A source
+    that is no longer there has what was made of it, in whatever state it was. Where the file is missing or damaged, or a
+    picture can be read that could not be before, it is made of read(told, None), which yields the `count` pictures
+    (3, side, side) but for those that it puts into `told`; read(told, names) yields only those of these names. What was
+    skipped is named, as is `unread`, which is to be named beside it. Raises UserError.
     """
-    sweep(path.parent)
+    sweep(data_dir)
+    path = data_dir / f"{stem}-{_digest(f'{state} {READING} {PIL.__version__}')}{CACHE}"
+    caches = sorted(data_dir.glob(f"{glob.escape(stem)}-{'[0-9a-f]' * 16}{CACHE}"))
+    if caches and path not in caches and not source.exists():
+        path = caches[0]
     try:
         if not (told := kept(path, side, source, read)):
             with being_made(path):
                 told = kept(path, side, source, read) or make(path, side, source, count, read)
-        name_skipped(path.with_suffix(".skipped.txt"), source, told.skipped | (unread or {}))
+        name_skipped(path.with_suffix(".skipped.txt"), source, told.skipped | unread)
+        for old in {*caches} - {path}:
+            with contextlib.suppress(OSError):  # one that another run is reading may stay, where the system says so
+                old.unlink()
+                old.with_suffix(".skipped.txt").unlink(missing_ok=True)
         return np.memmap(path, np.uint8, "r", shape=(told.pictures, 3, side, side)).view(np.ndarray)
     except OSError as error:
         reason = f"{error.strerror or error}; free some space, or choose another --data-dir"
@@ -197,15 +190,12 @@ def cached(path: Path, side: int, source: Path, count: int, read: Read, unread: 
 def kept(path: Path, side: int, source: Path, read: Read) -> Told | None:
     """What a cache tells, or None if there is none, it is damaged, or what was worth another try can be read now."""
     try:
-        with plain(path).open("rb") as file:
-            end = file.seek(0, os.SEEK_END) - 8
-            file.seek(max(0, end))
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(max(0, end - length))
-            told = Told(**json.loads(file.read(length) if length <= end else b""))
+        content = np.memmap(plain(path), np.uint8, "r")
+        length = int.from_bytes(content[-8:].tobytes(), "little")
+        told = Told(**json.loads(content[-8 - length : -8].tobytes()))
         told.skipped = {str(name): str(reason) for name, reason in told.skipped.items()}
         again = [name for name in told.again if name in told.skipped]
-        if 3 * side**2 * operator.index(told.pictures) + length != end or told.pictures < 1:
+        if 3 * side**2 * operator.index(told.pictures) + length + 8 != len(content) or told.pictures < 1:
             return None
     except FileNotFoundError:
         return None
@@ -270,24 +260,23 @@ def decode(names: list[str], opened: Callable[[str], IO[bytes]], side: int, sour
         except Exception as error:  # Pillow's many readers raise anything at all on a damaged file
             return error
 
-    waiting: collections.deque[futures.Future[Bytes | Exception]] = collections.deque()
-    pool = futures.ThreadPoolExecutor(workers)
+    pool, done = futures.ThreadPoolExecutor(workers), 0
     try:
         with Progress() as progress:
-            for i, name in enumerate(names):
-                while len(waiting) < 2 * workers and i + len(waiting) < len(names):
-                    waiting.append(pool.submit(one, names[i + len(waiting)]))
-                result = waiting.popleft().result()
-                if is_passing(result):
-                    result = one(name)
-                if isinstance(result, Exception):
-                    unknown = isinstance(result, PIL.UnidentifiedImageError)
-                    reason = getattr(result, "strerror", None) or first_line(result)
-                    told.skipped[name] = "it is no picture of a known kind" if unknown else one_line(reason)
-                    told.again += [name] if is_passing(result) else []
-                else:
-                    yield result
-                progress(f"decoding {source}: {i + 1:,} of {len(names):,} pictures")
+            for first in range(0, len(names), CHUNK // 8):  # a few at a time: results that wait take memory
+                some = names[first : first + CHUNK // 8]
+                for name, result in zip(some, pool.map(one, some), strict=True):
+                    if is_passing(result):
+                        result = one(name)
+                    if isinstance(result, Exception):
+                        unknown = isinstance(result, PIL.UnidentifiedImageError)
+                        reason = getattr(result, "strerror", None) or first_line(result)
+                        told.skipped[name] = "it is no picture of a known kind" if unknown else one_line(reason)
+                        told.again += [name] if is_passing(result) else []
+                    else:
+                        yield result
+                    done += 1
+                    progress(f"decoding {source}: {done:,} of {len(names):,} pictures")
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -298,7 +287,7 @@ def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
     They are decoded once, into a cache in data_dir that goes by the names, sizes and times of all files, so that it is made
     anew when one changes. Raises UserError.
     """
-    folder, data_dir = Path(folder).resolve(), Path(data_dir)
+    folder = Path(folder).resolve()
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; say where the pictures are with --dataset")
     with Progress() as progress:
@@ -307,15 +296,12 @@ def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
         example = "".join(f" ({name!r}: {reason})" for name, reason in [*unread.items()][:1])
         raise UserError(f"{folder} holds no files{example}; name a folder of pictures as --dataset")
     names = sorted(files)
-    stem = f"{short_name(folder)}-{side}-{_digest(str(folder))}"
-    path = cache_path(data_dir, stem, repr([(name, files[name]) for name in names]))
+    stem, state = f"{short_name(folder)}-{side}-{_digest(str(folder))}", repr([(name, files[name]) for name in names])
 
     def read(told: Told, some: list[str] | None) -> Iterator[Bytes]:
         return decode(some or names, lambda name: plain(folder / name).open("rb"), side, folder, told)
 
-    pictures = cached(path, side, folder, len(names), read, unread)
-    remove_older(path, stem)
-    return pictures
+    return cached(Path(data_dir), stem, state, side, folder, len(names), read, unread)
 
 
 def find_files(folder: Path, progress: Progress) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
@@ -328,61 +314,28 @@ def find_files(folder: Path, progress: Progress) -> tuple[dict[str, tuple[int, i
     unread: dict[str, str] = {}
     seen, waiting = set(), [folder]
     while waiting:
-        parent = waiting.pop()
-        name = parent.relative_to(folder).as_posix()
+        path = waiting.pop()
+        name = path.relative_to(folder).as_posix()
         progress(f"looking through {folder}: {len(files):,} files")
         try:
-            state = parent.stat()
-            if (place := (state.st_dev, state.st_ino)) in seen:
-                unread[name] = "it leads to a folder that is read already"
-                continue
-            seen.add(place)
-            inside = sorted(entry for entry in os.listdir(parent) if not entry.startswith("."))
-        except OSError as error:
-            unread[name] = error.strerror or str(error)
-            continue
-        if {*CHECKPOINTS} & {*inside} and {"log.csv", "samples"} & {*inside}:
-            continue  # a run of this program, whose grids are no pictures to learn
-        folders = []
-        for path in (parent / entry for entry in inside if not MADE.fullmatch(entry)):
-            name = path.relative_to(folder).as_posix()
-            try:
-                state = path.stat()
-            except OSError as error:
-                unread[name] = f"it is a link to nothing ({error.strerror})" if path.is_symlink() else error.strerror
-                continue
-            if stat.S_ISDIR(state.st_mode):
-                folders.append(path)
-            elif stat.S_ISREG(state.st_mode):
+            state = path.stat()
+            if stat.S_ISREG(state.st_mode):
                 files[name] = (state.st_size, state.st_mtime_ns)
-            else:
+            elif not stat.S_ISDIR(state.st_mode):
                 unread[name] = "it is no file, but a pipe or a device"
-        folders.sort(key=lambda path: path.is_symlink())  # so that a folder goes by its own name where it has one beside
-        waiting += folders[::-1]
+            elif (place := (state.st_dev, state.st_ino)) in seen:
+                unread[name] = "it leads to a folder that is read already"
+            else:
+                seen.add(place)
+                with os.scandir(path) as entries:  # links first, and read last: a folder goes by its own name if it has one
+                    inside = {entry.name: entry.is_symlink() for entry in entries if not entry.name.startswith(".")}
+                if not ({*CHECKPOINTS} & {*inside} and {"log.csv", "samples"} & {*inside}):  # no run of this program
+                    order = sorted(inside, key=lambda entry: (inside[entry], entry), reverse=True)
+                    waiting += [path / entry for entry in order if not MADE.fullmatch(entry)]
+        except OSError as error:
+            reason = error.strerror or str(error)
+            unread[name] = f"it is a link to nothing that can be read ({reason})" if path.is_symlink() else reason
     return files, unread
-
-
-def cache_path(data_dir: Path, stem: str, state: str, there: bool = True) -> Path:
-    """Where the cache of a data set lies that is in this state and read as it is now.
-
-    Whose source is no longer there has what was made of it, in whatever state it was.
-    """
-    path = data_dir / f"{stem}-{_digest(f'{state} {READING} {PIL.__version__}')}{CACHE}"
-    return path if there or path.exists() else next(iter(caches(data_dir, stem)), path)
-
-
-def caches(data_dir: Path, stem: str) -> list[Path]:
-    """The caches of a data set in whatever state."""
-    return sorted(data_dir.glob(f"{glob.escape(stem)}-{'[0-9a-f]' * 16}{CACHE}"))
-
-
-def remove_older(path: Path, stem: str) -> None:
-    """Remove the caches of a data set but this one, and what was skipped for them."""
-    for old in caches(path.parent, stem):
-        if old != path:
-            with contextlib.suppress(OSError):  # one that another run is reading may stay, where the system says so
-                old.unlink()
-                old.with_suffix(".skipped.txt").unlink(missing_ok=True)
 
 
 def _digest(text: str) -> str:
@@ -393,54 +346,49 @@ STL10_FILE = "stl10_binary/unlabeled_X.bin"
 STL10_SIDE = 96  # pixels a side, as published
 
 
-def load_stl10(data_dir: str | Path, side: int = 48, archive: Archive = STL10) -> Bytes:
-    """STL-10's 100,000 unlabeled pictures (Coates et al. 2011), resized: bytes, (100000, 3, side, side).
+def load_stl10(data_dir: str | Path, archive: Archive = STL10) -> Bytes:
+    """STL-10's 100,000 unlabeled pictures (Coates et al. 2011), resized: bytes, (100000, 3, 48, 48).
 
     Read out of data_dir's archive, which is downloaded where it is missing, without extracting it; or out of
     data_dir/stl10_binary/unlabeled_X.bin if that lies there. Raises UserError.
     """
-    extracted = Path(data_dir) / STL10_FILE
+    source, state = Path(data_dir) / archive.name, archive.digest
+    if (extracted := Path(data_dir) / STL10_FILE).exists():
+        source, state = extracted, repr((extracted.stat().st_size, extracted.stat().st_mtime_ns))
 
     def read(told: Told, _: list[str] | None) -> Iterator[Bytes]:
-        source = extracted if extracted.exists() else fetch(archive, data_dir)
-        with data.reading(source):
-            if source == extracted:
-                with plain(source).open("rb") as file:
-                    yield from pictures(file, source)
-                return
-            with tarfile.open(source, "r|gz") as tar:  # a stream, read once from beginning to end
-                for member in tar:
-                    if member.name == STL10_FILE and member.isfile() and (inside := tar.extractfile(member)):
-                        yield from pictures(inside, source)
-                        return
-            raise UserError(f"{source} is not STL-10: it holds no {STL10_FILE}; move it away and start again")
-
-    def pictures(file: IO[bytes], source: Path) -> Iterator[Bytes]:
+        if source != extracted:
+            fetch(archive, data_dir)
         size, count = 3 * STL10_SIDE**2, 0
-        with Progress() as progress:
+        with data.reading(source), contextlib.ExitStack() as stack, Progress() as progress:
+            if source == extracted:
+                file: IO[bytes] = stack.enter_context(plain(source).open("rb"))
+            else:
+                tar = stack.enter_context(tarfile.open(source, "r|gz"))  # a stream, read once from beginning to end
+                file = next((tar.extractfile(member) for member in tar if member.name == STL10_FILE), None) or io.BytesIO()
             while block := file.read(CHUNK * size):
                 if len(block) % size:
                     raise UserError(f"{source}: {STL10_FILE} ends within a picture; move it away and start again")
                 columns = np.frombuffer(block, np.uint8).reshape(-1, 3, STL10_SIDE, STL10_SIDE)  # (n, 3, W, H)
                 for x in columns.transpose(0, 3, 2, 1):
-                    yield fit(Image.fromarray(x), side)
+                    yield fit(Image.fromarray(x), SIDES["stl10"])
                 count += len(columns)
                 progress(f"decoding {source}: {count:,} pictures")
         if not count:
-            raise UserError(f"{source}: {STL10_FILE} is empty; move it away and start again")
+            raise UserError(f"{source} holds no pictures in {STL10_FILE}; move it away and start again")
 
-    return published("stl10", extracted, archive, Path(data_dir), side, read)
+    return published("stl10", source, state, Path(data_dir), read)
 
 
-def load_celeba(data_dir: str | Path, side: int = 64, archive: Archive = CELEBA) -> Bytes:
-    """CelebA's 202,599 aligned faces (Liu et al. 2015), their middle squares resized: bytes, (202599, 3, side, side).
+def load_celeba(data_dir: str | Path, archive: Archive = CELEBA) -> Bytes:
+    """CelebA's 202,599 aligned faces (Liu et al. 2015), their middle squares resized: bytes, (202599, 3, 64, 64).
 
     Read out of data_dir's archive, which is downloaded where it is missing, without extracting it; or out of the folder
     data_dir/img_align_celeba if that lies there. Raises UserError.
     """
     folder = Path(data_dir) / "img_align_celeba"
     if folder.is_dir():
-        return whole("celeba", load_folder(folder, data_dir, side), folder)
+        return whole("celeba", load_folder(folder, data_dir, SIDES["celeba"]), folder)
 
     def read(told: Told, some: list[str] | None) -> Iterator[Bytes]:
         path = fetch(archive, data_dir)
@@ -452,19 +400,13 @@ def load_celeba(data_dir: str | Path, side: int = 64, archive: Archive = CELEBA)
                     raise ValueError("it is too large for a face of CelebA")
                 return io.BytesIO(file.read(name))
 
-            yield from decode(some or sorted(faces), opened, side, path, told)
+            yield from decode(some or sorted(faces), opened, SIDES["celeba"], path, told)
 
-    return published("celeba", folder, archive, Path(data_dir), side, read)
+    return published("celeba", Path(data_dir) / archive.name, archive.digest, Path(data_dir), read)
 
 
-def published(name: str, extracted: Path, archive: Archive, data_dir: Path, side: int, read: Read) -> Bytes:
-    """The pictures of a published data set, from its cache, which goes by the file that it was made of; see `cached`."""
-    source, state = data_dir / archive.name, archive.digest
-    if extracted.exists():
-        source, state = extracted, repr((extracted.stat().st_size, extracted.stat().st_mtime_ns))
-    stem = f"{name}-{side}"
-    path = cache_path(data_dir, stem, state, source.exists())
-    count = min(COUNTS[name], source.stat().st_size // 500) if source.exists() else 0  # none has less than 500 bytes
-    pictures = cached(path, side, source, count, read)
-    remove_older(path, stem)
-    return whole(name, pictures, source)
+def published(name: str, source: Path, state: str, data_dir: Path, read: Read) -> Bytes:
+    """The pictures of a published data set, from its cache, which goes by the file that it is made of; see `cached`."""
+    side, size = SIDES[name], source.stat().st_size if source.exists() else 0
+    count = min(COUNTS[name], size // 500)  # none has less than 500 bytes
+    return whole(name, cached(data_dir, f"{name}-{side}", state, side, source, count, read, {}), source)

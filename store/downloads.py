@@ -43,17 +43,16 @@ def fetch(archive: Archive, data_dir: str | Path) -> Path:
     return path
 
 
-def download(archive: Archive, path: str | Path) -> None:
+def download(archive: Archive, path: Path) -> None:
     """Fetch an Archive to `path`, showing progress on standard error, and check its sum.
 
     What arrives is kept in path.part, so that the next call goes on where a connection broke off or a disk filled up (an
     HTTP range request). The file appears under its own name only when it is whole and right. Raises UserError.
     """
-    path = Path(path)
-    part, by_hand = path.with_name(path.name + ".part"), f"or fetch {archive.page} by hand and save it as {path}"
+    part = path.with_name(path.name + ".part")
     try:
         with plain(part).open("ab") as out:
-            _receive(archive, out, path, by_hand)
+            _receive(archive, out, path)
         try:
             check_digest(part, archive, archive.url)
         except UserError:
@@ -62,9 +61,8 @@ def download(archive: Archive, path: str | Path) -> None:
         part.replace(path)
     except (OSError, ValueError, http.client.HTTPException) as error:  # a malformed URL is a ValueError
         reason = getattr(error, "reason", None) or error
-        raise UserError(
-            f"cannot download {archive.url} to {path}: {reason}; start again to go on from what has arrived, {by_hand}"
-        ) from None
+        advice = f"start again to go on from what has arrived, or fetch {archive.page} by hand and save it as {path}"
+        raise UserError(f"cannot download {archive.url} to {path}: {reason}; {advice}") from None
     finally:
         with contextlib.suppress(OSError):
             if not part.stat().st_size:
@@ -75,11 +73,11 @@ PATIENCE = 60.0  # seconds within which a server has to send SLOWEST bytes a sec
 SLOWEST = 1000
 
 
-def _receive(archive: Archive, out: IO[bytes], path: Path, by_hand: str) -> None:
+def _receive(archive: Archive, out: IO[bytes], path: Path) -> None:
     """Append to the open file `out` what it lacks of an archive. Raises whatever goes wrong with that."""
     done = out.tell()
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={done}-"} if done else {})
-    with contextlib.closing(_arriving(request, by_hand)) as arriving, Progress() as progress:
+    with contextlib.closing(_arriving(request)) as arriving, Progress() as progress:
         try:
             status, length, block = next(arriving)
         except urllib.error.HTTPError as error:
@@ -88,7 +86,7 @@ def _receive(archive: Archive, out: IO[bytes], path: Path, by_hand: str) -> None
             raise
         if status != 206:  # the file from its beginning, whatever was asked for
             if block.lstrip()[:1] == b"<":
-                raise UserError(f"{archive.url} answered with a web page, not with {archive.name}; try later, {by_hand}")
+                raise ValueError(f"it answered with a web page, not with {archive.name}")
             out.truncate(done := 0)
         total = done + length
         need_space(path, length, f"{archive.name} needs more room")
@@ -96,42 +94,33 @@ def _receive(archive: Archive, out: IO[bytes], path: Path, by_hand: str) -> None
         while block:
             if max(total, done + len(block)) > archive.most:
                 out.truncate(0)
-                raise UserError(f"{archive.url} sends more than {archive.name} can have; try later, {by_hand}")
+                raise ValueError(f"it sends more than {archive.name} can have")
             out.write(block)
             done += len(block)
             progress(f"{archive.name}: {done / 1e6:.0f} MB" + (f" ({100 * done / total:.0f}%)" if total else ""))
             block = next(arriving)
     if done < total:
-        raise UserError(
-            f"the download of {archive.url} broke off after {done} of {total} bytes; start again to go on from there"
-        )
+        raise ConnectionError(f"it broke off after {done} of {total} bytes")
 
 
-def _arriving(request: urllib.request.Request, by_hand: str) -> Iterator[Any]:
+def _arriving(request: urllib.request.Request) -> Iterator[Any]:
     """Yield what a server answers: (status, announced length or 0, first block), then block after block, b"" at the end.
 
     Another thread does the waiting, because a server that sends a byte now and then keeps one waiting in places that know
-    no time. Raises what the request does, and UserError for a server that sends less than SLOWEST.
+    no time. Raises what the request does, and TimeoutError for a server that sends less than SLOWEST.
     """
     blocks: queue.Queue[Any] = queue.Queue(64)
     given_up = threading.Event()
-
-    def put(block: Any) -> None:
-        waits = True
-        while waits and not given_up.is_set():
-            with contextlib.suppress(queue.Full):
-                blocks.put(block, timeout=1)
-                waits = False
 
     def receive() -> None:
         try:
             with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
                 block = answer.read1(1 << 18)
-                put((answer.status, max(0, int(answer.headers.get("Content-Length") or 0)), block))
+                blocks.put((answer.status, max(0, int(answer.headers.get("Content-Length") or 0)), block))
                 while block and not given_up.is_set():
-                    put(block := answer.read1(1 << 18))
+                    blocks.put(block := answer.read1(1 << 18))
         except Exception as error:
-            put(error)
+            blocks.put(error)
 
     threading.Thread(target=receive, daemon=True).start()
     since, received = time.monotonic(), 0
@@ -145,13 +134,14 @@ def _arriving(request: urllib.request.Request, by_hand: str) -> Iterator[Any]:
             received += len(block) if isinstance(block, bytes) else 0
             if (now := time.monotonic()) - since > PATIENCE:
                 if received < SLOWEST * PATIENCE:
-                    slow = f"{request.full_url} sends less than {SLOWEST} bytes a second"
-                    raise UserError(f"{slow}; start again later to go on from what has arrived, {by_hand}")
+                    raise TimeoutError(f"it sends less than {SLOWEST} bytes a second")
                 since, received = now, 0
             if block is not None:
                 yield block
     finally:
         given_up.set()
+        while not blocks.empty():  # so that a thread that waits to put in one more can end
+            blocks.get_nowait()
 
 
 def check_digest(path: str | Path, archive: Archive, source: str | Path) -> None:

@@ -32,23 +32,28 @@ CHUNK = 1024  # pictures that are decoded or hashed at once
 def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Within this context, a path to write to; what lies there appears as `path` at the end, unless something went wrong.
 
-    So nobody ever meets half a file, and one that was there before stays until the new one is whole and on the disk itself.
-    It is then renamed to `previous`, if that is given. If all ends between the two renames, `previous` is the newest, and
-    there is no `path`; links would close that gap, but not every file system has them.
+    That may be a folder, too. So nobody ever meets half a file, and one that was there before stays until the new one is
+    whole and on the disk itself. It is then renamed to `previous`, if that is given. If all ends between the two renames,
+    `previous` is the newest, and there is no `path`; links would close that gap, but not every file system has them.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
-        sync(part)
+        if part.is_file():
+            sync(part)
         if previous and path.exists():
             path.replace(previous)
         part.replace(path)
-        if os.name == "posix":
-            with contextlib.suppress(OSError):  # some network file systems cannot
-                sync(path.parent)
+        with contextlib.suppress(OSError):  # Windows and some network file systems cannot
+            sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
-            part.unlink()
+            remove(part)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder and all that is in it. Raises OSError."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def need_folder(folder: Path, option: str) -> None:
@@ -86,10 +91,9 @@ def belongs_to_one(path: Path, refusal: str) -> Iterator[bool]:
     try:
         yield sure
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), file:
             if posix:
                 path.unlink()
-        file.close()
         with contextlib.suppress(OSError):
             if not posix:
                 path.unlink()
@@ -103,12 +107,17 @@ MADE = re.compile(r"(.+-[0-9a-f]{16}\.(?:pictures|npz|skipped\.txt)|cifar-10-bat
 def being_made(path: Path) -> Iterator[None]:
     """Within this context, this process alone makes `path` in its folder, which is made, too.
 
-    Raises UserError, before there was any work, where another process makes it or nothing can be written there.
+    Raises UserError, before there was any work, where another process makes it or nothing can be written there; and for
+    an OSError within.
     """
     need_folder(path.parent, "--data-dir")
     refusal = f"another process is making {path}; start again when it has finished"
-    with belongs_to_one(path.with_name(f"{path.name}.lock"), refusal):
-        yield
+    try:
+        with belongs_to_one(path.with_name(f"{path.name}.lock"), refusal):
+            yield
+    except OSError as error:
+        reason = f"{error.strerror or error}; free some space, or choose another --data-dir"
+        raise UserError(f"cannot write {path}: {reason}") from None
 
 
 def need_space(path: Path, size: int, what: str) -> None:
@@ -126,23 +135,21 @@ def sweep(folder: Path) -> None:
             if (made := MADE.fullmatch(path.name)) and made[2]:
                 with contextlib.suppress(OSError, UserError), belongs_to_one(folder / f"{made[1]}.lock", "in use") as sure:
                     if sure:
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        remove(path)
 
 
 def lock(file: IO[bytes]) -> bool:
-    """Lock an open file for this process, until it is closed. Raises BlockingIOError where another has locked it.
+    """Lock an open, empty file for this process, until it is closed. Raises BlockingIOError where another has locked it.
 
     Returns False, and has done nothing, where the file system has no locks.
     """
     if sys.platform == "win32":
         import msvcrt
 
-        file.seek(0)  # the one byte from here on is what is locked
         try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # the first byte, though there is none
         except PermissionError:
             raise BlockingIOError from None
-        file.seek(0, os.SEEK_END)
     else:
         import fcntl
 
@@ -272,19 +279,16 @@ def checksum(archive: zipfile.ZipFile, prefix: str) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """What a JSON text says. Raises ValueError also for what Python would take and no other program: numbers that are not
-    finite, or of hundreds of digits; and for one that is nested deeper than Python can go.
+    """What a JSON text says. Raises ValueError also for numbers that are not finite, which Python would take and no other
+    program, and for a text that is nested deeper than Python can go.
     """
 
-    def number(kind: type[int] | type[float]) -> Any:
-        def convert(digits: str) -> float:
-            if len(digits) > 99 or not math.isfinite(kind(digits)):
-                raise ValueError(f"{digits[:20]} is no number of JSON")
-            return kind(digits)
-
-        return convert
+    def finite(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"{digits[:20]} is no number of JSON")
+        return value
 
     try:
-        return json.loads(text, parse_float=number(float), parse_int=number(int), parse_constant=number(float))
+        return json.loads(text, parse_float=finite, parse_constant=finite)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None

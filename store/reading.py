@@ -19,6 +19,7 @@ from typing import IO
 
 import numpy as np
 from PIL import Image
+from PIL.Image import Transpose
 
 from data import Bytes
 
@@ -31,22 +32,14 @@ SAMPLES = {"1": 1, "L": 1, "P": 1, "LA": 4, "La": 4, "PA": 4, "RGB": 4, "RGBA": 
            "YCbCr": 4, "LAB": 4, "HSV": 4}  # fmt: skip  # Pillow's modes of bytes, and how many a pixel takes in memory
 GREY16 = {"PNG": ("I;16", "I;16B", "I"), "TIFF": ("I;16", "I;16B", "I;16L", "I;16N"), "JPEG2000": ("I;16",), "PPM": ("I",)}
 
-# Bytes for a pixel that decoders take beside the picture, as measured, and those for each channel of a pixel.
-DECODERS = {"PNG": 0, "BMP": 0, "DIB": 0, "GIF": 0, "PPM": 0, "TGA": 0, "PCX": 0, "WEBP": 13, "AVIF": 8, "JPEG2000": 0}
-CHANNELS = {"JPEG2000": 6}
+# Bytes for a pixel that decoders take beside the picture, as measured.
+DECODERS = {"PNG": 0, "BMP": 0, "DIB": 0, "GIF": 0, "PPM": 0, "TGA": 0, "PCX": 0, "WEBP": 13, "AVIF": 8}
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 
-# EXIF's orientation: how an array (3, S, S) is turned upright.
-UPRIGHT = {
-    2: lambda x: x[:, :, ::-1],
-    3: lambda x: x[:, ::-1, ::-1],
-    4: lambda x: x[:, ::-1],
-    5: lambda x: x.swapaxes(1, 2),
-    6: lambda x: x.swapaxes(1, 2)[:, :, ::-1],
-    7: lambda x: x[:, ::-1, ::-1].swapaxes(1, 2),
-    8: lambda x: x.swapaxes(1, 2)[:, ::-1],
-}
+# EXIF's orientations from 2 on: how a picture is turned upright.
+UPRIGHT = dict(enumerate((Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
+                          Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90), 2))  # fmt: skip
 
 
 def is_passing(error: object) -> bool:
@@ -86,15 +79,14 @@ def read_picture(file: IO[bytes], side: int, room: Room) -> Bytes:
         return _decode(file, side, room)
     except Exception as error:
         file.seek(0)
-        whole = file.read(8) != PNG or 2 * size > MEMORY or is_passing(error)
-        with contextlib.nullcontext() if whole else room.take(2 * size):
-            bare = b"" if whole else bare_png(file)  # what is said beside the pixels may be damaged, and they fine
-        if not 0 < len(bare) < size:
+        if is_passing(error) or file.read(8) != PNG:
             raise
-        try:
-            return _decode(io.BytesIO(bare), side, room)
-        except Exception:
-            raise error from None
+        with contextlib.suppress(Exception):  # what is said beside the pixels may be damaged, and they fine
+            with room.take(2 * size):
+                bare = bare_png(file)
+            if len(bare) < size:
+                return _decode(io.BytesIO(bare), side, room)
+        raise
 
 
 def _decode(file: IO[bytes], side: int, room: Room) -> Bytes:
@@ -127,7 +119,7 @@ def extra_memory(picture: Image.Image) -> int:
         rows = min(tags.get(323) or tags.get(278) or picture.height, picture.height)  # of a tile, or of a strip
         turned = 4 * pixels if tags.get(274, 1) != 1 else 0  # Pillow does that itself
         return turned + 2 * rows * min(tags.get(322) or picture.width, picture.width) * channels
-    return pixels * (DECODERS.get(picture.format, 4) + CHANNELS.get(picture.format, 0) * channels)
+    return pixels * (6 * channels if picture.format == "JPEG2000" else DECODERS.get(picture.format, 4))
 
 
 def fit(picture: Image.Image, side: int) -> Bytes:
@@ -155,8 +147,9 @@ def fit(picture: Image.Image, side: int) -> Bytes:
         small.paste(band.reduce(factor), (0, (row - top) // factor))
     box = x / 2 / factor, y / 2 / factor, (x / 2 + square) / factor, (y / 2 + square) / factor
     small = small.resize((side, side), Image.Resampling.BICUBIC, box)
-    turn = UPRIGHT.get(orientation, lambda x: x)
-    return np.ascontiguousarray(turn(np.asarray(small).transpose(2, 0, 1)))
+    if orientation in UPRIGHT:
+        small = small.transpose(UPRIGHT[orientation])
+    return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
 
 
 def meaning(picture: Image.Image) -> tuple[int, bool]:
@@ -221,26 +214,19 @@ def hushed() -> Iterator[None]:
 
     What Python prints on sys.stderr is.
     """
-    stream, saved, disabled = sys.stderr, None, logging.root.manager.disable
-    with warnings.catch_warnings():
+    with contextlib.ExitStack() as after:
+        after.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        try:
-            logging.disable()
-            with contextlib.suppress(OSError):  # there may be no standard error
-                saved = os.dup(2)
-                with contextlib.suppress(AttributeError, OSError):  # or Python's may be no file
-                    if stream.fileno() == 2:
-                        stream.flush()
-                        sys.stderr = os.fdopen(os.dup(2), "w", 1, stream.encoding, "backslashreplace")
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, 2)
-                os.close(null)
-            yield
-        finally:
-            logging.disable(disabled)
-            if sys.stderr is not stream:
-                sys.stderr.close()
-                sys.stderr = stream
-            if saved is not None:
-                os.dup2(saved, 2)
-                os.close(saved)
+        after.callback(logging.disable, logging.root.manager.disable)
+        logging.disable()
+        with contextlib.suppress(OSError):  # there may be no standard error
+            saved = after.enter_context(os.fdopen(os.dup(2), "wb", 0))
+            after.callback(os.dup2, saved.fileno(), 2)
+            with contextlib.suppress(AttributeError, OSError):  # or Python's may be no file
+                if sys.stderr.fileno() == 2:
+                    sys.stderr.flush()
+                    heard = os.fdopen(os.dup(2), "w", 1, sys.stderr.encoding, "backslashreplace")
+                    after.enter_context(contextlib.redirect_stderr(after.enter_context(heard)))
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), 2)
+        yield

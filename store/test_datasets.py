@@ -35,8 +35,8 @@ from store.support import (
     PUBLISHED,
     assert_pictures,
     celeba_archive,
+    cifar_archive,
     cifar_batch,
-    cifar_files,
     each_data_set,
     encoded,
     files_of_at_most,
@@ -48,7 +48,7 @@ from store.support import (
     python2_pickle,
     slope,
     stl10_archive,
-    write_archive,
+    tarred,
 )
 
 # --- 1. Archives ------------------------------------------------------------------------------------------------------
@@ -79,24 +79,22 @@ def test_a_disk_that_fills_up_while_reading_leaves_nothing_half_written(name, tm
 
 
 def bad_archives():
-    files = cifar_files()
-    yield "truncated", lambda path: path.write_bytes(write_archive(path, files)[:-2000]), "cannot read"
-    yield "not an archive", lambda path: path.write_bytes(b"hello" * 100), "cannot read"
-    yield "empty", lambda path: path.write_bytes(b""), "cannot read"
-    yield "incomplete", lambda path: write_archive(path, dict(list(files.items())[:4])), "is not CIFAR-10"
-    yield "links", lambda path: write_archive(path, files, tarfile.SYMTYPE), "not a plain file"
-    yield "folders", lambda path: write_archive(path, files, tarfile.DIRTYPE), "not a plain file"
+    yield "truncated", cifar_archive()[:-2000], "cannot read"
+    yield "not an archive", b"hello" * 100, "cannot read"
+    yield "empty", b"", "cannot read"
+    yield "incomplete", cifar_archive(4), "is not CIFAR-10"
+    yield "links", cifar_archive(kind=tarfile.SYMTYPE), "not a plain file"
+    yield "folders", cifar_archive(kind=tarfile.DIRTYPE), "not a plain file"
 
 
-@pytest.mark.parametrize(("make", "message"), [pytest.param(m, t, id=n) for n, m, t in bad_archives()])
-def test_a_bad_archive_says_so_and_leaves_nothing_half_written(tmp_path, make, message):
-    archive = tmp_path / datasets.CIFAR10.name
-    make(archive)
+@pytest.mark.parametrize(("content", "message"), [pytest.param(c, m, id=n) for n, c, m in bad_archives()])
+def test_a_bad_archive_says_so_and_leaves_nothing_half_written(tmp_path, content, message):
+    (tmp_path / datasets.CIFAR10.name).write_bytes(content)
     with pytest.raises(UserError, match="is not the file expected") as caught:
         datasets.load_cifar10(tmp_path)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=message) as caught:
-        datasets.load_cifar10(tmp_path, of(datasets.CIFAR10, archive.read_bytes()))
+        datasets.load_cifar10(tmp_path, of(datasets.CIFAR10, content))
     assert "\n" not in str(caught.value)
     assert leftovers(tmp_path) == [datasets.CIFAR10.name]
 
@@ -106,18 +104,14 @@ def test_a_bad_archive_says_so_and_leaves_nothing_half_written(tmp_path, make, m
 def test_a_damaged_archive_makes_no_cache(name, damage, tmp_path, capsys):
     published, make, load = PUBLISHED[name]
     content, *_ = make()
-    other = io.BytesIO()
     if name == "stl10":
-        size = 27647 if damage == "cut picture" else 0
-        file = "other" if damage == "other" else datasets.STL10_FILE
-        with tarfile.open(fileobj=other, mode="w:gz") as tar:
-            member = tarfile.TarInfo(file)
-            member.size = size
-            tar.addfile(member, io.BytesIO(b"x" * size))
+        cut = b"x" * (27647 if damage == "cut picture" else 0)
+        other = tarred({"other" if damage == "other" else datasets.STL10_FILE: cut})
     else:
-        with zipfile.ZipFile(other, "w") as archive:
+        with zipfile.ZipFile(out := io.BytesIO(), "w") as archive:
             archive.writestr("other" if damage == "other" else "img_align_celeba/1.jpg", b"x")
-    content = {"truncated": content[:-300], "text": b"hello" * 100, "empty": b""}.get(damage, other.getvalue())
+        other = out.getvalue()
+    content = {"truncated": content[:-300], "text": b"hello" * 100, "empty": b""}.get(damage, other)
     (tmp_path / published.name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         load(tmp_path, of(published, content))
@@ -128,14 +122,14 @@ def test_a_damaged_archive_makes_no_cache(name, damage, tmp_path, capsys):
 
 def test_a_file_too_large_is_not_extracted(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MAX_FILE", 100)
-    archive = write_archive(tmp_path / datasets.CIFAR10.name, cifar_files())
+    (tmp_path / datasets.CIFAR10.name).write_bytes(archive := cifar_archive())
     with pytest.raises(UserError, match="size"):
         datasets.load_cifar10(tmp_path, of(datasets.CIFAR10, archive))
     assert leftovers(tmp_path) == [datasets.CIFAR10.name]
     content, *_ = celeba_archive()
     (tmp_path / datasets.CELEBA.name).write_bytes(content)
     with pytest.raises(UserError, match="no picture that can be read .*too large for a face"):
-        datasets.load_celeba(tmp_path, 64, of(datasets.CELEBA, content))
+        datasets.load_celeba(tmp_path, of(datasets.CELEBA, content))
 
 
 made_once = functools.cache(lambda make: make()[0])
@@ -506,14 +500,14 @@ def test_whatever_is_left_out_is_named_at_every_start(few, capsys):
 
 def test_what_lies_in_a_folder_that_may_not_be_read_is_named(few, capsys, monkeypatch):
     (few / "closed").mkdir()
-    listed = os.listdir
+    scanned = os.scandir
 
-    def listdir(path):
+    def scandir(path):
         if str(path).endswith("closed"):
             raise PermissionError(errno.EACCES, "Permission denied")
-        return listed(path)
+        return scanned(path)
 
-    monkeypatch.setattr(os, "listdir", listdir)
+    monkeypatch.setattr(os, "scandir", scandir)
     assert len(load_small(few)) == 4
     assert capsys.readouterr().err == "skipped 'closed': Permission denied\n"
 
