@@ -74,9 +74,9 @@ def draw(rows, path):
     panels = [(seed, x) for seed in dict.fromkeys(row[0] for row in rows) for x in ("step", "seconds")]
     sheet, top = Sheet(WIDTH, 16 + len(panels) * (LOW + 24)), 8
     for seed, x in panels:
-        lines = {}
-        for name in dict.fromkeys(row[2] for row in rows):
-            points = [(row[COLUMNS.index(x)], row[4]) for row in rows if row[0] == seed and row[2] == name]
+        here, lines = [row for row in rows if row[0] == seed], {}
+        for name in dict.fromkeys(row[2] for row in here):
+            points = [(row[COLUMNS.index(x)], row[4]) for row in here if row[2] == name]
             lines[name, COLOURS[name]] = np.array(points, float).T
         end = max(1, *(line[0, -1] for line in lines.values()))
         axis = ticks(0, end, 8)
