@@ -17,7 +17,7 @@ import autograd as ag
 from data import UserError, first_line
 from paper.convolutions import Stateful
 from program import VERSION
-from program.options import flags, needed, quoted, read_options, without_place
+from program.options import flags, needed, read_options, without_place
 from program.sampler import Sampler
 from program.trainer import make_networks
 from store import files
@@ -302,12 +302,6 @@ def prepare_folder(out, resume, goes_on):
         return
     kept = files.plain(log).read_bytes().strip() if log.exists() else b""
     if kept not in EMPTY or any((out / name).exists() for name in CHECKPOINTS):
-        raise holds_a_run(out, goes_on)
+        raise UserError(f"{out} holds a run already; choose another --out, or go on with it: {goes_on}")
     if any(samples.iterdir()):
         raise UserError(f"{samples} is not empty; move what it holds away, or choose another --out")
-    log.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-
-
-def holds_a_run(out, goes_on=None):
-    goes_on = goes_on or f"--resume {quoted(out)}"
-    return UserError(f"{out} holds a run already; choose another --out, or go on with it: {goes_on}")

@@ -13,7 +13,7 @@ import autograd as ag
 from data import UserError
 from look.report import LABELS
 from program import signals
-from program.checkpoints import FIELDS, NotFinite, holds_a_run
+from program.checkpoints import FIELDS, NotFinite
 from store import files, output
 
 LONG = 2 * 86400  # seconds: a run that takes more is better thought over
@@ -44,10 +44,8 @@ class Log:
 
     PAUSES = 0.5, 10, 60  # seconds from line to line: live, elsewhere, and elsewhere within a step
 
-    def __init__(self, path, step, steps, resumed=False, every=1):
+    def __init__(self, path, step, steps, every=1):
         self.first, self.step, self.steps, self.every = step, step, steps, every
-        if path.exists() and not resumed:
-            raise holds_a_run(path.parent)
         kept = rows_until(step, path) if path.exists() and step else []
         self.earlier = float(kept[-1]["seconds"]) if kept else 0.0
         with files.whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:

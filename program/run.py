@@ -75,7 +75,7 @@ def look(trainer, noise, real, samples):
     return {"distance": transgan.sliced_wasserstein(pictures, real)}
 
 
-def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=None, measure=None, kept=None):
+def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=None, kept=None):
     """Train until `trainer.options.steps`, writing samples, log and checkpoints into the folder `out`.
 
     sample_every, save_every: generator steps between sample grids and between checkpoints. Either is also made when it is
@@ -85,14 +85,14 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
     then from before.
     """
     settings = trainer.options
-    if not resumed:
-        checkpoints.save(trainer, out / CHECKPOINTS[0])  # first, so that whatever stops the run can be gone on from
+    if not (out / CHECKPOINTS[0]).exists():  # first, so that whatever stops the run can be gone on from
+        checkpoints.save(trainer, out / CHECKPOINTS[0])
     rng = data.random_stream("judge", settings.seed)
     noise = trainer.noise(JUDGED, rng)
     pictures = trainer.batches.pictures
     real = data.scale(pictures[rng.choice(len(pictures), JUDGED, replace=len(pictures) < JUDGED)])
     looks_every = min(sample_every, evaluate_every or sample_every)
-    log = Log(out / "log.csv", trainer.step, settings.steps, resumed, looks_every)
+    log = Log(out / "log.csv", trainer.step, settings.steps, looks_every)
     report = Report(trainer, out, options.commands(settings, out, kept or {}), trainer.update.threads)
     measured = (1 if ag.xp is np else 2) if trainer.step == 0 else None  # a GPU's first step compiles its kernels
     updates = itertools.count()
@@ -154,12 +154,11 @@ def train_on(trainer, out, args, kept, measure):
 
     How often it was halved is part of a checkpoint. Raises UserError, saying what to try, after REWINDS times or at once.
     """
-    resumed = out == args.resume
     while True:
         try:
-            return train(trainer, out, args.sample_every, args.save_every, resumed, args.evaluate_every, measure, kept)
+            return train(trainer, out, args.sample_every, args.save_every, args.evaluate_every, measure, kept)
         except NotFinite as error:
-            scale, resumed = trainer.update.rate_scale / 2, True
+            scale = trainer.update.rate_scale / 2
             if args.on_nan != "rewind" or scale < 0.5**REWINDS:
                 advice = f"start a new run with less than --learning-rate {trainer.options.learning_rate}"
                 if args.on_nan == "rewind":
@@ -185,8 +184,6 @@ def check_gpus(args, options):
         raise UserError(f"--batch-size and --gen-batch-size must divide by --gpus {args.gpus}")
     if options.generator != "transgan":
         raise UserError(f"--gpus cannot be: the batch norm of --generator {options.generator} wants whole batches")
-    if args.on_nan != "stop":
-        raise UserError("--gpus and --on-nan rewind do not go together: only one of the GPUs would go back; leave out one")
 
 
 def gather_gpus(args, options, checkpoint):
@@ -260,7 +257,7 @@ def look_back(args, sampler, load, out):
     if args.export:
         checkpoints.export(sampler, args.export)
         output.tell(str(args.export), event="export", path=str(args.export))
-    if looks.wanted(args):
+    if any(getattr(args, name) for name in looks.KINDS):
         looks.make(args, sampler, load, out)
     if args.begun:
         if not args.begun.is_dir():

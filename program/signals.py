@@ -43,14 +43,13 @@ def stop_signals():
 @contextlib.contextmanager
 def interruptible():
     """Within this context, Ctrl-C raises KeyboardInterrupt; before and after, in a program, it may end it at once."""
-    quiet = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    if quiet:
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        if quiet:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, before)
 
 
 def hang_up():
