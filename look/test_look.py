@@ -353,7 +353,7 @@ def test_a_report_while_the_run_goes_on(run):
     trainer, log = trainer_of(run), report.read_log(run / "log.csv")
     trainer.step, log["seconds"] = 1, np.array([[0, 1], [10, 14.5]])
     trainer.options.dataset = "/of/<i>many</i>&amp;"
-    content = report.page(trainer, run, log, ("begin", "go on", "look"), 1)
+    content = report.page(trainer, run, log, ("begin", "go on", "look"))
     page = Page(content)
     assert "Step 1 of 4, training" in content
     assert "<dt>left</dt><dd>0:00:13</dd>" in content

@@ -134,9 +134,8 @@ class Log:
 
     def tick(self):
         """Check and show what there is, if it is time to."""
-        row = (self.written + self.waiting)[-1]
         due = time.monotonic() - self.shown > self.PAUSES[0 if self.live else 1]
-        if due or row["step"] in (self.first, self.first + 1, self.steps):
+        if due or self.step in (self.first, self.first + 1, self.steps):
             self.check()
             self.show()
 

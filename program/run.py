@@ -93,7 +93,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
     real = data.scale(pictures[rng.choice(len(pictures), JUDGED, replace=len(pictures) < JUDGED)])
     looks_every = min(sample_every, evaluate_every or sample_every)
     log = Log(out / "log.csv", trainer.step, settings.steps, looks_every)
-    report = Report(trainer, out, options.commands(settings, out, kept or {}), trainer.update.threads)
+    report = Report(trainer, out, options.commands(settings, out, kept or {}))
     measured = (1 if ag.xp is np else 2) if trainer.step == 0 else None  # a GPU's first step compiles its kernels
     updates = itertools.count()
 
