@@ -111,7 +111,12 @@ def export(sampler, path):
     and for weights that float16 does not hold.
     """
     options = dataclasses.replace(sampler.options, dataset=without_place(sampler.options.dataset))
-    refuse_to_replace(path, options)
+    if os.path.lexists(path):
+        same, changeable = False, {"steps": options.steps, "accumulate": options.accumulate}
+        with contextlib.suppress(UserError), open_checkpoint(path) as saved:
+            same = saved.exported and dataclasses.replace(saved.options(), **changeable) == options
+        if not same:
+            raise UserError(f"{path} is there, and is no earlier export of this run; choose another file for --export")
     arrays = {f"average/{name}": ag.to_numpy(p.data) for name, p in sampler.generator.parameters().items()}
     with np.errstate(over="ignore"):
         arrays = {name: x.astype(np.float16) for name, x in arrays.items()}
@@ -126,17 +131,6 @@ def export(sampler, path):
               "exported": datetime.date.today().isoformat()}  # fmt: skip
     files.save_arrays(path, "--export", options=json.dumps(dataclasses.asdict(options)), step=sampler.step,
                       source=json.dumps(source), **arrays)  # fmt: skip
-
-
-def refuse_to_replace(path, options):
-    """Raise UserError for what lies at `path` if it is no export of a run with these options, as `export` has them."""
-    if not os.path.lexists(path):
-        return
-    same, changeable = False, {"steps": options.steps, "accumulate": options.accumulate}
-    with contextlib.suppress(UserError), open_checkpoint(path) as saved:
-        same = saved.exported and dataclasses.replace(saved.options(), **changeable) == options
-    if not same:
-        raise UserError(f"{path} is there, and is no earlier export of this run; choose another file for --export")
 
 
 class open_checkpoint:

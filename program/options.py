@@ -368,16 +368,12 @@ KEPT = ("data_dir", "device", "gpus", "threads", "plain", "on_nan", "sample_ever
         "num_images")  # fmt: skip
 
 
-def kept(args, parser):
-    """Those of KEPT that `args` of `parser` has not by default, by name."""
-    return {name: getattr(args, name) for name in KEPT if getattr(args, name) != parser.get_default(name)}
-
-
-def commands(options, out, kept):
+def commands(options, out, args, parser):
     """Three commands of a run in the folder `out`: what began it, what goes on with it, what makes pictures of it.
 
-    kept: see the function of this name.
+    All of them say those of KEPT that `args` of `parser` has not by default.
     """
+    kept = {name: getattr(args, name) for name in KEPT if getattr(args, name) != parser.get_default(name)}
     looks = {name: value for name, value in kept.items() if "--from" in ACTS[name]}
     return (
         f"{command(options)} {flags({'out': out} | kept)}",

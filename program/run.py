@@ -75,13 +75,13 @@ def look(trainer, noise, real, samples):
     return {"distance": transgan.sliced_wasserstein(pictures, real)}
 
 
-def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=None, kept=None):
+def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=None, commands=("", "", "")):
     """Train until `trainer.options.steps`, writing samples, log and checkpoints into the folder `out`.
 
     sample_every, save_every: generator steps between sample grids and between checkpoints. Either is also made when it is
     PATIENCE seconds old, because a step of the large sizes takes a CPU half a minute. evaluate_every: generator steps
-    between calls of measure(), which returns more numbers for the log. kept: see `options.commands`. Returns the number of
-    the signal that stopped it before (the step was finished, and saved), or None. Raises NotFinite; the last checkpoint is
+    between calls of measure(), which returns more numbers for the log. commands: see `options`. Returns the number of the
+    signal that stopped it before (the step was finished, and saved), or None. Raises NotFinite; the last checkpoint is
     then from before.
     """
     settings = trainer.options
@@ -93,7 +93,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
     real = data.scale(pictures[rng.choice(len(pictures), JUDGED, replace=len(pictures) < JUDGED)])
     looks_every = min(sample_every, evaluate_every or sample_every)
     log = Log(out / "log.csv", trainer.step, settings.steps, looks_every)
-    report = Report(trainer, out, options.commands(settings, out, kept or {}))
+    report = Report(trainer, out, commands)
     measured = (1 if ag.xp is np else 2) if trainer.step == 0 else None  # a GPU's first step compiles its kernels
     updates = itertools.count()
 
@@ -148,7 +148,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
 REWINDS = 5  # times that the learning rate may be halved
 
 
-def train_on(trainer, out, args, kept, measure):
+def train_on(trainer, out, args, measure, commands):
     """`train` as the command line has it, and with --on-nan rewind again and again: from the last checkpoint, at half the
     learning rate, after NotFinite.
 
@@ -156,7 +156,7 @@ def train_on(trainer, out, args, kept, measure):
     """
     while True:
         try:
-            return train(trainer, out, args.sample_every, args.save_every, args.evaluate_every, measure, kept)
+            return train(trainer, out, args.sample_every, args.save_every, args.evaluate_every, measure, commands)
         except NotFinite as error:
             scale = trainer.update.rate_scale / 2
             if args.on_nan != "rewind" or scale < 0.5**REWINDS:
@@ -164,8 +164,7 @@ def train_on(trainer, out, args, kept, measure):
                 if args.on_nan == "rewind":
                     advice = f"{REWINDS} times half the learning rate did not help: {advice}"
                 else:
-                    again = options.commands(trainer.options, out, {"on_nan": "rewind"} | kept)[1]
-                    advice += f", or go on from there at half the rate: {again}"
+                    advice += f", or go on from there at half the rate: {commands[1]} --on-nan rewind"
                 raise UserError(f"{error}; the last checkpoint is from before: {advice}") from None
             checkpoints.load(trainer, checkpoints.newest_checkpoint(out)[0])
             trainer.update.rate_scale = scale
@@ -188,8 +187,7 @@ def check_gpus(args, options):
 
 def gather_gpus(args, options, checkpoint):
     """The Group of --gpus N, whose other processes are started here."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=take_part, args=(rank, port, args, options, checkpoint), daemon=True)
@@ -304,9 +302,8 @@ def run(args, parser):
 
 def begin(args, parser, chosen, out, checkpoint, device, forms, load, pair):
     """Train in the folder `out`, from a checkpoint if there is one, with the networks `pair` and the pictures of load()."""
-    kept = options.kept(args, parser)
-    goes_on = options.commands(chosen, out, kept)[1]
-    checkpoints.prepare_folder(out, args.resume, goes_on)
+    commands = options.commands(chosen, out, args, parser)
+    checkpoints.prepare_folder(out, args.resume, goes_on=commands[1])
     pictures = load()
     batch = max(chosen.batch_size, chosen.gen_batch_size if chosen.sr_weight else 0)
     if args.resume and len(pictures) < batch:  # which stays as it is
@@ -329,13 +326,13 @@ def begin(args, parser, chosen, out, checkpoint, device, forms, load, pair):
                 threads=trainer.update.threads, forms=forms, out=str(out))  # fmt: skip
     start = time.monotonic()
     measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
-    with saying_how_to_go_on(chosen, out, goes_on), profile() if args.profile else contextlib.nullcontext() as times:
-        asked = train_on(trainer, out, args, kept, measure)
+    with saying_how_to_go_on(chosen, out, commands[1]), profile() if args.profile else contextlib.nullcontext() as times:
+        asked = train_on(trainer, out, args, measure, commands)
     if times is not None:
         tell_profile(times, trainer.inputs.waited, time.monotonic() - start)
     if asked:
-        print(f"stopped after step {trainer.step}, and saved; go on with: {goes_on}", file=sys.stderr)
-        output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=goes_on)
+        print(f"stopped after step {trainer.step}, and saved; go on with: {commands[1]}", file=sys.stderr)
+        output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=commands[1])
         return 128 + asked
     picture, report = out / "samples" / f"step-{trainer.step:06d}.png", out / "report.html"
     shown = f"; all about this run: {report}" if report.exists() else ""
