@@ -188,6 +188,8 @@ def main(argv=None):
     parser.add_argument("--image-size", type=number(int, 8, 128), default=32, metavar="N",
                         help="pixels a side (default: 32)")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.path.is_dir():
+        parser.error(f"{args.path} is a folder; name a file in it")
     try:
         side = transgan.patch_side(args.image_size)
         draw(transgan.Options(size=args.size, image_size=args.image_size, patch_size=side, sr_weight=0.0), args.path)

@@ -759,4 +759,9 @@ def test_a_figure_that_cannot_be(tmp_path, capsys):
     assert architecture.main([str(tmp_path / "none" / "figure.png")]) == 2
     assert "name another file" in capsys.readouterr().err
     assert architecture.main([str(tmp_path / "figure.png"), "--image-size", "30"]) == 2
+    assert "choose another --image-size" in capsys.readouterr().err
+    for folder in (".", tmp_path):
+        with pytest.raises(SystemExit, match="2"):
+            architecture.main([str(folder)])
+        assert "is a folder; name a file" in capsys.readouterr().err
     assert leftovers(tmp_path) == []

@@ -30,9 +30,8 @@ def stop_signals():
             os.write(2, b"\nfinishing the step, to save it; Ctrl-C again stops at once\n")
 
     if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-        for number in numbers:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+        for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")):
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, ask)
     try:
         yield stop
