@@ -70,17 +70,17 @@ def columns(count):
     return [LEFT + (WIDTH - 2 * LEFT) / count * (k + 0.5) for k in range(count)]
 
 
-def title(sheet, y, name, rows, colour):
-    """A heading with the parameters of all `rows` of a summary."""
+def title(sheet, y, name, note, colour):
+    """A heading, a name on the left and a note on the right."""
     sheet.box(LEFT, y - 13, 5, 17, colour, radius=2)
     sheet.text(LEFT + 14, y, name, 18, INK, "ls")
-    sheet.text(WIDTH - LEFT, y, f"{sum(row[4] for row in rows):,} parameters", 14, MUTED, "rs")
+    sheet.text(WIDTH - LEFT, y, note, 14, MUTED, "rs")
 
 
 def generator(sheet, top, options, shape):
     """Draw the generator from `top` on; returns where it ends. shape: float picture (3, S, S)."""
     noise, *stages, rgb = rows = summary.generator_rows(transgan.make_generator(options, summary.Zeros()))
-    title(sheet, top, "Generator", rows, BLUE)
+    title(sheet, top, "Generator", f"{sum(row[4] for row in rows):,} parameters", BLUE)
     middles, width, upper, side = columns(len(stages) + 2), stages[0][2], top + 36, options.image_size
     middle, bars = upper + ICON / 2, upper + ICON + 68
     values = np.random.default_rng(0).standard_normal((12, 1))
@@ -104,7 +104,7 @@ def generator(sheet, top, options, shape):
 def discriminator(sheet, top, options, shape):
     """Draw the discriminator from `top` on; returns where it ends."""
     patches, blocks, head = rows = summary.discriminator_rows(transgan.make_discriminator(options, summary.Zeros()))
-    title(sheet, top, "Discriminator", rows, RED)
+    title(sheet, top, "Discriminator", f"{sum(row[4] for row in rows):,} parameters", RED)
     side, p, width = options.image_size, options.patch_size, patches[2]
     middles, upper, n = columns(5), top + 36, side // p
     middle, bars = upper + ICON / 2, upper + ICON + 74
@@ -143,9 +143,7 @@ def tokens(sheet, middle, top, n):
 
 def block(sheet, top):
     """Draw the parts of one block from `top` on."""
-    sheet.box(LEFT, top - 13, 5, 17, VIOLET, radius=2)
-    sheet.text(LEFT + 14, top, "One block", 18, INK, "ls")
-    sheet.text(WIDTH - LEFT, top, "tokens (N, C) to tokens (N, C), in both networks", 14, MUTED, "rs")
+    title(sheet, top, "One block", "tokens (N, C) to tokens (N, C), in both networks", VIOLET)
     y, parts = top + 66, (("LayerNorm", "", 120), ("Attention", f"{transgan.NUM_HEADS} heads", 190), None,
                           ("LayerNorm", "", 120), ("MLP", "C, 4C, GELU, C", 190), None)  # fmt: skip
     x = begun = LEFT + 60
