@@ -7,7 +7,7 @@
     python transgan.py --from runs/NAME --export FILE         keep the generator alone; --from FILE does all of the above
 
 Contents
-    1. Samples and walks     sample, slerp, interpolate
+    1. Walks                 slerp, walk, interpolate
     2. Attention             attention_probabilities, watched, views, attention
     3. Nearest neighbours    nearest_pictures, nearest
     4. Command line          add_options, make
@@ -28,12 +28,7 @@ from look import drawing
 from look.drawing import INK, MUTED, RED, Sheet
 from store import arguments, files, output
 
-# --- 1. Samples and walks ---------------------------------------------------------------------------------------------
-
-
-def sample(sampler, noise, path):
-    """Write a grid, about square, of what a Sampler's generator makes of noise (n, Z), see program/sampler.py."""
-    files.save_grid(sampler.sample(noise), path, columns=math.isqrt(len(noise) - 1) + 1)
+# --- 1. Walks ---------------------------------------------------------------------------------------------------------
 
 
 def slerp(a, b, t):
@@ -276,6 +271,8 @@ def nearest(sampler, noise, pictures, seed, path):
 
 # --- 4. Command line --------------------------------------------------------------------------------------------------
 
+KINDS = ("sample", "interpolate", "attention", "nearest")  # of pictures, and the options that ask for them
+
 
 def pixel(text):
     """An argument type: ROW,COLUMN, whole numbers from 0."""
@@ -309,11 +306,6 @@ def add_options(parser):
                        help="N samples beside the training pictures that are most like them")  # fmt: skip
 
 
-def wanted(args):
-    """The kinds of pictures that are asked for."""
-    return [name for name in ("sample", "interpolate", "attention", "nearest") if getattr(args, name)]
-
-
 def make(args, sampler, load, out):
     """Write what the command line asks for into the folder `out`, and print the path of each. Raises UserError.
 
@@ -334,13 +326,13 @@ def make(args, sampler, load, out):
         pictures = load() if args.nearest else None
     except UserError as error:
         raise UserError(f"--nearest looks among the training pictures: {error}") from None
-    for name, count, draw in (
-        ("sample", args.sample, lambda path: sample(sampler, noise(args.sample), path)),
-        ("interpolate", args.interpolate, lambda path: interpolate(sampler, noise(args.interpolate), path)),
-        ("attention", args.attention, lambda path: attention(sampler, noise(1), query, path)),
-        ("nearest", args.nearest, lambda path: nearest(sampler, noise(args.nearest), pictures, seed, path)),
+    for name, draw in (
+        ("sample", lambda path: files.save_grid(sampler.sample(noise(args.sample)), path, math.isqrt(args.sample - 1) + 1)),
+        ("interpolate", lambda path: interpolate(sampler, noise(args.interpolate), path)),
+        ("attention", lambda path: attention(sampler, noise(1), query, path)),
+        ("nearest", lambda path: nearest(sampler, noise(args.nearest), pictures, seed, path)),
     ):
-        if count:
+        if getattr(args, name):
             path = out / f"{name}-{sampler.step:06d}-seed{seed}.png"
             draw(path)
             for made in (path.with_suffix(".gif"), path) if name == "interpolate" else (path,):

@@ -16,7 +16,6 @@ import dataclasses
 import datetime
 import html
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -27,8 +26,9 @@ import autograd as ag
 from data import first_line
 from look import drawing
 from look.drawing import BLUE, FAINT, GREEN, INK, MUTED, ORANGE, RED, Sheet
+from look.summary import size
 from store import files
-from store.output import clock, one_line
+from store.output import clock, one_line, warn
 
 # --- 1. Curves --------------------------------------------------------------------------------------------------------
 
@@ -90,24 +90,29 @@ def ticks(low, high, most):
 WIDTH, LEFT, RIGHT, TALL, LOW = 1000, 84, 36, 250, 160  # pixels: the figure, its margins, the first panel and the others
 
 
+def lines_of(log):
+    """What `read_log` returned by panel, of those that have numbers: {title: {(legend, colour): (steps, values)}}."""
+    found = {title: {look: log[name] for name, look in columns.items() if name in log and log[name].size}
+             for title, columns in PANELS}  # fmt: skip
+    return {title: lines for title, lines in found.items() if lines}
+
+
 def curves(log, steps, path):
-    """Draw what `read_log` returned as panels above one another, their axis a run of `steps`; nothing without numbers."""
-    panels = [(title, {name: look for name, look in columns.items() if name in log and log[name].size})
-              for title, columns in PANELS]  # fmt: skip
-    panels = [(title, columns) for title, columns in panels if columns]
+    """Draw `lines_of` a log as panels above one another, their axis a run of `steps`; nothing without numbers."""
+    panels = lines_of(log)
     if not panels:
         return
-    top, heights = 14, [TALL if len(columns) > 1 else LOW for _, columns in panels]
+    top, heights = 14, [TALL if len(lines) > 1 else LOW for lines in panels.values()]
     sheet = Sheet(WIDTH, top + sum(heights) + 42)
-    reached = max(log[name][0][-1] for _, columns in panels for name in columns)
+    reached = max(steps[-1] for lines in panels.values() for steps, _ in lines.values())
     axis = [step for step in ticks(0, max(1, min(steps, reached * 1.05)), 8) if step == int(step)]
     end = max(1, reached, axis[-1])
 
     def across(step):
         return LEFT + step / end * (WIDTH - LEFT - RIGHT)
 
-    for (title, columns), height in zip(panels, heights, strict=True):
-        panel(sheet, top, height, title, {look: log[name] for name, look in columns.items()}, axis, across)
+    for (title, lines), height in zip(panels.items(), heights, strict=True):
+        panel(sheet, top, height, title, lines, axis, across)
         top += height
     for step in axis:
         sheet.text(across(step), top - 2, f"{step:,.0f}", 13, MUTED, "ma")
@@ -231,9 +236,8 @@ def listed(pairs, kind):
 
 def legend(log):
     """The curves' names, colours and newest values as HTML, which takes as many lines as a narrow window needs."""
-    drawn = ((title, look, log[name]) for title, columns in PANELS for name, look in columns.items() if name in log)
-    words = [f'<span><b style="background: rgb{colour}"></b>{html.escape(label)}, now {values[1, -1]:.4g}</span>'
-             for _, (label, colour), values in drawn if values.size]  # fmt: skip
+    words = [f'<span><b style="background: rgb{colour}"></b>{html.escape(label)}, now {values[-1]:.4g}</span>'
+             for lines in lines_of(log).values() for (label, colour), (_, values) in lines.items()]  # fmt: skip
     return f'<p class="legend">{"".join(words)}</p>'
 
 
@@ -262,27 +266,25 @@ discriminator's loss is negative and about even, the generator's wanders, and th
 slowly: low is good. To worry about are a penalty that keeps growing, and a distance that rises."""
 
 
-def page(trainer, out, log, commands, threads, stopped=False):
+def page(trainer, out, log, commands, stopped=False):
     """The report of a run in the folder `out` as HTML that needs no other file; `commands` as `options.commands` has them.
 
     While training goes on, a browser loads it anew now and then.
     """
-    options, step = trainer.options, trainer.step
+    options, step, threads = trainer.options, trainer.step, trainer.update.threads
     where = "GPU" if ag.xp is not np else f"CPU, {threads} thread{'s' * (threads > 1)}"
-    weights = [sum(p.size for p in network.parameters().values()) for network in (trainer.generator, trainer.discriminator)]
+    weights = [size(network) for network in (trainer.generator, trainer.discriminator)]
     share, state = 100 * step / options.steps, "finished" if step >= options.steps else "stopped" if stopped else "training"
     again = '<meta http-equiv="refresh" content="30">' if state == "training" else ""
     more = f" --steps {2 * options.steps}" if state == "finished" else ""
     grids = [next(reversed(by_step(out / "samples", kind)), None) for kind in ("step", "restored")]
     about = [(field.name.replace("_", " "), getattr(options, field.name)) for field in dataclasses.fields(options)]
     title = html.escape(f"{options.pair} on {Path(options.dataset).name}")
-    pictures = [embedded(out / "progress.gif", "The same noise, over time", "pixels")]
+    pictures = embedded(out / "progress.gif", "The same noise, over time", "pixels")
     if grids[0]:
-        shown = f"Step {int(grids[0].stem[5:]):,}: what the averaged generator makes of it"
-        pictures.append(embedded(grids[0], shown))
-    drawn = embedded(
-        out / "curves.png", "From log.csv. Bands: four fifths of the steps. Far numbers lie on the edge", "drawn"
-    )
+        pictures += embedded(grids[0], f"Step {int(grids[0].stem[5:]):,}: what the averaged generator makes of it")
+    caption = "From log.csv. Bands: four fifths of the steps. Far numbers lie on the edge"
+    drawn = embedded(out / "curves.png", caption, "drawn")
     restored = embedded(grids[1], "Co-training: real pictures made small, what the generator makes of them, the originals")
     begin, resume, look = (html.escape(command) for command in commands)
     return f"""<!DOCTYPE html>
@@ -294,7 +296,7 @@ def page(trainer, out, log, commands, threads, stopped=False):
 {weights[0]:,} of the generator, {weights[1]:,} of the discriminator.</p>
 <div class="bar"><div style="width: {share:.2f}%"></div></div>
 {listed(key_numbers(log, step, options.steps), "numbers")}
-<section><h2>Pictures</h2><div class="pair">{"".join(pictures)}</div></section>
+<section><h2>Pictures</h2><div class="pair">{pictures}</div></section>
 <section><h2>Curves</h2>{legend(log)}{drawn}<p class="muted">{html.escape(HEALTHY)}</p></section>
 {f"<section><h2>Restored</h2>{restored}</section>" if restored else ""}
 <section><h2>Commands</h2><p>Made by</p><pre>{begin}</pre>
@@ -307,15 +309,12 @@ def page(trainer, out, log, commands, threads, stopped=False):
 
 
 class Report:
-    """Keeps curves.png, progress.gif and report.html of a run up to date.
-
-    commands: see `page`; threads: that share a batch.
-    """
+    """Keeps curves.png, progress.gif and report.html of a run up to date. commands: see `page`."""
 
     SHARE = 0.05  # of a run's time may go into drawing: where grids come faster, some of them wait for the next
 
-    def __init__(self, trainer, out, commands, threads):
-        self.trainer, self.out, self.commands, self.threads, self.due = trainer, out, commands, threads, 0.0
+    def __init__(self, trainer, out, commands):
+        self.trainer, self.out, self.commands, self.due = trainer, out, commands, 0.0
         self.path = out / "report.html"
 
     def draw(self, stopped=False):
@@ -324,8 +323,7 @@ class Report:
         curves(log, options.steps, self.out / "curves.png")
         progress(self.out / "samples", options.image_size, self.out / "progress.gif")
         with files.whole_file(self.path) as part:
-            content = page(self.trainer, self.out, log, self.commands, self.threads, stopped)
-            part.write_text(content, "utf-8", "backslashreplace")
+            part.write_text(page(self.trainer, self.out, log, self.commands, stopped), "utf-8", "backslashreplace")
 
     def update(self):
         """Draw all, unless it was done a moment ago. What goes wrong is said and no more: the run is worth more."""
@@ -335,8 +333,7 @@ class Report:
         try:
             self.draw()
         except Exception as error:
-            reason = one_line(first_line(error))
-            print(f"transgan: {self.path} could not be drawn: {reason}; the run goes on", file=sys.stderr)
+            warn(f"transgan: {self.path} could not be drawn: {one_line(first_line(error))}; the run goes on")
         now = time.monotonic()
         self.due = now + (now - begun) / self.SHARE
 

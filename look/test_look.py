@@ -29,7 +29,6 @@ import transgan
 from autograd import Tensor
 from look import architecture, drawing, pictures, report
 from program import VERSION, checkpoints, options, support
-from program.log import Log
 from program.support import fails, run_main
 from store import datasets, output
 from store.support import encoded, holds, leftovers, slope
@@ -74,7 +73,7 @@ def trainer_of(run, side=16):
 def write_log(path, rows):
     """A log.csv of rows {column: text or number}."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, Log.FIELDS, restval="")
+        writer = csv.DictWriter(file, checkpoints.FIELDS)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -354,7 +353,7 @@ def test_a_report_while_the_run_goes_on(run):
     trainer, log = trainer_of(run), report.read_log(run / "log.csv")
     trainer.step, log["seconds"] = 1, np.array([[0, 1], [10, 14.5]])
     trainer.options.dataset = "/of/<i>many</i>&amp;"
-    content = report.page(trainer, run, log, ("begin", "go on", "look"), 1)
+    content = report.page(trainer, run, log, ("begin", "go on", "look"))
     page = Page(content)
     assert "Step 1 of 4, training" in content
     assert "<dt>left</dt><dd>0:00:13</dd>" in content
@@ -688,26 +687,14 @@ def test_pictures_that_are_not_finite_are_none(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sample", 4], "name its folder with --from"),
-        (["--attention"], "name its folder with --from"),
-        (["--export", "RUN/x.npz"], "with --from"),
-        (["--export", "RUN/x.npz", "--resume", "RUN"], "with --from"),
         (["--from", "RUN", "--export", "RUN/x.npz", "--seed", 1], "nothing here asks for"),
         (["--from", "RUN", "--export", ""], "is empty"),
-        (["--from", "RUN"], "which pictures"),
-        (["--from", "RUN", "--sample", 4, "--query", "1,2"], "--query goes with --attention"),
         (["--from", "RUN", "--attention", "--query", "16,0"], "count from 0 to 15"),
         (["--from", "RUN", "--attention", "--query", "0"], "must be a row and a column"),
         (["--from", "RUN", "--attention", "--query=-1,2"], "must be a row and a column"),
         (["--from", "RUN", "--sample", 0], "from 1 to 1024"),
         (["--from", "RUN", "--interpolate", 1], "from 2 to 100"),
         (["--from", "RUN", "--nearest", 101], "from 1 to 100"),
-        (["--from", "RUN", "--sample", 4, "--resume", "RUN"], "leave out one"),
-        (["--from", "RUN", "--sample", 4, "--evaluate", "RUN"], "leave out one"),
-        (["--from", "RUN", "--sample", 4, "--profile"], "leave it out"),
-        (["--from", "RUN", "--sample", 4, "--num-images", 20], "leave it out"),
-        (["--from", "RUN", "--sample", 4, "--size", "S"], "leave out --size S"),
-        (["--from", "RUN", "--sample", 4, "--preset", "cifar10-S"], "leave it out"),
         (["--from", "RUN/samples", "--sample", 4], "name a run's folder"),
         (["--from", "RUN", "--sample", 4, "--out", "RUN/log.csv"], "choose another --out"),
     ],
@@ -772,4 +759,9 @@ def test_a_figure_that_cannot_be(tmp_path, capsys):
     assert architecture.main([str(tmp_path / "none" / "figure.png")]) == 2
     assert "name another file" in capsys.readouterr().err
     assert architecture.main([str(tmp_path / "figure.png"), "--image-size", "30"]) == 2
+    assert "choose another --image-size" in capsys.readouterr().err
+    for folder in (".", tmp_path):
+        with pytest.raises(SystemExit, match="2"):
+            architecture.main([str(folder)])
+        assert "is a folder; name a file" in capsys.readouterr().err
     assert leftovers(tmp_path) == []

@@ -8,8 +8,6 @@ import json
 import math
 import os
 import re
-import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -19,13 +17,13 @@ import autograd as ag
 from data import UserError, first_line
 from paper.convolutions import Stateful
 from program import VERSION
-from program.options import flags, needed, quoted, read_options, without_place
+from program.options import flags, needed, read_options, without_place
 from program.sampler import Sampler
 from program.trainer import make_networks
 from store import files
 from store.arguments import NAMES
 from store.files import CHECKPOINTS
-from store.output import note, one_line
+from store.output import note, one_line, warn
 
 FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "sr_loss", "distance", "fid_own", "is_own", "pictures_per_second",
           "seconds")  # fmt: skip
@@ -47,14 +45,14 @@ def save(trainer, path):
             raise NotFinite(f"{name} is not finite after step {trainer.step}")
     options = json.dumps(dataclasses.asdict(trainer.options))
     with files.whole_file(path, path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
-        known = {"step": trainer.step, "rate_scale": trainer.update.rate_scale, "pictures": pictures_of(trainer)}
-        np.savez(file, options=options, **known, **arrays)
+        np.savez(file, options=options, step=trainer.step, rate_scale=trainer.update.rate_scale,
+                 pictures=np.uint64(int(pictures_of(trainer), 16)), **arrays)  # fmt: skip
 
 
 def pictures_of(trainer):
     """The fingerprint of the pictures that a trainer learns from."""
     if not hasattr(trainer, "learns_from"):  # it takes seconds for gigabytes
-        trainer.learns_from = np.uint64(int(files.fingerprint(trainer.batches.pictures), 16))
+        trainer.learns_from = files.fingerprint(trainer.batches.pictures)
     return trainer.learns_from
 
 
@@ -75,7 +73,7 @@ def load(trainer, path):
         step, scale = saved.step(), saved.read("rate_scale")
         if scale.dtype != np.float64 or scale.shape or not 0 < scale <= 1:
             raise ValueError("its rate_scale is no number above 0, up to 1")
-        pictures = saved.read("pictures") if "pictures" in saved.names else None
+        pictures = saved.pictures()
     for name, x in state.items():  # in place, because parameters and moments are views of Adam's flat arrays
         x[...] = ag.xp.asarray(arrays[name])
     trainer.step, trainer.update.rate_scale = step, float(scale)
@@ -91,20 +89,18 @@ def load_sampler(options, path, threads=None):
     """
     generator, discriminator = make_networks(options)
     with open_checkpoint(path) as saved:
-        if not any(name.startswith("discriminator/") for name in saved.names):
-            discriminator = None
         wanted = {f"average/{name}": p.data for name, p in generator.parameters().items()}
-        wanted |= (
-            {f"discriminator/{name}": p.data for name, p in discriminator.parameters().items()} if discriminator else {}
-        )
+        if any(name.startswith("discriminator/") for name in saved.names):
+            wanted |= {f"discriminator/{name}": p.data for name, p in discriminator.parameters().items()}
+        else:
+            discriminator = None
         for network, kind in ((generator, "generator"), (discriminator, "discriminator")):
             if isinstance(network, Stateful):
                 wanted |= {f"{kind}/{name}": x for name, x in network.buffers().items()}
         for name, x in wanted.items():
             x[...] = ag.xp.asarray(saved.read(name, x))
-        pictures = f"{int(saved.read('pictures')):016x}" if "pictures" in saved.names else None
         digest = files.checksum(saved.file, "average/")
-        return Sampler(options, saved.step(), digest, generator, discriminator, threads, pictures)
+        return Sampler(options, saved.step(), digest, generator, discriminator, threads, saved.pictures())
 
 
 def export(sampler, path):
@@ -115,7 +111,12 @@ def export(sampler, path):
     and for weights that float16 does not hold.
     """
     options = dataclasses.replace(sampler.options, dataset=without_place(sampler.options.dataset))
-    refuse_to_replace(path, options)
+    if os.path.lexists(path):
+        same, changeable = False, {"steps": options.steps, "accumulate": options.accumulate}
+        with contextlib.suppress(UserError), open_checkpoint(path) as saved:
+            same = saved.exported and dataclasses.replace(saved.options(), **changeable) == options
+        if not same:
+            raise UserError(f"{path} is there, and is no earlier export of this run; choose another file for --export")
     arrays = {f"average/{name}": ag.to_numpy(p.data) for name, p in sampler.generator.parameters().items()}
     with np.errstate(over="ignore"):
         arrays = {name: x.astype(np.float16) for name, x in arrays.items()}
@@ -130,17 +131,6 @@ def export(sampler, path):
               "exported": datetime.date.today().isoformat()}  # fmt: skip
     files.save_arrays(path, "--export", options=json.dumps(dataclasses.asdict(options)), step=sampler.step,
                       source=json.dumps(source), **arrays)  # fmt: skip
-
-
-def refuse_to_replace(path, options):
-    """Raise UserError for what lies at `path` if it is no export of a run with these options, as `export` has them."""
-    if not os.path.lexists(path):
-        return
-    same, changeable = False, {"steps": options.steps, "accumulate": options.accumulate}
-    with contextlib.suppress(UserError), open_checkpoint(path) as saved:
-        same = saved.exported and dataclasses.replace(saved.options(), **changeable) == options
-    if not same:
-        raise UserError(f"{path} is there, and is no earlier export of this run; choose another file for --export")
 
 
 class open_checkpoint:
@@ -205,6 +195,10 @@ class open_checkpoint:
             raise ValueError("its step is no whole number")
         return int(step)
 
+    def pictures(self):
+        """The fingerprint of the pictures that its run learnt from, or None where it does not say it."""
+        return f"{int(self.read('pictures')):016x}" if "pictures" in self.names else None
+
     def options(self):
         """The Options of its run."""
         return read_options(str(self.read("options")), self.path)
@@ -215,25 +209,20 @@ def newest_checkpoint(begun):
 
     begun: the folder; or a file, a checkpoint or an export, that is then the one. Raises UserError if none can be used.
     """
-    if not os.path.isdir(begun):
+    folder, reasons = os.path.isdir(begun), []
+    for path in [begun / name for name in CHECKPOINTS] if folder else [begun]:
+        if reasons and not path.exists():
+            break
         try:
-            return begun, whole_checkpoint(begun)
+            options = whole_checkpoint(path)
         except UserError as error:
-            reason = str(error).rpartition(";")[0]
-            raise UserError(f"{reason}; name a run's folder, or a file that --export made") from None
-    newest, previous = (begun / name for name in CHECKPOINTS)
-    try:
-        return newest, whole_checkpoint(newest)
-    except UserError as error:
-        if not previous.exists():
-            raise
-        reason = str(error).rpartition(";")[0]
-    try:
-        options = whole_checkpoint(previous)
-    except UserError as error:
-        raise UserError(f"{reason}, and {str(error).rpartition(';')[0]}; start a new run") from None
-    print(f"transgan: {one_line(reason)}; going on from {previous.name}", file=sys.stderr)
-    return previous, options
+            reasons.append(str(error).rpartition(";")[0])
+            continue
+        if reasons:
+            warn(f"transgan: {one_line(reasons[0])}; going on from {path.name}")
+        return path, options
+    advice = "start a new run, or name a run's folder" if folder else "name a run's folder, or a file that --export made"
+    raise UserError(f"{', and '.join(reasons)}; {advice}")
 
 
 def whole_checkpoint(path):
@@ -287,13 +276,9 @@ def refuse_among_pictures(out, dataset, trains):
 @contextlib.contextmanager
 def owned(out):
     """Within this context, the run's folder is there, and no other process trains in it. Raises UserError."""
-    with contextlib.ExitStack() as stack:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            taken = f"another process trains in {out}; wait for its end, or choose another --out"
-            stack.enter_context(files.belongs_to_one(out / ".lock", taken))
-        except OSError as error:
-            raise UserError(f"cannot write in {out}: {error.strerror}; choose another --out") from None
+    files.need_folder(out, "--out")
+    refusal = f"another process trains in {out}; wait for its end, or choose another --out"
+    with files.belongs_to_one(out / ".lock", refusal):
         yield
 
 
@@ -302,24 +287,15 @@ def prepare_folder(out, resume, goes_on):
 
     goes_on: the command that goes on with a run there.
     """
-    try:
-        (out / "samples").mkdir(exist_ok=True)
-        log = out / "log.csv"
-        if out != resume:
-            kept = files.plain(log).read_bytes().strip() if log.exists() else b""
-            if kept not in EMPTY or any((out / name).exists() for name in CHECKPOINTS):
-                raise holds_a_run(out, goes_on)
-            log.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-        if out != resume and any((out / "samples").iterdir()):
-            raise UserError(f"{out / 'samples'} is not empty; move what it holds away, or choose another --out")
-        tempfile.TemporaryFile(dir=out).close()
-        for part in (*out.glob("*.part"), *out.glob("samples/*.part")) if out == resume else ():
+    samples, log = out / "samples", out / "log.csv"
+    files.need_folder(samples, "--out")
+    if out == resume:
+        for part in (*out.glob("*.part"), *samples.glob("*.part")):
             if re.search(r"\.(npz|csv|png|gif|html|json)\.\d+\.part$", part.name):
                 part.unlink(missing_ok=True)  # what a killed process was writing
-    except OSError as error:
-        raise UserError(f"cannot write in {out}: {error.strerror}; choose another --out") from None
-
-
-def holds_a_run(out, goes_on=None):
-    goes_on = goes_on or f"--resume {quoted(out)}"
-    return UserError(f"{out} holds a run already; choose another --out, or go on with it: {goes_on}")
+        return
+    kept = files.plain(log).read_bytes().strip() if log.exists() else b""
+    if kept not in EMPTY or any((out / name).exists() for name in CHECKPOINTS):
+        raise UserError(f"{out} holds a run already; choose another --out, or go on with it: {goes_on}")
+    if any(samples.iterdir()):
+        raise UserError(f"{samples} is not empty; move what it holds away, or choose another --out")

@@ -13,7 +13,7 @@ import autograd as ag
 from data import UserError
 from look.report import LABELS
 from program import signals
-from program.checkpoints import FIELDS, NotFinite, holds_a_run
+from program.checkpoints import FIELDS, NotFinite
 from store import files, output
 
 LONG = 2 * 86400  # seconds: a run that takes more is better thought over
@@ -42,36 +42,18 @@ class Log:
     every: steps from one grid of samples to the next, which the time left is to take into account.
     """
 
-    FIELDS = FIELDS
     PAUSES = 0.5, 10, 60  # seconds from line to line: live, elsewhere, and elsewhere within a step
 
-    def __init__(self, path, step, steps, resumed=False, every=1):
+    def __init__(self, path, step, steps, every=1):
         self.first, self.step, self.steps, self.every = step, step, steps, every
-        kept, self.earlier = [], 0.0
-        if resumed and path.exists() and step:
-            try:
-                with files.plain(path).open(newline="", encoding="utf-8", errors="replace") as file:
-                    kept = rows_until(step, csv.DictReader(file))
-                self.earlier = float(kept[-1]["seconds"]) if kept else 0.0
-                if not math.isfinite(self.earlier):
-                    raise ValueError(f"it took {self.earlier} seconds")
-            except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(f"{path} is not a log of this program ({reason}); move it away to go on without") from None
-        with contextlib.ExitStack() as whole:
-            start = whole.enter_context(files.whole_file(path)) if resumed else path
-            try:
-                self.file = start.open("w" if resumed else "x", newline="", encoding="utf-8")
-            except FileExistsError:
-                raise holds_a_run(path.parent) from None
-            self.writer = csv.DictWriter(self.file, FIELDS, restval="", extrasaction="ignore")
-            self.writer.writeheader()
-            self.writer.writerows(kept)
-            if resumed:
-                self.file.close()
-        if resumed:
-            self.file = path.open("a", newline="", encoding="utf-8")
-            self.writer.writer = csv.writer(self.file)  # the same columns, in the file that goes on
+        kept = rows_until(step, path) if path.exists() and step else []
+        self.earlier = float(kept[-1]["seconds"]) if kept else 0.0
+        with files.whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(kept)
+        self.file = path.open("a", newline="", encoding="utf-8")
+        self.writer = csv.DictWriter(self.file, FIELDS, extrasaction="ignore")
         self.live = output.mode == "lines" and output.is_live(sys.stdout)
         self.terminal = bool(sys.stdout and sys.stdout.isatty())
         self.measured, self.event = {}, None  # the latter a GPU's, of the last step
@@ -152,9 +134,8 @@ class Log:
 
     def tick(self):
         """Check and show what there is, if it is time to."""
-        row = (self.written + self.waiting)[-1]
         due = time.monotonic() - self.shown > self.PAUSES[0 if self.live else 1]
-        if due or row["step"] in (self.first, self.first + 1, self.steps):
+        if due or self.step in (self.first, self.first + 1, self.steps):
             self.check()
             self.show()
 
@@ -220,12 +201,22 @@ def numbers(row):
     return {name: x if name == "step" else float(x) for name, x in row.items() if x is not None}
 
 
-def rows_until(step, reader):
-    """A log's rows up to a step, which will go on from there. What comes after, if only half a row, is not looked at."""
+def rows_until(step, path):
+    """The rows of a log up to a step, which will go on from there. What comes after, if only half a row, is not looked at.
+
+    Raises UserError for what is no such log.
+    """
     kept = []
-    for row in reader:
-        if int(row["step"]) <= step:
-            kept.append(row)
-        if int(row["step"]) >= step:
-            break
+    try:
+        with files.plain(path).open(newline="", encoding="utf-8", errors="replace") as file:
+            for row in csv.DictReader(file):
+                if int(row["step"]) <= step:
+                    kept.append(row)
+                if int(row["step"]) >= step:
+                    break
+        if kept and not math.isfinite(float(kept[-1]["seconds"])):
+            raise ValueError(f"it took {kept[-1]['seconds']} seconds")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} is not a log of this program ({reason}); move it away to go on without") from None
     return kept

@@ -117,7 +117,10 @@ def main(argv=None):
     parser, args, code = make_parser(), None, 2
     output.mode = "lines"
     try:
-        need_a_folder()
+        try:
+            Path.cwd()
+        except OSError as error:
+            raise UserError(f"the folder that this was started in: {error.strerror}; change to another") from None
         args = parser.parse_args(argv)
         output.mode = "json" if args.json else "quiet" if args.quiet else "lines"
         code = run(args, parser)
@@ -147,14 +150,6 @@ def main(argv=None):
         print(f"transgan: {one_line(message)}", file=sys.stderr)
         output.tell(None, event="end", exit_code=code, error=one_line(message))
     return code
-
-
-def need_a_folder():
-    """Raise UserError if the folder that this was started in is gone."""
-    try:
-        Path.cwd()
-    except OSError as error:
-        raise UserError(f"the folder that this was started in: {error.strerror}; change to another") from None
 
 
 def console():

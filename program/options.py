@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import fast
 import transgan
 from data import UserError
+from look.pictures import KINDS
 from paper.networks import NAMES
 from program import presets
 from program.presets import PRESETS
@@ -208,11 +209,6 @@ def without_place(dataset):
     return dataset if dataset in arguments.NAMES else "./" + re.split(r"[/\\]", dataset.rstrip("/\\"))[-1]
 
 
-def given_options(args):
-    """The options, by name, that the command line names itself."""
-    return {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-
-
 def fill_in(given, preset=None):
     """The Options of a new run: those given, by name, and else those of the preset, the peer, the size and the data set."""
     preset = PRESETS.get(preset, {})
@@ -231,7 +227,7 @@ def fill_in(given, preset=None):
 
 def choose_options(args, saved=None):
     """(Options, the run's folder) of parsed arguments: filled in, or those `saved` in a checkpoint. Raises UserError."""
-    given = given_options(args)
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     if not saved:
         options = check_options(fill_in(given, args.preset))
         for name, why in idle(options).items():
@@ -295,16 +291,16 @@ ACTS = {
     **dict.fromkeys(("on_nan", "gpus", "sample_every", "save_every", "evaluate_every", "profile"), TRAINING_MODES),
     **dict.fromkeys(("data_dir", "out", "device", "threads", "plain"), (*TRAINING_MODES, "--evaluate", "--from")),
     **dict.fromkeys(("features", "inception", "fid_stats"), ("--evaluate",)),
-    **dict.fromkeys(("sample", "interpolate", "attention", "query", "nearest", "export"), ("--from",)),
+    **dict.fromkeys((*KINDS, "query", "export"), ("--from",)),
     "num_images": ("--evaluate", *TRAINING_MODES),
     "preset": ("a training", "--summary"),
 }
-# What an option does something with, or else does not.
-NEEDS = {"query": "attention", "num_images": "evaluate_every"}
+# Of which an option needs one, or else does nothing.
+NEEDS = {"query": ("attention",), "num_images": ("evaluate", "evaluate_every")}
 # Two of which only one can have its way.
 EITHER = (
     ("resume", "evaluate"), ("resume", "begun"), ("evaluate", "begun"), ("summary", "evaluate"), ("summary", "begun"),
-    ("inception", "features"),
+    ("inception", "features"), ("gpus", "on_nan"),
 )  # fmt: skip
 
 
@@ -325,10 +321,9 @@ def refuse_idle_options(args, parser):
             if (mode, where) == ("a training", "--from"):
                 raise UserError(f"{names[name]} is of a run that has begun; name its folder with --from")
             raise UserError(f"{names[name]} does nothing here: it goes with {where}; leave it out")
-        if name in NEEDS and mode != "--evaluate" and not getattr(args, NEEDS[name]):
-            where = " or ".join(["--evaluate"] * (name == "num_images") + [names[NEEDS[name]]])
-            raise UserError(f"{names[name]} goes with {where}; leave it out")
-    pictures = given & {"sample", "interpolate", "attention", "nearest"}
+        if name in NEEDS and not given & {*NEEDS[name]}:
+            raise UserError(f"{names[name]} goes with {' or '.join(map(names.get, NEEDS[name]))}; leave it out")
+    pictures = given & {*KINDS}
     if mode == "--from" and not pictures | given & {"export"}:
         raise UserError("--from wants to know which pictures: --sample N, --interpolate N, --attention or --nearest N; or "
                         "--export FILE")  # fmt: skip
@@ -373,16 +368,12 @@ KEPT = ("data_dir", "device", "gpus", "threads", "plain", "on_nan", "sample_ever
         "num_images")  # fmt: skip
 
 
-def kept(args, parser):
-    """Those of KEPT that `args` of `parser` has not by default, by name."""
-    return {name: getattr(args, name) for name in KEPT if getattr(args, name) != parser.get_default(name)}
-
-
-def commands(options, out, kept):
+def commands(options, out, args, parser):
     """Three commands of a run in the folder `out`: what began it, what goes on with it, what makes pictures of it.
 
-    kept: see the function of this name.
+    All of them say those of KEPT that `args` of `parser` has not by default.
     """
+    kept = {name: getattr(args, name) for name in KEPT if getattr(args, name) != parser.get_default(name)}
     looks = {name: value for name, value in kept.items() if "--from" in ACTS[name]}
     return (
         f"{command(options)} {flags({'out': out} | kept)}",

@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 import autograd as ag
+from look.summary import in_columns
 from store import output
 
 
@@ -51,20 +52,14 @@ def wait():
         ag.xp.cuda.Device().synchronize()
 
 
-def profile_table(times):
-    """What `profile` found, as text: the operations in falling order of the time they took."""
-    rows, total = [("operation", "direction", "seconds", "share", "calls", "MB")], sum(x[0] for x in times.values())
-    for (name, direction), (seconds, calls, size) in sorted(times.items(), key=lambda item: -item[1][0]):
-        share = f"{100 * seconds / max(total, 1e-12):.1f}%"
-        rows.append((name, direction, f"{seconds:.3f}", share, f"{calls:,}", f"{size / 1e6:,.1f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    align = "<<>>>>"
-    return "\n".join("  ".join(f"{x:{a}{w}}" for x, a, w in zip(row, align, widths, strict=True)) for row in rows)
-
-
 def tell_profile(times, waited, total):
-    """Print which operations took how long of `total` seconds, and how many of these were waited for data."""
+    """Print what `profile` found, the operations in falling order of the time they took, and how many of `total` seconds
+    were waited for data."""
     names = ("operation", "direction", "seconds", "calls", "bytes")
     operations = [dict(zip(names, (*key, *entry), strict=True)) for key, entry in times.items()]
-    text = f"{profile_table(times)}\nwaiting for data: {waited:.3f} s of {total:.1f} s, {100 * waited / total:.2f}%"
+    rows, measured = [("operation", "direction", "seconds", "share", "calls", "MB")], sum(x[0] for x in times.values())
+    for (name, direction), (seconds, calls, size) in sorted(times.items(), key=lambda item: -item[1][0]):
+        share = f"{100 * seconds / max(measured, 1e-12):.1f}%"
+        rows.append((name, direction, f"{seconds:.3f}", share, f"{calls:,}", f"{size / 1e6:,.1f}"))
+    text = f"{in_columns(rows, '<<>>>>')}\nwaiting for data: {waited:.3f} s of {total:.1f} s, {100 * waited / total:.2f}%"
     output.tell(text, event="profile", operations=operations, waited=waited, seconds=total)

@@ -75,25 +75,25 @@ def look(trainer, noise, real, samples):
     return {"distance": transgan.sliced_wasserstein(pictures, real)}
 
 
-def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=None, measure=None, kept=None):
+def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=None, commands=("", "", "")):
     """Train until `trainer.options.steps`, writing samples, log and checkpoints into the folder `out`.
 
     sample_every, save_every: generator steps between sample grids and between checkpoints. Either is also made when it is
     PATIENCE seconds old, because a step of the large sizes takes a CPU half a minute. evaluate_every: generator steps
-    between calls of measure(), which returns more numbers for the log. kept: see `options.commands`. Returns the number of
-    the signal that stopped it before (the step was finished, and saved), or None. Raises NotFinite; the last checkpoint is
+    between calls of measure(), which returns more numbers for the log. commands: see `options`. Returns the number of the
+    signal that stopped it before (the step was finished, and saved), or None. Raises NotFinite; the last checkpoint is
     then from before.
     """
     settings = trainer.options
-    if not resumed:
-        checkpoints.save(trainer, out / CHECKPOINTS[0])  # first, so that whatever stops the run can be gone on from
+    if not (out / CHECKPOINTS[0]).exists():  # first, so that whatever stops the run can be gone on from
+        checkpoints.save(trainer, out / CHECKPOINTS[0])
     rng = data.random_stream("judge", settings.seed)
     noise = trainer.noise(JUDGED, rng)
     pictures = trainer.batches.pictures
     real = data.scale(pictures[rng.choice(len(pictures), JUDGED, replace=len(pictures) < JUDGED)])
     looks_every = min(sample_every, evaluate_every or sample_every)
-    log = Log(out / "log.csv", trainer.step, settings.steps, resumed, looks_every)
-    report = Report(trainer, out, options.commands(settings, out, kept or {}), trainer.update.threads)
+    log = Log(out / "log.csv", trainer.step, settings.steps, looks_every)
+    report = Report(trainer, out, commands)
     measured = (1 if ag.xp is np else 2) if trainer.step == 0 else None  # a GPU's first step compiles its kernels
     updates = itertools.count()
 
@@ -102,48 +102,29 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
         log.busy(f"discriminator {number + 1} of {settings.disc_steps}" if number < settings.disc_steps else "generator")
 
     trainer.update.watch = watch
-
-    def judge():
-        with log.aside("drawing samples"):
-            log.measure(look(trainer, noise, real, out / "samples"))
-
-    def score():
-        with log.aside("scoring"):
-            log.measure(measure())
-
-    def draw():
-        with log.aside("drawing the report"):
-            report.update()
-
     if settings.locality != "none":
         explain_locality(settings, out / "locality.png")
     with contextlib.closing(log), stop_signals() as stop:
         try:
-            if trainer.step == 0:
-                log.add(0, {}, 0)
-                judge()
-                if measure:
-                    score()
-                log.tick()
-                log.write()
-                draw()
-            else:
+            before = [(0, {})] if trainer.step == 0 else []  # all is looked at before the first step, too
+            if not before:
                 with log.aside("drawing the report"):
                     report.restate()
             sampled = saved = time.monotonic()
-            asked = stop.asked
-            for step, losses in transgan.train(trainer) if not asked else ():
+            for step, losses in itertools.chain(before, transgan.train(trainer)):
                 last, now = step == settings.steps, time.monotonic()
-                log.add(step, losses, settings.batch_size * settings.disc_steps)
+                log.add(step, losses, settings.batch_size * settings.disc_steps if step else 0)
                 if last or step % sample_every == 0 or now - sampled > PATIENCE:
                     log.check()
-                    judge()
+                    with log.aside("drawing samples"):
+                        log.measure(look(trainer, noise, real, out / "samples"))
                     sampled = now
-                if measure and evaluate_every and (last or step % evaluate_every == 0):
+                if measure and (last or step % evaluate_every == 0):
                     log.check()
-                    score()
+                    with log.aside("scoring"):
+                        log.measure(measure())
                 asked = stop.asked
-                if last or asked or step % save_every == 0 or now - saved > PATIENCE:
+                if step and (last or asked or step % save_every == 0 or now - saved > PATIENCE):
                     log.check()
                     log.write()
                     files.sync(out / "log.csv")  # whose rows are not to be older than the checkpoint
@@ -152,41 +133,42 @@ def train(trainer, out, sample_every, save_every, resumed=False, evaluate_every=
                 log.tick()
                 if step == measured and (line := long_run(settings.size, log.left())):
                     log.say(line, event="long", seconds=log.left())
-                if asked and not last:
-                    break
                 if sampled == now:  # in this step
                     log.write()
-                    draw()
+                    with log.aside("drawing the report"):
+                        report.update()
+                if asked and not last:
+                    return asked
         finally:
             if trainer.step < settings.steps:
                 report.restate(stopped=True)
-    return asked if trainer.step < settings.steps else None
+    return None
 
 
 REWINDS = 5  # times that the learning rate may be halved
 
 
-def train_on(trainer, out, sample_every, save_every, resumed, evaluate_every=None, measure=None, kept=None, on_nan="stop"):
-    """`train`, and with on_nan="rewind" once more from the last checkpoint, at half the learning rate, after NotFinite.
+def train_on(trainer, out, args, measure, commands):
+    """`train` as the command line has it, and with --on-nan rewind again and again: from the last checkpoint, at half the
+    learning rate, after NotFinite.
 
     How often it was halved is part of a checkpoint. Raises UserError, saying what to try, after REWINDS times or at once.
     """
     while True:
         try:
-            return train(trainer, out, sample_every, save_every, resumed, evaluate_every, measure, kept)
+            return train(trainer, out, args.sample_every, args.save_every, args.evaluate_every, measure, commands)
         except NotFinite as error:
-            scale, resumed = trainer.update.rate_scale / 2, True
-            if on_nan != "rewind" or scale < 0.5**REWINDS:
-                again = options.commands(trainer.options, out, {"on_nan": "rewind"} | (kept or {}))[1]
+            scale = trainer.update.rate_scale / 2
+            if args.on_nan != "rewind" or scale < 0.5**REWINDS:
                 advice = f"start a new run with less than --learning-rate {trainer.options.learning_rate}"
-                if on_nan == "rewind":
+                if args.on_nan == "rewind":
                     advice = f"{REWINDS} times half the learning rate did not help: {advice}"
                 else:
-                    advice += f", or go on from there at half the rate: {again}"
+                    advice += f", or go on from there at half the rate: {commands[1]} --on-nan rewind"
                 raise UserError(f"{error}; the last checkpoint is from before: {advice}") from None
             checkpoints.load(trainer, checkpoints.newest_checkpoint(out)[0])
             trainer.update.rate_scale = scale
-            print(f"transgan: {error}; back to step {trainer.step}, at {scale:g} of the learning rate", file=sys.stderr)
+            output.warn(f"transgan: {error}; back to step {trainer.step}, at {scale:g} of the learning rate")
 
 
 # --- 2. Several GPUs --------------------------------------------------------------------------------------------------
@@ -201,20 +183,17 @@ def check_gpus(args, options):
         raise UserError(f"--batch-size and --gen-batch-size must divide by --gpus {args.gpus}")
     if options.generator != "transgan":
         raise UserError(f"--gpus cannot be: the batch norm of --generator {options.generator} wants whole batches")
-    if args.on_nan != "stop":
-        raise UserError("--gpus and --on-nan rewind do not go together: only one of the GPUs would go back; leave out one")
 
 
 def gather_gpus(args, options, checkpoint):
     """The Group of --gpus N, whose other processes are started here."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    processes = []
-    for rank in range(1, args.gpus):
-        processes.append(context.Process(target=take_part, args=(rank, port, args, options, checkpoint), daemon=True))
-        processes[-1].start()
+    processes = [context.Process(target=take_part, args=(rank, port, args, options, checkpoint), daemon=True)
+                 for rank in range(1, args.gpus)]  # fmt: skip
+    for process in processes:
+        process.start()
     return Group(0, args.gpus, port, processes)
 
 
@@ -250,31 +229,6 @@ def choose_forms(args, options):
     return "plain forms"
 
 
-def need_steps(run, options, checkpoint):
-    """Raise UserError if the run in the folder `run` is finished."""
-    with checkpoints.open_checkpoint(checkpoint) as saved:
-        if (step := saved.step()) >= options.steps:
-            raise UserError(f"the run in {run} is finished; ask for more with --steps above {step}")
-
-
-def need_batch(pictures, options):
-    """Raise UserError if a run that goes on has fewer pictures now than its batches, which stay as they are."""
-    batch = max(options.batch_size, options.gen_batch_size if options.sr_weight else 0)
-    if len(pictures) < batch:
-        raise UserError(f"{options.dataset} holds {len(pictures)} pictures, and the run's batches are of {batch}; add "
-                        "some, or name the folder where they are as --dataset")  # fmt: skip
-
-
-def go_on(checkpoint, out):
-    """Make ready to go on with the run in `out`, whose checkpoint was loaded.
-
-    If that is the previous one, a damaged newest goes out of its way: it would take its place with the next that is saved.
-    """
-    if checkpoint.name != CHECKPOINTS[0]:
-        with contextlib.suppress(FileNotFoundError):
-            (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
-
-
 @contextlib.contextmanager
 def saying_how_to_go_on(chosen, out, goes_on):
     """Within this context, what stops a run for a while says by which command it goes on, if it has a checkpoint."""
@@ -301,7 +255,7 @@ def look_back(args, sampler, load, out):
     if args.export:
         checkpoints.export(sampler, args.export)
         output.tell(str(args.export), event="export", path=str(args.export))
-    if looks.wanted(args):
+    if any(getattr(args, name) for name in looks.KINDS):
         looks.make(args, sampler, load, out)
     if args.begun:
         if not args.begun.is_dir():
@@ -339,27 +293,32 @@ def run(args, parser):
     if args.gpus > 1:
         check_gpus(args, chosen)
     if args.resume:
-        need_steps(args.resume, chosen, checkpoint)
+        with checkpoints.open_checkpoint(checkpoint) as file:
+            if (step := file.step()) >= chosen.steps:
+                raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {step}")
     with checkpoints.owned(out):
         return begin(args, parser, chosen, out, checkpoint, device, forms, load, pair)
 
 
 def begin(args, parser, chosen, out, checkpoint, device, forms, load, pair):
     """Train in the folder `out`, from a checkpoint if there is one, with the networks `pair` and the pictures of load()."""
-    kept = options.kept(args, parser)
-    goes_on = options.commands(chosen, out, kept)[1]
-    checkpoints.prepare_folder(out, args.resume, goes_on)
+    commands = options.commands(chosen, out, args, parser)
+    checkpoints.prepare_folder(out, args.resume, goes_on=commands[1])
     pictures = load()
-    if args.resume:
-        need_batch(pictures, chosen)
+    batch = max(chosen.batch_size, chosen.gen_batch_size if chosen.sr_weight else 0)
+    if args.resume and len(pictures) < batch:  # which stays as it is
+        raise UserError(f"{chosen.dataset} holds {len(pictures)} pictures, and the run's batches are of {batch}; add some, "
+                        "or name the folder where they are as --dataset")  # fmt: skip
     group = gather_gpus(args, chosen, checkpoint) if args.gpus > 1 else None
     trainer = make_trainer(chosen, pictures, args.threads, group=group, pair=pair)
     if checkpoint:
         learnt_from = checkpoints.load(trainer, checkpoint)
-        go_on(checkpoint, out)
-        if learnt_from is not None and not np.array_equal(learnt_from, checkpoints.pictures_of(trainer)):
-            print(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
-                  f"{len(pictures):,}", file=sys.stderr)  # fmt: skip
+        if checkpoint.name != CHECKPOINTS[0]:  # a damaged newest would become the previous with the next that is saved
+            with contextlib.suppress(FileNotFoundError):
+                (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
+        if learnt_from not in (None, checkpoints.pictures_of(trainer)):
+            output.warn(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
+                        f"{len(pictures):,}")  # fmt: skip
     threads = f", {trainer.update.threads} threads" if device == "cpu" else ""
     output.tell(f"{NAMES[chosen.generator]}-{chosen.size} on {chosen.dataset} {chosen.image_size}x{chosen.image_size}, "
                 f"{len(pictures):,} pictures, {device}{threads}, {forms}, into {out}",
@@ -367,14 +326,13 @@ def begin(args, parser, chosen, out, checkpoint, device, forms, load, pair):
                 threads=trainer.update.threads, forms=forms, out=str(out))  # fmt: skip
     start = time.monotonic()
     measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
-    with saying_how_to_go_on(chosen, out, goes_on), profile() if args.profile else contextlib.nullcontext() as times:
-        asked = train_on(trainer, out, args.sample_every, args.save_every, out == args.resume, args.evaluate_every, measure,
-                         kept, args.on_nan)  # fmt: skip
+    with saying_how_to_go_on(chosen, out, commands[1]), profile() if args.profile else contextlib.nullcontext() as times:
+        asked = train_on(trainer, out, args, measure, commands)
     if times is not None:
         tell_profile(times, trainer.inputs.waited, time.monotonic() - start)
     if asked:
-        print(f"stopped after step {trainer.step}, and saved; go on with: {goes_on}", file=sys.stderr)
-        output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=goes_on)
+        print(f"stopped after step {trainer.step}, and saved; go on with: {commands[1]}", file=sys.stderr)
+        output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=commands[1])
         return 128 + asked
     picture, report = out / "samples" / f"step-{trainer.step:06d}.png", out / "report.html"
     shown = f"; all about this run: {report}" if report.exists() else ""

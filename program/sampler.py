@@ -19,6 +19,8 @@ class Sampler:
     (default: as many as pay).
     """
 
+    noise = transgan.Trainer.noise  # z ~ N(0, I): (count, Z), NumPy
+
     def __init__(self, options, step, digest, generator, discriminator=None, threads=None, pictures=None):
         self.options, self.step, self.digest, self.pictures = options, step, digest, pictures
         self.generator, self.discriminator = generator, discriminator
@@ -32,10 +34,6 @@ class Sampler:
     def array(self, values):
         """A NumPy array as an array on the device, in the networks' dtype."""
         return ag.xp.asarray(values, dtype=self.dtype)
-
-    def noise(self, count, rng):
-        """z ~ N(0, I): (count, Z), NumPy."""
-        return rng.standard_normal((count, self.generator.latent_dim))
 
     def sample(self, z):
         """Pictures made of noise (n, Z), 64 at a time as Trainer.sample has it: NumPy (n, 3, H, W), about [-1, 1].

@@ -30,9 +30,8 @@ def stop_signals():
             os.write(2, b"\nfinishing the step, to save it; Ctrl-C again stops at once\n")
 
     if threading.current_thread() is threading.main_thread():
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-        for number in numbers:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+        for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")):
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, ask)
     try:
         yield stop
@@ -43,14 +42,13 @@ def stop_signals():
 @contextlib.contextmanager
 def interruptible():
     """Within this context, Ctrl-C raises KeyboardInterrupt; before and after, in a program, it may end it at once."""
-    quiet = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    if quiet:
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        if quiet:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, before)
 
 
 def hang_up():

@@ -201,7 +201,7 @@ def test_a_terminal_that_goes_saves_the_run(tmp_path):
 
 def test_a_terminal_that_fails_is_one_that_hung_up(small, tmp_path, monkeypatch):
     """Before its signal came."""
-    hung, show = [], Log.line
+    hung = []
     monkeypatch.setattr(signals, "hang_up", lambda: hung.append(True))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
 
@@ -211,7 +211,6 @@ def test_a_terminal_that_fails_is_one_that_hung_up(small, tmp_path, monkeypatch)
     monkeypatch.setattr(Log, "line", gone)
     assert run_main(*TRAIN, "--out", tmp_path / "run") == 0
     assert hung
-    monkeypatch.setattr(Log, "line", show)
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ without asking Python for every launch. `Ahead` has the inputs of the next step 
 """
 
 import itertools
-import sys
 import time
 from concurrent import futures
 
@@ -15,6 +14,7 @@ from autograd import Tensor, grad
 from data import UserError, first_line
 from fast import CORES
 from fast.recording import Recording
+from store.output import warn
 
 THREAD_SHARE = 1 << 15  # elements of a layer worth a thread of their own: with fewer, handing over costs what it saves
 
@@ -118,9 +118,7 @@ class Played(Update):
             try:
                 self.recordings[id(adam)] = Recording(run, inputs)
             except Exception as error:  # CuPy, CUDA and cuBLAS refuse in many ways; without, a step is slower and the same
-                print(
-                    f"transgan: this GPU's work cannot be recorded, steps are slower: {first_line(error)}", file=sys.stderr
-                )
+                warn(f"transgan: this GPU's work cannot be recorded, steps are slower: {first_line(error)}")
                 self.refused, adam.gradient[...] = True, 0
                 return super().__call__(scores, inputs, loss, adam, rate)
         factor, *values = self.recordings[id(adam)].play(inputs)
