@@ -49,9 +49,9 @@ def add_training(parser):
     group = parser.add_argument_group("what to train")
     options.add_options(group, options.NETWORKS)
     names = ", ".join(options.PRESETS)
-    group.add_argument("--preset", choices=options.PRESETS, metavar="NAME", help="all options of one of the paper's runs: "
-                       f"{names}; what else is given goes before; with --summary, what the paper's text, the authors' "
-                       "commands and we have where these differ")  # fmt: skip
+    group.add_argument("--preset", choices=options.PRESETS, metavar="NAME", help="all options of one of the paper's runs, "
+                       f"or of one for a laptop: {names}; what else is given goes before; with --summary, what the paper's "
+                       "text, the authors' commands and we have where these differ")  # fmt: skip
     title = "how to train; the defaults follow the authors' code for CIFAR-10, and are smaller on a laptop"
     group = parser.add_argument_group(title)
     options.add_options(group, options.TRAINING)
