@@ -286,7 +286,10 @@ def test_a_recorded_step_is_the_step(loss, small, on_any_gpu, monkeypatch, capsy
         assert isinstance(trainer.update, Played)
         if not records:
             trainer.update = Update()
+        watched = []
+        trainer.update.watch = lambda: watched.append(trainer.step)
         losses = [{name: float(x) for name, x in trainer.train_step().items() if x is not None} for _ in range(4)]
+        assert watched == [step for step in range(4) for _ in range(trainer.options.disc_steps + 1)]
         return losses, state_of(trainer)
 
     (losses, state), (expected_losses, expected) = trained(True), trained(False)

@@ -54,8 +54,12 @@ class Update:
         self.map = futures.ThreadPoolExecutor(threads).map if threads > 1 else map
         self.watch = lambda: None
 
-    def __call__(self, scores, inputs, loss, adam, rate):
+    def __call__(self, *arguments):
         self.watch()
+        return self.make(*arguments)
+
+    def make(self, scores, inputs, loss, adam, rate):
+        """The update itself, which `Played` makes in another way."""
         again, group = self.accumulate > 1, self.group
         if group:
             inputs = [split(x, group.size)[group.rank] for x in inputs]
@@ -100,9 +104,9 @@ class Played(Update):
         super().__init__()
         self.phase, self.now, self.recordings, self.refused = lambda: None, None, {}, False
 
-    def __call__(self, scores, inputs, loss, adam, rate):
+    def make(self, scores, inputs, loss, adam, rate):
         if ag.hook or self.refused:  # a profiler wants to see every operation
-            return super().__call__(scores, inputs, loss, adam, rate)
+            return super().make(scores, inputs, loss, adam, rate)
         if self.phase() != self.now:
             self.now = self.phase()
             self.recordings.clear()
@@ -120,7 +124,7 @@ class Played(Update):
             except Exception as error:  # CuPy, CUDA and cuBLAS refuse in many ways; without, a step is slower and the same
                 warn(f"transgan: this GPU's work cannot be recorded, steps are slower: {first_line(error)}")
                 self.refused, adam.gradient[...] = True, 0
-                return super().__call__(scores, inputs, loss, adam, rate)
+                return super().make(scores, inputs, loss, adam, rate)
         factor, *values = self.recordings[id(adam)].play(inputs)
         adam.step(self.rate_scale * rate, factor)
         total, other = [Tensor(x.copy()) for x in values] + [None] * (2 - len(values))
