@@ -748,17 +748,12 @@ class Trainer:
         return self.averaged(self.generator.super_resolve, small)
 
     def averaged(self, function: Callable[[Tensor], Tensor], inputs: Array) -> Floats:
-        """function(inputs), 64 at a time, while the generator's averaged weights stand in for its own."""
-
-        def part(inputs: Array) -> Floats:
-            with ag.no_grad():
-                return ag.to_numpy(function(Tensor(self.array(inputs))).data)
-
+        """function(inputs), part by part, while the generator's averaged weights stand in for its own."""
         own = {name: p.data for name, p in self.gen_parameters.items()}  # put back when the averages have had their turn
         for name, p in self.gen_parameters.items():
             p.data = self.average[name]
         try:
-            return np.concatenate(list(self.map(part, [inputs[i : i + 64] for i in range(0, len(inputs), 64)])))
+            return in_parts(lambda x: function(Tensor(self.array(x))), inputs, self.map)
         finally:
             for name, p in self.gen_parameters.items():
                 p.data = own[name]
@@ -773,6 +768,16 @@ class Trainer:
             state |= {f"{network}/{name}": p.data for name, p in parameters.items()}
             state |= {f"{network}/adam.v/{name}": x for name, x in zip(parameters, adam.parts(adam.v), strict=True)}
         return state | {f"average/{name}": x for name, x in self.average.items()}
+
+
+def in_parts(function: Callable[[Array], Tensor], inputs: Array, map: Callable[..., Iterable[Any]] = map) -> Floats:
+    """function(inputs), 64 at a time and without history, so that memory is enough for any number: NumPy (n, ...)."""
+
+    def part(inputs: Array) -> Floats:
+        with ag.no_grad():
+            return ag.to_numpy(function(inputs))
+
+    return np.concatenate(list(map(part, [inputs[i : i + 64] for i in range(0, len(inputs), 64)])))
 
 
 def train(trainer: Trainer) -> Iterator[tuple[int, Losses]]:

@@ -36,16 +36,11 @@ class Sampler:
         return ag.xp.asarray(values, dtype=self.dtype)
 
     def sample(self, z):
-        """Pictures made of noise (n, Z), 64 at a time as Trainer.sample has it: NumPy (n, 3, H, W), about [-1, 1].
+        """Pictures made of noise (n, Z), as Trainer.sample has it: NumPy (n, 3, H, W), about [-1, 1].
 
         Raises UserError if they are not finite.
         """
-
-        def part(z):
-            with ag.no_grad():
-                return ag.to_numpy(self.generator(Tensor(self.array(z))).data)
-
-        pictures = np.concatenate(list(self.map(part, [z[i : i + 64] for i in range(0, len(z), 64)])))
+        pictures = transgan.in_parts(lambda z: self.generator(Tensor(self.array(z))), z, self.map)
         if not np.isfinite(pictures).all():
             raise UserError(f"the generator of step {self.step} makes pictures that are not finite; choose another run")
         return pictures
