@@ -61,7 +61,9 @@ def run(command, log, seconds):
 def differing(one, other):
     """The names of what is not the same, to the bit, in two checkpoints."""
     with np.load(one) as a, np.load(other) as b:
-        return [name for name in a.files if name not in b.files or a[name].tobytes() != b[name].tobytes()]
+        both = {*a.files} & {*b.files}
+        changed = {name for name in both if a[name].tobytes() != b[name].tobytes()}
+        return sorted({*a.files, *b.files} - both | changed)
 
 
 def main():

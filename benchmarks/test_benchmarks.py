@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks import gpu
+from program.support import on_posix
 from test_transgan import on_cpu
 
 
@@ -32,6 +35,25 @@ def test_the_benchmark_runs():
             assert min(result[what].values()) > 0
     with pytest.raises(AssertionError, match="sides are ours"):
         run("step.py", "--sides", "theirs")
+
+
+@on_posix
+def test_a_stage_for_the_gpu_is_ended_as_by_ctrl_c(tmp_path):
+    """What saves, and says 130, has passed; what does not, or ends by an error before, has failed."""
+    waits = "import signal, sys, time; signal.signal(signal.SIGINT, {}); print(1, flush=True); time.sleep(60)"
+    for handler, passed in (("lambda *_: sys.exit(130)", True), ("lambda *_: sys.exit(3)", False)):
+        code, _ = gpu.run(["-c", waits.format(handler)], tmp_path / "log", 2)
+        assert ((tmp_path / "log").read_text(), code == 0) == ("1\n", passed)
+    assert gpu.run(["-c", "raise SystemExit(4)"], tmp_path / "log", None)[0] == 4
+
+
+def test_two_checkpoints_are_compared_to_the_bit(tmp_path):
+    x = np.arange(3.0)
+    for name, arrays in {"a": {"x": x, "y": x}, "b": {"x": x, "y": x + 1e-15}, "c": {"x": x}}.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    one, other, less = (tmp_path / f"{name}.npz" for name in "abc")
+    assert gpu.differing(one, one) == []
+    assert gpu.differing(one, other) == gpu.differing(one, less) == gpu.differing(less, one) == ["y"]
 
 
 @on_cpu
