@@ -1,12 +1,12 @@
 """The same training in this project and in PyTorch, side by side: the distance to real pictures over steps and seconds.
 
     python benchmarks/training.py [--data-dir DIR] [--steps 2000] [--seeds 1,2,0] [--short 500] [--out FOLDER]
-                                                            [--nudge] [--float64]    (needs: pip install '.[test,parity]')
+                                                            [--nudge N] [--float64]    (needs: pip install '.[test,parity]')
 
 Both begin with the same weights and use the same batches, noise and augmentations, on one thread of the CPU; they take
 turns, step by step. PyTorch is as it is, eager, in benchmarks/reference.py. The last seed makes --steps, those before it
---short. Should they part, two more runs tell whether that is rounding: with --nudge a third side is ours once more, each
-first weight moved by about its last digit, and parts from ours as far; with --float64 they part later.
+--short. Should they part, two more runs tell whether that is rounding: with --nudge N there are N further sides, ours once
+more with each first weight moved by about its last digit, which part from ours as far; with --float64 they part later.
 
 FOLDER gets distances.csv, a row of each side after every measurement, and training.png, its curves. Seconds are the
 processor's, and of training alone, so that other programs matter little.
@@ -35,7 +35,7 @@ from program.trainer import make_networks
 from store import arguments, datasets
 
 COLUMNS = ("seed", "step", "side", "seconds", "distance")
-COLOURS = {"ours": BLUE, "PyTorch": ORANGE, "ours, nudged": GREEN}
+COLOURS = {"ours": BLUE, "PyTorch": ORANGE}  # and green for all that are nudged
 NUDGE = 1e-7  # relative: float32 has a little over seven digits
 ONE_SIDED = {"generator", "discriminator", "accumulate", "precision", "locality_stages", "locality_shape"}  # options
 
@@ -47,10 +47,12 @@ def make_sides(chosen, pictures, nudge, dtype):
     from benchmarks import reference
 
     torch.set_num_threads(1)
-    ours, nudged = (transgan.Trainer(chosen, pictures, *make_networks(chosen, dtype)) for _ in range(2))
-    for adam in (nudged.gen_adam, nudged.disc_adam):
-        adam.p *= 1 + NUDGE * np.random.default_rng(0).standard_normal(len(adam.p))
-    return {"ours": ours, "PyTorch": reference.Trainer(ours)} | ({"ours, nudged": nudged} if nudge else {})
+    ours, *nudged = (transgan.Trainer(chosen, pictures, *make_networks(chosen, dtype)) for _ in range(1 + nudge))
+    for number, trainer in enumerate(nudged):
+        for adam in (trainer.gen_adam, trainer.disc_adam):
+            adam.p *= 1 + NUDGE * np.random.default_rng(number).standard_normal(len(adam.p))
+    sides = {f"nudged {number}": trainer for number, trainer in enumerate(nudged, 1)}
+    return {"ours": ours, "PyTorch": reference.Trainer(ours)} | sides
 
 
 def compare(chosen, pictures, every, nudge, dtype):
@@ -77,7 +79,7 @@ def draw(rows, path):
         here, lines = [row for row in rows if row[0] == seed], {}
         for name in dict.fromkeys(row[2] for row in here):
             points = [(row[COLUMNS.index(x)], row[4]) for row in here if row[2] == name]
-            lines[name, COLOURS[name]] = np.array(points, float).T
+            lines[name, COLOURS.get(name, GREEN)] = np.array(points, float).T
         end = max(1, *(line[0, -1] for line in lines.values()))
         axis = ticks(0, end, 8)
 
@@ -102,7 +104,8 @@ def main():
     parser.add_argument("--seeds", type=seeds, default="1,2,0", help="separated by commas (default 1,2,0)")
     parser.add_argument("--short", type=options.WHOLE, default=500, help="steps of all seeds but the last (default 500)")
     parser.add_argument("--every", type=options.WHOLE, default=100, help="steps between measurements (default 100)")
-    parser.add_argument("--nudge", action="store_true", help="add ours with first weights that differ in the last digit")
+    parser.add_argument("--nudge", type=arguments.number(int, 0, 16), default=0, metavar="N",
+                        help="sides more, ours with first weights that differ in the last digit (default 0)")  # fmt: skip
     parser.add_argument("--float64", action="store_true", help="in twice the digits, for about twice the time")
     parser.add_argument("--preset", choices=options.PRESETS, default="cifar10-laptop", help="(default cifar10-laptop)")
     parser.add_argument("--data-dir", type=arguments.folder, default=Path("data"), help="of data sets (default data)")
