@@ -4,21 +4,21 @@ fast/forms.py makes operations of these functions, as of their namesakes in fast
 """
 
 import contextlib
+import copy
 import ctypes
 import math
 import os
-from concurrent import futures
 
 import numpy as np
+
+import autograd as ag
 
 CACHE = 1 << 15  # elements in a piece of an elementwise chain: a few arrays of it stay in a core's cache
 SCORES = 1 << 17  # of attention in a block: half a megabyte, in a core's cache together with its product
 FEW_TOKENS = 128  # whose scores a CPU may as well hold: to compute them again takes longer than to fetch them
-POOL_FROM = 1 << 20  # parameters from which Adam's update is worth more than one thread
 PEAK = 1 / math.sqrt(2 * math.pi)  # of the normal density phi, at 0
 PRECISIONS = {"float32": 23, "tf32": 10, "bfloat16": 7}  # bits of a number's fraction that enter a matrix product
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-_pool = futures.ThreadPoolExecutor(CORES)
 _precision = "float32"
 
 
@@ -70,17 +70,6 @@ def normal_cdf(x):
 
 
 def gelu(x):
-    """x Phi(x)."""
-
-    def piece(x):
-        cdf, _ = _normal(x)
-        cdf *= x
-        return (cdf,)
-
-    return _in_pieces(piece, x)[0]
-
-
-def gelu_with_slope(x):
     """x Phi(x) and its derivative Phi(x) + x phi(x), which comes almost free."""
 
     def piece(x):
@@ -298,38 +287,11 @@ def _visible(mask, rows):
 # --- Adam -------------------------------------------------------------------------------------------------------------
 
 
-def adam(p, gradient, v, m, average, scale, rate, correction, b1, b2, eps, decay):
-    """`autograd.adam_update` on flat arrays in place, m and average None if not in use: a piece at a time, on all cores.
-
-    rate: with 1 / (1 - b1^t) in it; correction: 1 / sqrt(1 - b2^t).
-    """
-    arrays = p, gradient, v, m, average
-
-    def update(i):
-        pieces = (None if x is None else x[i : i + CACHE] for x in arrays)
-        _adam(*pieces, scale, rate, correction, b1, b2, eps, decay)
-
-    list((map if p.size < POOL_FROM else _pool.map)(update, range(0, p.size, CACHE)))
-
-
-def _adam(p, g, v, m, average, scale, rate, correction, b1, b2, eps, decay):
-    g *= scale
-    work = g * g
-    work *= 1 - b2
-    v *= b2
-    v += work
-    if m is not None:
-        m *= b1
-        g *= 1 - b1
-        m += g
-    np.sqrt(v, out=work)
-    work *= correction
-    work += eps
-    np.divide(g if m is None else m, work, out=work)
-    work *= rate
-    p -= work
-    if average is not None:
-        average *= decay
-        np.multiply(p, 1 - decay, out=work)
-        average += work
-    g[...] = 0
+def adam_update(adam, learning_rate, scale):
+    """The definition, on a piece of the flat arrays at a time."""
+    for i in range(0, adam.p.size, CACHE):
+        piece = copy.copy(adam)
+        for name in ("p", "gradient", "v", "m", "average"):
+            if (x := getattr(adam, name)) is not None:
+                setattr(piece, name, x[i : i + CACHE])
+        ag.adam_update.__wrapped__(piece, learning_rate, scale)

@@ -5,8 +5,6 @@ forms: on arrays when the walk is not recorded, in Tensor operations when its re
 `arrays` is the module of array functions in use, fast.cpu or fast.gpu.
 """
 
-import math
-
 import numpy as np
 
 import autograd as ag
@@ -35,9 +33,7 @@ def normal_cdf(x):
 
 def gelu(x):
     """Its derivatives: x Phi(x)  ->  Phi(x) + x phi(x)  ->  (2 - x^2) phi(x). The first is kept for the way back."""
-    if not (is_recording() and x.requires_grad):
-        return Tensor(arrays.gelu(x.data))
-    value, slope = arrays.gelu_with_slope(x.data)
+    value, slope = arrays.gelu(x.data)
     return result(value, (x, lambda g: g * (_gelu_slope(x, slope) if is_recording() else slope)))
 
 
@@ -132,10 +128,8 @@ def attention(qkv, num_heads, mask=None):
 
 
 def adam_update(adam, learning_rate, scale):
-    """All of it in one pass over the flat arrays."""
-    b1, b2 = adam.betas
-    numbers = learning_rate / (1 - b1**adam.t), 1 / math.sqrt(1 - b2**adam.t), b1, b2, adam.eps, adam.decay or 0.0
-    arrays.adam(adam.p, adam.gradient, adam.v, adam.m, adam.average, scale, *numbers)
+    """In one pass over the flat arrays."""
+    arrays.adam_update(adam, learning_rate, scale)
 
 
 FORMS = {ag.matmul: matmul, ag.normal_cdf: normal_cdf, ag.gelu: gelu, ag.softmax: softmax, ag.layer_norm: layer_norm,

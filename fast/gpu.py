@@ -6,6 +6,7 @@ first called. Arrays are float32 or float64.
 """
 
 import functools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -99,16 +100,9 @@ def normal_cdf(x):
 
 
 def gelu(x):
-    """x Phi(x)."""
-    out = like(x)
-    launch_elements("gelu", "gelu", x, out)
-    return out
-
-
-def gelu_with_slope(x):
     """x Phi(x) and its derivative Phi(x) + x phi(x)."""
     out, slope = like(x), like(x)
-    launch_elements("gelu", "gelu_with_slope", x, out, slope)
+    launch_elements("gelu", "gelu", x, out, slope)
     return out, slope
 
 
@@ -188,7 +182,9 @@ def attention_constants(head_width):
     return {"D": head_width, "TILE": 128 if head_width <= 16 else 32, "SCALE": head_width**-0.5}
 
 
-def adam(p, gradient, v, m, average, scale, rate, correction, b1, b2, eps, decay):
-    """`autograd.adam_update` on flat arrays in place, see fast.cpu.adam; `scale` may stay on the device."""
-    arrays = gradient, v, m, average, ag.xp.asarray(scale, p.dtype)
-    launch_elements("adam", "adam", p, *arrays, rate, correction, b1, b2, eps, decay)
+def adam_update(adam, learning_rate, scale):
+    """`autograd.adam_update`; `scale` may stay on the device."""
+    b1, b2 = adam.betas
+    arrays = adam.gradient, adam.v, adam.m, adam.average, ag.xp.asarray(scale, adam.p.dtype)
+    numbers = learning_rate / (1 - b1**adam.t), 1 / math.sqrt(1 - b2**adam.t), b1, b2, adam.eps, adam.decay or 0.0
+    launch_elements("adam", "adam", adam.p, *arrays, *numbers)

@@ -12,12 +12,7 @@ extern "C" __global__ void normal_cdf(const real* x, real* out, count size) {
     out[i] = cdf(x[i]);
 }
 
-extern "C" __global__ void gelu(const real* x, real* out, count size) {
-    EACH(i);
-    out[i] = x[i] * cdf(x[i]);
-}
-
-extern "C" __global__ void gelu_with_slope(const real* x, real* out, real* slope, count size) {
+extern "C" __global__ void gelu(const real* x, real* out, real* slope, count size) {
     EACH(i);
     real p = cdf(x[i]);
     out[i] = x[i] * p;
