@@ -10,13 +10,11 @@ installed, or cannot do a task, say so; all that answer must agree.
 """
 
 import argparse
-import multiprocessing
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import turns
 
 WIDTHS, BATCH = (784, 512, 512, 1), 256
 
@@ -60,11 +58,11 @@ def pytorch():
     run = network(torch.tanh, torch.matmul)
 
     def first():
-        return [g.numpy() for g in torch.autograd.grad(run(x, *weights).sum(), weights)]
+        return torch.autograd.grad(run(x, *weights).sum(), weights)
 
     def second():
         (slope,) = torch.autograd.grad(run(x, *weights).sum(), x, create_graph=True)
-        return [g.numpy() for g in torch.autograd.grad(((slope.norm(dim=1) - 1) ** 2).mean(), weights)]
+        return torch.autograd.grad(((slope.norm(dim=1) - 1) ** 2).mean(), weights)
 
     return first, second
 
@@ -135,55 +133,28 @@ def tinygrad():
 ENGINES = {"this project": ours, "PyTorch": pytorch, "HIPS autograd": hips, "DeZero": dezero, "tinygrad": tinygrad}
 
 
-def work(name, pipe):
-    """An engine's process: answers each task that is asked for with its seconds and gradients, or why there are none."""
-    tasks = None
-    while (task := pipe.recv()) is not None:
-        try:
-            tasks = tasks or ENGINES[name]()
-            start = time.perf_counter()
-            gradients = tasks[task]()
-            pipe.send((time.perf_counter() - start, [np.array(g) for g in gradients]))
-        except Exception as error:  # whatever an engine finds to say
-            pipe.send(((str(error).splitlines() or [type(error).__name__])[0][:40], None))
-
-
-def take_turns(rounds):
-    """{engine: [median seconds of either task, or why there are none]}; all that answer are held against the first."""
-    context, pipes, answers = multiprocessing.get_context("spawn"), {}, {}
-    for name in ENGINES:
-        pipes[name], other = context.Pipe()
-        context.Process(target=work, args=(name, other), daemon=True).start()
-    for round_ in range(rounds + 3):  # the first are for compilers
-        for task in (0, 1):
-            expected = None
-            for name, pipe in pipes.items():
-                pipe.send(task)
-                seconds, gradients = pipe.recv()
-                row = answers.setdefault(name, [[], []])
-                if gradients is None:
-                    row[task] = seconds
-                    continue
-                expected = expected or gradients
-                for a, b in zip(gradients, expected, strict=True):
-                    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max(), err_msg=name)
-                if round_ >= 3:
-                    row[task].append(seconds)
-    for pipe in pipes.values():
-        pipe.send(None)
-    return {name: [x if isinstance(x, str) else statistics.median(x) for x in row] for name, row in answers.items()}
+def make(name):
+    """An engine's two tasks, in its process, as functions that return gradients as NumPy's arrays."""
+    first, second = ENGINES[name]()
+    return lambda: [np.asarray(g) for g in first()], lambda: [np.asarray(g) for g in second()]
 
 
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds after three that are not (default 7)")
-    answers = take_turns(parser.parse_args().rounds)
+    measured, failed = turns.take_turns({name: (make, name) for name in ENGINES}, 2, parser.parse_args().rounds, untimed=3)
     print(f"{'':16}{'first':>22}{'second':>22}   (in brackets: times as long as this project)")
-    for name, row in answers.items():
-        ratios = zip(row, answers["this project"], strict=True)
-        cells = [x if isinstance(x, str) else f"{1000 * x:.1f} ms ({x / own:.2f})" for x, own in ratios]
-        print(f"{name:16}{cells[0]:>22}{cells[1]:>22}")
+    for name in ENGINES:
+        if name in failed:
+            print(f"{name:16}{failed[name]}")
+            continue
+        cells = ""
+        for (seconds, gradients), (own, expected) in zip(measured[name], measured["this project"], strict=True):
+            for a, b in zip(gradients, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max(), err_msg=name)
+            cells += f"{f'{1000 * seconds:.1f} ms ({seconds / own:.2f})':>22}"
+        print(f"{name:16}{cells}")
 
 
 if __name__ == "__main__":

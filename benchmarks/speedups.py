@@ -8,13 +8,13 @@ divided by those of the step with everything. 1.30 means that without this speed
 
 import argparse
 import functools
-import statistics
 
 import step
 
 import autograd as ag
 import fast
 import transgan
+from benchmarks import turns
 from fast import cpu, forms
 
 
@@ -40,10 +40,10 @@ SPEEDUPS = (*OPERATIONS, "few tokens' scores held", "cache-sized pieces", "kept 
             "[cls] alone in the last block")  # fmt: skip
 
 
-def work(name, size, batch_size, pipe):
-    """A variant's process."""
+def tasks(name, size, batch_size):
+    """A variant's two steps, in its process."""
     without(name)
-    step.serve(step.our_steps(size, batch_size), pipe)
+    return step.our_steps(size, batch_size)
 
 
 def main():
@@ -56,10 +56,10 @@ def main():
     print(f"size {args.size}, batch {args.batch_size}, {fast.CORES} cores, medians of {args.rounds} rounds")
     print(f"{'without':32}" + "".join(f"{name:>22}" for name in step.STEPS))
     for name in SPEEDUPS:
-        sides = {"everything": (work, None), name: (work, name)}
-        times = step.take_turns({s: (f, (x, args.size, args.batch_size)) for s, (f, x) in sides.items()}, args.rounds)
-        medians = [[statistics.median(times[what][side]) for side in (name, "everything")] for what in step.STEPS]
-        ratios = [alone / everything for alone, everything in medians]
+        sides = {side: (tasks, side, args.size, args.batch_size) for side in ("everything", name)}
+        measured, _ = turns.take_turns(sides, len(step.STEPS), args.rounds)
+        pairs = zip(measured[name], measured["everything"], strict=True)
+        ratios = [alone / everything for (alone, _), (everything, _) in pairs]
         print(f"{name:32}" + "".join(f"{ratio:>22.2f}" for ratio in ratios), flush=True)
 
 
