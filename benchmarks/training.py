@@ -27,8 +27,8 @@ import numpy as np  # isort: skip
 import data
 import transgan
 from data import UserError
-from look.drawing import BLUE, GREEN, MUTED, ORANGE, Sheet
-from look.report import LEFT, LOW, RIGHT, WIDTH, panel, ticks
+from look.drawing import BLUE, GREEN, ORANGE
+from look.plot import plot
 from program import options
 from program.run import JUDGED
 from program.trainer import make_networks
@@ -73,24 +73,17 @@ def compare(chosen, pictures, every, nudge, dtype):
 
 def draw(rows, path):
     """The curves of these rows: for each seed, the distance over steps and over seconds."""
-    panels = [(seed, x) for seed in dict.fromkeys(row[0] for row in rows) for x in ("step", "seconds")]
-    sheet, top = Sheet(WIDTH, 16 + len(panels) * (LOW + 24)), 8
-    for seed, x in panels:
-        here, lines = [row for row in rows if row[0] == seed], {}
-        for name in dict.fromkeys(row[2] for row in here):
-            points = [(row[COLUMNS.index(x)], row[4]) for row in here if row[2] == name]
-            lines[name, COLOURS.get(name, GREEN)] = np.array(points, float).T
-        end = max(1, *(line[0, -1] for line in lines.values()))
-        axis = ticks(0, end, 8)
-
-        def across(value, end=end):
-            return LEFT + value / end * (WIDTH - LEFT - RIGHT)
-
-        panel(sheet, top, LOW, f"seed {seed}: distance over {x.removesuffix('s')}s", lines, axis, across)
-        for value in axis:
-            sheet.text(across(value), top + LOW - 4, f"{value:,.6g}", 13, MUTED, "ma")
-        top += LOW + 24
-    sheet.save(path)
+    panels = []
+    for seed in dict.fromkeys(row[0] for row in rows):
+        for x in ("step", "seconds"):
+            lines = {}
+            for row in (row for row in rows if row[0] == seed):
+                points = lines.setdefault((row[2], COLOURS.get(row[2], GREEN)), ([], []))
+                points[0].append(row[COLUMNS.index(x)])
+                points[1].append(row[4])
+            end = max(1, *(places[-1] for places, _ in lines.values()))
+            panels.append((f"seed {seed}: distance", x, end, lines))
+    plot(panels, path)
 
 
 def seeds(text):
