@@ -731,7 +731,7 @@ def test_rehearsal_of_the_pictures_on_a_gpu(run, tmp_path, rehearsed_gpu):
 @pytest.mark.parametrize(("size", "side"), [("S", 32), ("tiny", 16), ("tiny", 128), ("XL", 64)])
 def test_the_figure_of_both_networks_has_their_numbers(size, side, texts, tmp_path):
     path = tmp_path / "figure.png"
-    assert architecture.main([str(path), "--size", size, "--image-size", str(side)]) == 0
+    architecture.main([str(path), "--size", size, "--image-size", str(side)])
     figure, stages = np.asarray(Image.open(path)), len(transgan.stage_depths(size, side))
     assert figure.shape[1] == architecture.WIDTH
     x = architecture.WIDTH - architecture.LEFT - (architecture.WIDTH - 2 * architecture.LEFT) // (stages + 2) // 2
@@ -749,12 +749,13 @@ def test_the_figure_of_both_networks_has_their_numbers(size, side, texts, tmp_pa
 
 
 def test_a_figure_that_cannot_be(tmp_path, capsys):
-    assert architecture.main([str(tmp_path / "none" / "figure.png")]) == 2
-    assert "name another file" in capsys.readouterr().err
-    assert architecture.main([str(tmp_path / "figure.png"), "--image-size", "30"]) == 2
-    assert "choose another --image-size" in capsys.readouterr().err
-    for folder in (".", tmp_path):
+    for words, message in (
+        ((tmp_path / "none" / "figure.png",), "name another file"),
+        ((tmp_path / "figure.png", "--image-size", "30"), "choose another --image-size"),
+        ((".",), "is a folder; name a file"),
+        ((tmp_path,), "is a folder; name a file"),
+    ):
         with pytest.raises(SystemExit, match="2"):
-            architecture.main([str(folder)])
-        assert "is a folder; name a file" in capsys.readouterr().err
+            architecture.main([str(word) for word in words])
+        assert message in capsys.readouterr().err
     assert leftovers(tmp_path) == []
