@@ -157,8 +157,7 @@ def draw(options, path):
     for name, colour, describe in (("Generator", BLUE, generator), ("Discriminator", RED, discriminator)):
         top = network(sheet, top, name, colour, *describe(options, picture)) + 24
         sheet.line([(LEFT, top - 34), (WIDTH - LEFT, top - 34)], FAINT)
-    sheet.image = sheet.image.crop((0, 0, 2 * WIDTH, 2 * int(block(sheet, top))))
-    sheet.save(path)
+    sheet.save(path, block(sheet, top))
 
 
 def main(argv=None):

@@ -498,8 +498,8 @@ def test_the_figure_shows_the_neighbours(run, texts, tmp_path):
     known[17] = data.to_bytes(trainer.sample(noise))[1, :, :, ::-1]
     pictures.nearest(trainer, noise, known, 0, tmp_path / "nearest.png")
     figure = np.asarray(Image.open(tmp_path / "nearest.png"))
-    row = 38 + 64 + 26
-    np.testing.assert_array_equal(figure[row : row + 64, 16:80], figure[row : row + 64, 104:168])
+    row, left = 32 + 64 + 24, 16 + drawing.GUTTER
+    np.testing.assert_array_equal(figure[row : row + 64, left : left + 64], figure[row : row + 64, left + 72 : left + 136])
     assert texts.count("0.0 m") == 1
     distances = [float(words.split()[0]) for words in texts if re.fullmatch(r"\d+\.\d( m)?", words)]
     assert len(distances) == 3 * pictures.NEIGHBOURS
