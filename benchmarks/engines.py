@@ -26,8 +26,25 @@ def numbers():
     return [x.astype(np.float32) for x in (rng.standard_normal((BATCH, WIDTHS[0])), *weights)]
 
 
-def network(tanh, matmul):
-    return lambda x, w1, w2, w3: matmul(tanh(matmul(tanh(matmul(x, w1)), w2)), w3)
+def tasks(tensor, tanh, matmul, gradients):
+    """Both tasks in an engine's words, as functions that return its gradients.
+
+    tensor: of an array, one that gradients are wanted of; gradients: of y towards each of xs, from which one can go on.
+    """
+    x, *weights = (tensor(a) for a in numbers())
+
+    def run(x, w1, w2, w3):
+        return matmul(tanh(matmul(tanh(matmul(x, w1)), w2)), w3).sum()
+
+    def first():
+        return gradients(run(x, *weights), weights)
+
+    def second():
+        (slope,) = gradients(run(x, *weights), [x], create_graph=True)
+        norm = (slope * slope).sum(axis=1) ** 0.5
+        return gradients(((norm - 1) ** 2).sum() / BATCH, weights)
+
+    return first, second
 
 
 def ours():
@@ -37,34 +54,14 @@ def ours():
 
     ag.use_device("cpu")
     fast.install()
-    x, *weights = (ag.Tensor(a, requires_grad=True) for a in numbers())
-    run = network(ag.tanh, ag.matmul)
-
-    def first():
-        return [g.data for g in ag.grad(run(x, *weights).sum(), weights)]
-
-    def second():
-        (slope,) = ag.grad(run(x, *weights).sum(), [x], create_graph=True)
-        norm = ag.sqrt((slope * slope).sum(axis=1))
-        return [g.data for g in ag.grad(((norm - 1) ** 2).mean(), weights)]
-
-    return first, second
+    first, second = tasks(lambda a: ag.Tensor(a, requires_grad=True), ag.tanh, ag.matmul, ag.grad)
+    return lambda: [g.data for g in first()], lambda: [g.data for g in second()]
 
 
 def pytorch():
     import torch
 
-    x, *weights = (torch.tensor(a, requires_grad=True) for a in numbers())
-    run = network(torch.tanh, torch.matmul)
-
-    def first():
-        return torch.autograd.grad(run(x, *weights).sum(), weights)
-
-    def second():
-        (slope,) = torch.autograd.grad(run(x, *weights).sum(), x, create_graph=True)
-        return torch.autograd.grad(((slope.norm(dim=1) - 1) ** 2).mean(), weights)
-
-    return first, second
+    return tasks(lambda a: torch.tensor(a, requires_grad=True), torch.tanh, torch.matmul, torch.autograd.grad)
 
 
 def dezero():
@@ -72,27 +69,20 @@ def dezero():
     import dezero
     import dezero.functions as F
 
-    x, *weights = (dezero.Parameter(a) for a in numbers())
-    run = network(F.tanh, F.matmul)
+    leaves = []
 
-    def first():
-        for w in weights:
-            w.cleargrad()
-        F.sum(run(x, *weights)).backward()
-        return [w.grad.data for w in weights]
+    def tensor(a):
+        leaves.append(dezero.Parameter(a))
+        return leaves[-1]
 
-    def second():
-        for w in (x, *weights):
-            w.cleargrad()
-        F.sum(run(x, *weights)).backward(create_graph=True)
-        slope = x.grad
-        for w in (x, *weights):
-            w.cleargrad()
-        norm = F.sum(slope * slope, axis=1) ** 0.5
-        (F.sum((norm - 1) ** 2) / BATCH).backward()
-        return [w.grad.data for w in weights]
+    def gradients(y, xs, create_graph=False):
+        for leaf in leaves:
+            leaf.cleargrad()
+        y.backward(create_graph=create_graph)
+        return [x.grad for x in xs]
 
-    return first, second
+    first, second = tasks(tensor, F.tanh, F.matmul, gradients)
+    return lambda: [g.data for g in first()], lambda: [g.data for g in second()]
 
 
 def hips():
@@ -101,33 +91,29 @@ def hips():
     import autograd.numpy as anp  # isort: skip
 
     x, *weights = numbers()
-    run = network(anp.tanh, anp.dot)
+
+    def run(x, w1, w2, w3):
+        return anp.dot(anp.tanh(anp.dot(anp.tanh(anp.dot(x, w1)), w2)), w3).sum()
 
     def penalty(weights):
-        slope = autograd.grad(lambda x: run(x, *weights).sum())(x)
+        slope = autograd.grad(run)(x, *weights)
         return ((anp.sqrt((slope**2).sum(axis=1)) - 1) ** 2).mean()
 
-    first, second = autograd.grad(lambda weights: run(x, *weights).sum()), autograd.grad(penalty)
+    first, second = autograd.grad(lambda weights: run(x, *weights)), autograd.grad(penalty)
     return lambda: first(weights), lambda: second(weights)
 
 
 def tinygrad():
     from tinygrad import Tensor, TinyJit
 
-    x, *weights = (Tensor(a) for a in numbers())
-    run = network(Tensor.tanh, Tensor.matmul)
+    def compiled(task):
+        run = TinyJit(lambda: tuple(g.realize() for g in task()))
+        return lambda: [g.numpy() for g in run()]
 
-    @TinyJit
-    def first():
-        return tuple(g.realize() for g in run(x, *weights).sum().gradient(*weights))
+    def gradients(y, xs, create_graph=True):  # which it does anyway
+        return y.gradient(*xs)
 
-    @TinyJit
-    def second():
-        (slope,) = run(x, *weights).sum().gradient(x)
-        norm = (slope * slope).sum(axis=1).sqrt()
-        return tuple(g.realize() for g in ((norm - 1) ** 2).mean().gradient(*weights))
-
-    return lambda: [g.numpy() for g in first()], lambda: [g.numpy() for g in second()]
+    return [compiled(task) for task in tasks(Tensor, Tensor.tanh, Tensor.matmul, gradients)]
 
 
 ENGINES = {"this project": ours, "PyTorch": pytorch, "HIPS autograd": hips, "DeZero": dezero, "tinygrad": tinygrad}

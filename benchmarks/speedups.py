@@ -43,7 +43,7 @@ SPEEDUPS = (*OPERATIONS, "few tokens' scores held", "cache-sized pieces", "kept 
 def tasks(name, size, batch_size):
     """A variant's two steps, in its process."""
     without(name)
-    return step.our_steps(size, batch_size)
+    return step.tasks("ours", size, batch_size)
 
 
 def main():

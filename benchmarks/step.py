@@ -45,56 +45,6 @@ def make_trainer(size, batch_size):
     return trainer_of(options, pictures)
 
 
-def our_steps(size, batch_size, precision="float32"):
-    """Our two steps on random pictures: functions that return when their results are there, in the order of STEPS."""
-    fast.install(precision)
-    trainer = make_trainer(size, batch_size)
-    (disc_inputs, *_), gen_inputs = trainer.inputs(0)
-
-    def run(step, inputs):
-        return [float(x) for x in step(inputs, 1e-4).values() if x is not None]  # on a GPU, wait for it
-
-    return lambda: run(trainer.discriminator_step, disc_inputs), lambda: run(trainer.generator_step, gen_inputs)
-
-
-def torch_steps(side, size, batch_size, precision):
-    """The same two steps in PyTorch."""
-    import torch
-
-    from benchmarks import reference
-
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.set_num_threads(fast.CORES)  # which importing fast had made one
-    peer = reference.Trainer(make_trainer(size, batch_size))
-    dimensions, device, fused = peer.size, "cuda" if ag.xp is not np else "cpu", side == "fused"
-    real = peer.tensor(peer.batches[0])
-
-    def generate(z):
-        return reference.generator(peer.g, z, dimensions.depths, fused=fused)
-
-    def judge(x):
-        return reference.discriminator(peer.d, x, dimensions.disc_depth, 4, fused=fused)
-
-    if side == "compiled":
-        generate, judge = torch.compile(generate), torch.compile(judge)
-
-    def noise():
-        return torch.randn(batch_size, dimensions.embed_dim, device=device)
-
-    def discriminator_step():
-        with torch.no_grad():
-            fake = generate(noise())
-        mix = torch.rand(batch_size, 1, 1, 1, device=device)
-        loss = reference.discriminator_loss(peer.discriminate, real, fake, "wgangp-eps", mix)
-        return peer.update(loss, peer.d, peer.adams[1])
-
-    def generator_step():
-        loss = reference.generator_loss(judge(generate(noise())), "wgangp-eps")
-        return peer.update(loss, peer.g, peer.adams[0])
-
-    return discriminator_step, generator_step
-
-
 def memory():
     """Megabytes that this process holds, and at most held; on a GPU, in its memory pools. (0, None) where none can tell."""
     if "torch" in sys.modules and ag.xp is not np:
@@ -109,17 +59,40 @@ def memory():
     return tuple(int(fields[name].removesuffix("kB")) / 1000 for name in ("VmRSS", "VmHWM"))
 
 
-def tasks(side, size, batch_size, device, precision):
-    """One side's TASKS, as functions."""
+def tasks(side, size, batch_size, device="cpu", precision="float32"):
+    """One side's TASKS, as functions that return when their results are there; the steps are on random pictures."""
     ag.use_device(device)
-    job = size, batch_size, precision
-    steps, (before, _) = our_steps(*job) if side == "ours" else torch_steps(side, *job), memory()
+    if side == "ours":
+        fast.install(precision)
+    trainer = make_trainer(size, batch_size)
+    (disc_inputs, *_), gen_inputs = trainer.inputs(0)
+    if side != "ours":
+        trainer = in_torch(trainer, side, precision)
+    before, _ = memory()
+
+    def run(step, inputs):
+        return [float(x) for x in step(inputs, 1e-4).values() if x is not None]  # on a GPU, wait for it
 
     def peak_memory():
         _, most = memory()
         return most and round(most - before)
 
-    return *steps, peak_memory
+    return (lambda: run(trainer.discriminator_step, disc_inputs), lambda: run(trainer.generator_step, gen_inputs),
+            peak_memory)  # fmt: skip
+
+
+def in_torch(trainer, side, precision):
+    """The trainer in PyTorch."""
+    import torch
+
+    from benchmarks import reference
+
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.set_num_threads(fast.CORES)  # which importing fast had made one
+    peer = reference.Trainer(trainer, fused=side == "fused")
+    if side == "compiled":
+        peer.generate, peer.judge = torch.compile(peer.generate), torch.compile(peer.judge)
+    return peer
 
 
 def measure(sides, *job, rounds):
