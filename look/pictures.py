@@ -79,43 +79,34 @@ def attention_probabilities(qkv, num_heads, mask, rows):
 
     Each is a distribution over the keys. With few of them, many tokens do not need all (B, H, N, N).
     """
-    batch, tokens, width = qkv.shape
-    head = width // 3 // num_heads
-    q, k, _ = qkv.reshape(batch, tokens, 3, num_heads, head).transpose(2, 0, 3, 1, 4)  # (B, H, N, D) each
-    return ag.softmax(q[:, :, rows] * head**-0.5 @ ag.swap_last(k), None if mask is None else mask[rows])
-
-
-def percent(share):
-    """A share in two digits: 0.59%, 12%, 100%."""
-    return f"{float(f'{100 * share:.2g}'):g}%"
+    heads = ag.split_heads(qkv, 3 * num_heads)  # (B, 3H, N, D)
+    q, k = heads[:, :num_heads, rows], heads[:, num_heads : 2 * num_heads]
+    return ag.softmax(q * q.shape[-1] ** -0.5 @ ag.swap_last(k), None if mask is None else mask[rows])
 
 
 @contextlib.contextmanager
-def watched(blocks, query, side):
-    """Within this context, a list of what tokens look at in each block that runs, in order: NumPy (B, H, R, N) each.
+def watched(query, side):
+    """Within this context, a list of what tokens look at in each block that runs, in order: NumPy (H, R, n, n) each.
 
-    The attention probabilities of the [cls] token, if there is one, and of that which holds the pixel `query` of side*side.
+    The attention probabilities, of the first picture's n*n parts, of the [cls] token, if there is one, and of that which
+    holds the pixel `query` of side*side.
     """
-    seen, own = [], [block.attention for block in blocks]
+    seen, call = [], transgan.Attention.__call__
 
-    def watching(attention):
-        def call(x, mask=None, n=None):
-            grid = math.isqrt(x.shape[1])
-            token = token_at(query, side, grid)
-            # [cls] is number 0, and the others follow
-            rows = slice(0, token + 2, token + 1) if x.shape[1] > grid**2 else slice(token, token + 1)
-            seen.append(ag.to_numpy(attention_probabilities(attention.qkv(x), attention.num_heads, mask, rows).data))
-            return attention(x, mask, n)
+    def watching(self, x, mask=None, n=None):
+        grid = math.isqrt(x.shape[1])
+        token = token_at(query, side, grid)
+        # [cls] is number 0, and the others follow
+        rows = slice(0, token + 2, token + 1) if x.shape[1] > grid**2 else slice(token, token + 1)
+        looks = ag.to_numpy(attention_probabilities(self.qkv(x), self.num_heads, mask, rows))
+        seen.append(looks[0, ..., -(grid**2) :].reshape(self.num_heads, -1, grid, grid))
+        return call(self, x, mask, n)
 
-        return call
-
-    for block in blocks:
-        block.attention = watching(block.attention)
+    transgan.Attention.__call__ = watching
     try:
         yield seen
     finally:
-        for block, attention in zip(blocks, own, strict=True):
-            block.attention = attention
+        transgan.Attention.__call__ = call
 
 
 HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)])  # dark to light
@@ -133,12 +124,6 @@ def overlay(pixels, weights):
     return np.clip(0.85 * colours + 0.3 * grey, 0, 255).astype(np.uint8)
 
 
-def squares(weights):
-    """Weights of n*n tokens as they lie in the picture: (H, n*n) -> (H, n, n)."""
-    grid = math.isqrt(weights.shape[-1])
-    return weights.reshape(-1, grid, grid)
-
-
 def views(sampler, noise, query):
     """What both networks look at while they make and judge the picture of noise (1, Z).
 
@@ -147,19 +132,16 @@ def views(sampler, noise, query):
     1 in the discriminator's is what its token looks at [cls]. A network that is missing or has no attention is left out.
     """
     side, pixel, found = sampler.options.image_size, f"the token of pixel {query[0]}, {query[1]}", {}
-    generator = [block for stage in getattr(sampler.generator, "stages", []) for block in stage.blocks]
-    discriminator = getattr(sampler.discriminator, "blocks", [])
-    discriminator = [block for block in discriminator if isinstance(block, transgan.Block)]
-    with watched(generator, query, side) as makes:
+    with watched(query, side) as makes:
         picture = sampler.sample(noise)
-    with watched(discriminator, query, side) as judges, ag.no_grad():
-        if discriminator:
+    with watched(query, side) as judges, ag.no_grad():
+        if sampler.discriminator:
             sampler.discriminator(Tensor(sampler.array(picture)))
     for number, who in enumerate(("the [cls] token", pixel)):
         if judges:
-            found["discriminator", who] = [squares(p[0, :, number, 1:]) for p in judges]
+            found["discriminator", who] = [looks[:, number] for looks in judges]
     if makes:
-        found["generator", pixel] = [squares(p[0, :, 0]) for p in makes]
+        found["generator", pixel] = [looks[:, 0] for looks in makes]
     return picture[0], found
 
 
@@ -177,7 +159,7 @@ def attention(sampler, noise, query, path):
     for (network, who), maps in found.items():
         left, top = 16 + width * list(ends).index(network), ends[network]
         rows = [((f"block {k + 1}", f"{weights.shape[-1]}x{weights.shape[-1]}"),
-                 [(overlay(pixels, part), percent(part.max())) for part in (*weights, weights.mean(axis=0))])
+                 [(overlay(pixels, part), f"{part.max():.1%}") for part in (*weights, weights.mean(axis=0))])
                 for k, weights in enumerate(maps)]  # fmt: skip
         sheet.text(left, top + 14, f"{network}: {who}", 15, INK, "ls")
         top = ends[network] = sheet.grid(left, top + 28, heads, rows, factor)
