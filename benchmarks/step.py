@@ -106,11 +106,10 @@ def measure(sides, *job, rounds):
 
 def line(size, batch_size, what, row):
     """A row of the table: our number, and everybody else's with what it makes ours in comparison."""
-    unit = "s" if what in STEPS else "MB"
     cells = []
     for side in SIDES:
         value = row.get(side)
-        text = "" if value is None else f"{value:.3f} {unit}" if unit == "s" else f"{value} {unit}"
+        text = "" if value is None else f"{value:.3f} s" if what in STEPS else f"{value} MB"
         if value and side != "ours" and row.get("ours"):
             text += f" ({row['ours'] / value:.2f})"
         cells.append(f"{text:>18}")

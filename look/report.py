@@ -1,6 +1,6 @@
 """A run at a glance: its curves, its pictures over time, and one page that shows both.
 
-`update` is called by training whenever there is a new grid of samples, and reads only what already lies in the run's
+`Report.update` is called by training whenever there is a new grid of samples, and reads only what already lies in the run's
 folder: log.csv and samples/. It writes curves.png, progress.gif and report.html, each of them whole or not at all.
 
 Contents
@@ -10,7 +10,6 @@ Contents
 """
 
 import base64
-import contextlib
 import csv
 import datetime
 import html
@@ -187,30 +186,20 @@ class Report:
 
     def __init__(self, trainer, out, commands):
         self.trainer, self.out, self.commands, self.due = trainer, out, commands, 0.0
-        self.path = out / "report.html"
 
-    def draw(self, stopped=False):
-        """Draw all, from what lies in the run's folder."""
-        log, options = read_log(self.out / "log.csv"), self.trainer.options
-        curves(log, self.out / "curves.png")
-        progress(self.out / "samples", options.image_size, self.out / "progress.gif")
-        with files.whole_file(self.path) as part:
-            part.write_text(page(self.trainer, self.out, log, self.commands, stopped), "utf-8", "backslashreplace")
-
-    def update(self):
-        """Draw all, unless it was done a moment ago. What goes wrong is said and no more: the run is worth more."""
-        begun = time.monotonic()
-        if begun < self.due and self.trainer.step < self.trainer.options.steps:
+    def update(self, stopped=False):
+        """Draw all; not again within a moment, while the run goes on. What goes wrong is said, and costs no run."""
+        begun, options, path = time.monotonic(), self.trainer.options, self.out / "report.html"
+        if begun < self.due and self.trainer.step < options.steps and not stopped:
             return
         try:
-            self.draw()
+            log = read_log(self.out / "log.csv")
+            curves(log, self.out / "curves.png")
+            progress(self.out / "samples", options.image_size, self.out / "progress.gif")
+            with files.whole_file(path) as part:
+                part.write_text(page(self.trainer, self.out, log, self.commands, stopped), "utf-8", "backslashreplace")
         except Exception as error:
-            warn(f"transgan: {self.path} could not be drawn: {one_line(first_line(error))}; the run goes on")
+            if not stopped:
+                warn(f"transgan: {path} could not be drawn: {one_line(first_line(error))}; the run goes on")
         now = time.monotonic()
         self.due = now + (now - begun) / self.SHARE
-
-    def restate(self, stopped=False):
-        """Let a page that is there say whether the run goes on, if that is possible."""
-        with contextlib.suppress(Exception):
-            if self.path.exists():
-                self.draw(stopped)
