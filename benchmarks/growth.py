@@ -17,16 +17,12 @@ networks are made of such blocks. From the second stage of size S's generator, a
 import argparse
 import json
 import statistics
-import sys
 import timeit
 import tracemalloc
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from start import fast  # isort: skip
 
-import fast  # first: it decides how many threads NumPy's matrix products use
-
-import numpy as np  # isort: skip
+import numpy as np
 
 import autograd as ag
 import transgan
