@@ -10,13 +10,11 @@ installed, or cannot do a task, say so; all that answer must agree.
 """
 
 import argparse
-import multiprocessing
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+import turns
 
 WIDTHS, BATCH = (784, 512, 512, 1), 256
 
@@ -28,8 +26,25 @@ def numbers():
     return [x.astype(np.float32) for x in (rng.standard_normal((BATCH, WIDTHS[0])), *weights)]
 
 
-def network(tanh, matmul):
-    return lambda x, w1, w2, w3: matmul(tanh(matmul(tanh(matmul(x, w1)), w2)), w3)
+def tasks(tensor, tanh, matmul, gradients):
+    """Both tasks in an engine's words, as functions that return its gradients.
+
+    tensor: of an array, one that gradients are wanted of; gradients: of y towards each of xs, from which one can go on.
+    """
+    x, *weights = (tensor(a) for a in numbers())
+
+    def run(x, w1, w2, w3):
+        return matmul(tanh(matmul(tanh(matmul(x, w1)), w2)), w3).sum()
+
+    def first():
+        return gradients(run(x, *weights), weights)
+
+    def second():
+        (slope,) = gradients(run(x, *weights), [x], create_graph=True)
+        norm = (slope * slope).sum(axis=1) ** 0.5
+        return gradients(((norm - 1) ** 2).sum() / BATCH, weights)
+
+    return first, second
 
 
 def ours():
@@ -39,34 +54,14 @@ def ours():
 
     ag.use_device("cpu")
     fast.install()
-    x, *weights = (ag.Tensor(a, requires_grad=True) for a in numbers())
-    run = network(ag.tanh, ag.matmul)
-
-    def first():
-        return [g.data for g in ag.grad(run(x, *weights).sum(), weights)]
-
-    def second():
-        (slope,) = ag.grad(run(x, *weights).sum(), [x], create_graph=True)
-        norm = ag.sqrt((slope * slope).sum(axis=1))
-        return [g.data for g in ag.grad(((norm - 1) ** 2).mean(), weights)]
-
-    return first, second
+    first, second = tasks(lambda a: ag.Tensor(a, requires_grad=True), ag.tanh, ag.matmul, ag.grad)
+    return lambda: [g.data for g in first()], lambda: [g.data for g in second()]
 
 
 def pytorch():
     import torch
 
-    x, *weights = (torch.tensor(a, requires_grad=True) for a in numbers())
-    run = network(torch.tanh, torch.matmul)
-
-    def first():
-        return [g.numpy() for g in torch.autograd.grad(run(x, *weights).sum(), weights)]
-
-    def second():
-        (slope,) = torch.autograd.grad(run(x, *weights).sum(), x, create_graph=True)
-        return [g.numpy() for g in torch.autograd.grad(((slope.norm(dim=1) - 1) ** 2).mean(), weights)]
-
-    return first, second
+    return tasks(lambda a: torch.tensor(a, requires_grad=True), torch.tanh, torch.matmul, torch.autograd.grad)
 
 
 def dezero():
@@ -74,27 +69,20 @@ def dezero():
     import dezero
     import dezero.functions as F
 
-    x, *weights = (dezero.Parameter(a) for a in numbers())
-    run = network(F.tanh, F.matmul)
+    leaves = []
 
-    def first():
-        for w in weights:
-            w.cleargrad()
-        F.sum(run(x, *weights)).backward()
-        return [w.grad.data for w in weights]
+    def tensor(a):
+        leaves.append(dezero.Parameter(a))
+        return leaves[-1]
 
-    def second():
-        for w in (x, *weights):
-            w.cleargrad()
-        F.sum(run(x, *weights)).backward(create_graph=True)
-        slope = x.grad
-        for w in (x, *weights):
-            w.cleargrad()
-        norm = F.sum(slope * slope, axis=1) ** 0.5
-        (F.sum((norm - 1) ** 2) / BATCH).backward()
-        return [w.grad.data for w in weights]
+    def gradients(y, xs, create_graph=False):
+        for leaf in leaves:
+            leaf.cleargrad()
+        y.backward(create_graph=create_graph)
+        return [x.grad for x in xs]
 
-    return first, second
+    first, second = tasks(tensor, F.tanh, F.matmul, gradients)
+    return lambda: [g.data for g in first()], lambda: [g.data for g in second()]
 
 
 def hips():
@@ -103,87 +91,56 @@ def hips():
     import autograd.numpy as anp  # isort: skip
 
     x, *weights = numbers()
-    run = network(anp.tanh, anp.dot)
+
+    def run(x, w1, w2, w3):
+        return anp.dot(anp.tanh(anp.dot(anp.tanh(anp.dot(x, w1)), w2)), w3).sum()
 
     def penalty(weights):
-        slope = autograd.grad(lambda x: run(x, *weights).sum())(x)
+        slope = autograd.grad(run)(x, *weights)
         return ((anp.sqrt((slope**2).sum(axis=1)) - 1) ** 2).mean()
 
-    first, second = autograd.grad(lambda weights: run(x, *weights).sum()), autograd.grad(penalty)
+    first, second = autograd.grad(lambda weights: run(x, *weights)), autograd.grad(penalty)
     return lambda: first(weights), lambda: second(weights)
 
 
 def tinygrad():
     from tinygrad import Tensor, TinyJit
 
-    x, *weights = (Tensor(a) for a in numbers())
-    run = network(Tensor.tanh, Tensor.matmul)
+    def compiled(task):
+        run = TinyJit(lambda: tuple(g.realize() for g in task()))
+        return lambda: [g.numpy() for g in run()]
 
-    @TinyJit
-    def first():
-        return tuple(g.realize() for g in run(x, *weights).sum().gradient(*weights))
+    def gradients(y, xs, create_graph=True):  # which it does anyway
+        return y.gradient(*xs)
 
-    @TinyJit
-    def second():
-        (slope,) = run(x, *weights).sum().gradient(x)
-        norm = (slope * slope).sum(axis=1).sqrt()
-        return tuple(g.realize() for g in ((norm - 1) ** 2).mean().gradient(*weights))
-
-    return lambda: [g.numpy() for g in first()], lambda: [g.numpy() for g in second()]
+    return [compiled(task) for task in tasks(Tensor, Tensor.tanh, Tensor.matmul, gradients)]
 
 
 ENGINES = {"this project": ours, "PyTorch": pytorch, "HIPS autograd": hips, "DeZero": dezero, "tinygrad": tinygrad}
 
 
-def work(name, pipe):
-    """An engine's process: answers each task that is asked for with its seconds and gradients, or why there are none."""
-    tasks = None
-    while (task := pipe.recv()) is not None:
-        try:
-            tasks = tasks or ENGINES[name]()
-            start = time.perf_counter()
-            gradients = tasks[task]()
-            pipe.send((time.perf_counter() - start, [np.array(g) for g in gradients]))
-        except Exception as error:  # whatever an engine finds to say
-            pipe.send(((str(error).splitlines() or [type(error).__name__])[0][:40], None))
-
-
-def take_turns(rounds):
-    """{engine: [median seconds of either task, or why there are none]}; all that answer are held against the first."""
-    context, pipes, answers = multiprocessing.get_context("spawn"), {}, {}
-    for name in ENGINES:
-        pipes[name], other = context.Pipe()
-        context.Process(target=work, args=(name, other), daemon=True).start()
-    for round_ in range(rounds + 3):  # the first are for compilers
-        for task in (0, 1):
-            expected = None
-            for name, pipe in pipes.items():
-                pipe.send(task)
-                seconds, gradients = pipe.recv()
-                row = answers.setdefault(name, [[], []])
-                if gradients is None:
-                    row[task] = seconds
-                    continue
-                expected = expected or gradients
-                for a, b in zip(gradients, expected, strict=True):
-                    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max(), err_msg=name)
-                if round_ >= 3:
-                    row[task].append(seconds)
-    for pipe in pipes.values():
-        pipe.send(None)
-    return {name: [x if isinstance(x, str) else statistics.median(x) for x in row] for name, row in answers.items()}
+def make(name):
+    """An engine's two tasks, in its process, as functions that return gradients as NumPy's arrays."""
+    first, second = ENGINES[name]()
+    return lambda: [np.asarray(g) for g in first()], lambda: [np.asarray(g) for g in second()]
 
 
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds after three that are not (default 7)")
-    answers = take_turns(parser.parse_args().rounds)
+    measured, failed = turns.take_turns({name: (make, name) for name in ENGINES}, 2, parser.parse_args().rounds, untimed=3)
     print(f"{'':16}{'first':>22}{'second':>22}   (in brackets: times as long as this project)")
-    for name, row in answers.items():
-        ratios = zip(row, answers["this project"], strict=True)
-        cells = [x if isinstance(x, str) else f"{1000 * x:.1f} ms ({x / own:.2f})" for x, own in ratios]
-        print(f"{name:16}{cells[0]:>22}{cells[1]:>22}")
+    for name in ENGINES:
+        if name in failed:
+            print(f"{name:16}{failed[name]}")
+            continue
+        cells = ""
+        for (seconds, gradients), (own, expected) in zip(measured[name], measured["this project"], strict=True):
+            for a, b in zip(gradients, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max(), err_msg=name)
+            cells += f"{f'{1000 * seconds:.1f} ms ({seconds / own:.2f})':>22}"
+        print(f"{name:16}{cells}")
 
 
 if __name__ == "__main__":

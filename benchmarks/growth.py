@@ -6,27 +6,23 @@ One encoder block, forward and backward (first derivatives of all its weights), 
 networks are made of such blocks. From the second stage of size S's generator, a batch of 16 with 256 tokens of width 96 in
 4 heads, one number at a time goes up and down. Columns:
     seconds    the median of the rounds, after one that is not counted
-    peak MB    the most memory that arrays took at once beyond weights and input (on a CPU)
     linear     operations in products with weights, a multiplication and an addition each: forward 2 B 12 N C^2, and twice
                that on the way back, in units of 10^9
     attention  those in q k^T and p v and what belongs to them on the way back, where q k^T is computed once more:
                forward 2 B 2 N^2 C, back 2 B 5 N^2 C
     moved MB   the sizes of the results of all operations, forward and backward: what is written to memory at least once
+    peak MB    the most memory that arrays took at once beyond weights and input (on a CPU)
 """
 
 import argparse
 import json
 import statistics
-import sys
-import time
+import timeit
 import tracemalloc
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from start import fast  # isort: skip
 
-import fast  # first: it decides how many threads NumPy's matrix products use
-
-import numpy as np  # isort: skip
+import numpy as np
 
 import autograd as ag
 import transgan
@@ -36,6 +32,8 @@ from program.profile import profile
 BASE = {"batch": 16, "tokens": 256, "width": 96}
 SWEEPS = {"batch": (4, 16, 64), "tokens": (64, 256, 1024, 2304), "width": (24, 96, 384, 768)}
 HEADS = 4
+COLUMNS = {"grows": "<8", "batch": ">7", "tokens": ">7", "width": ">7", "seconds": ">10.5f", "linear": ">10.2f",
+           "attention": ">11.2f", "moved MB": ">10.1f", "peak MB": ">10.1f"}  # fmt: skip
 
 
 def make_pass(batch, tokens, width):
@@ -54,22 +52,19 @@ def make_pass(batch, tokens, width):
 
 def measure(batch, tokens, width, rounds):
     """A row of the table: {column: number}."""
-    run, seconds = make_pass(batch, tokens, width), []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
+    run = make_pass(batch, tokens, width)
+    _, *seconds = timeit.repeat(run, number=1, repeat=rounds + 1)
     with profile() as operations:
         run()
-    row = {"batch": batch, "tokens": tokens, "width": width, "seconds": statistics.median(seconds[1:])}
+    row = {"batch": batch, "tokens": tokens, "width": width, "seconds": statistics.median(seconds)}
+    row["linear"] = 3 * 2 * batch * 12 * tokens * width**2 / 1e9
+    row["attention"] = (2 + 5) * 2 * batch * tokens**2 * width / 1e9
+    row["moved MB"] = sum(size for _, _, size in operations.values()) / 1e6
     if ag.xp is np:
         tracemalloc.start()
         run()
         row["peak MB"] = tracemalloc.get_traced_memory()[1] / 1e6
         tracemalloc.stop()
-    row["linear"] = 3 * 2 * batch * 12 * tokens * width**2 / 1e9
-    row["attention"] = (2 + 5) * 2 * batch * tokens**2 * width / 1e9
-    row["moved MB"] = sum(size for _, _, size in operations.values()) / 1e6
     return row
 
 
@@ -82,16 +77,14 @@ def main():
     args = parser.parse_args()
     device = ag.use_device(args.device)
     fast.install()
-    rows, form = [], "{:>9.3f}" if device == "cpu" else "{:>9.5f}"
+    rows = []
     print(f"{device}, medians of {args.rounds}")
-    print("grows     batch tokens  width   seconds   peak MB    linear attention  moved MB")
+    print("".join(f"{name:{form.partition('.')[0]}}" for name, form in COLUMNS.items()))
     for name, values in SWEEPS.items():
         for value in (v for v in values if v <= args.largest):
-            row = measure(**(BASE | {name: value}), rounds=args.rounds)
-            rows.append({"grows": name} | row)
-            peak = f"{row['peak MB']:>10.1f}" if "peak MB" in row else " " * 10
-            print(f"{name:8}{row['batch']:>7}{row['tokens']:>7}{row['width']:>7} " + form.format(row["seconds"]) + peak
-                  + f"{row['linear']:>10.2f}{row['attention']:>10.2f}{row['moved MB']:>10.1f}", flush=True)  # fmt: skip
+            row = {"grows": name} | measure(**(BASE | {name: value}), rounds=args.rounds)
+            rows.append(row)
+            print("".join(f"{row[column]:{form}}" for column, form in COLUMNS.items() if column in row), flush=True)
     print(json.dumps({"device": device, "rows": rows}))
 
 

@@ -2,23 +2,35 @@
 
     python benchmarks/inception.py [--pictures 16] [--rounds 7]        (needs: pip install '.[test,parity]')
 
-The same random weights on both sides, pictures of 32x32, float32, all cores. The two take turns, after one round that is
-not timed, and the medians are compared. PyTorch's network is the one that paper/test_inception.py holds ours against.
+The same random weights on both sides, pictures of 32x32, float32, all cores. The two take turns, a process each, after a
+round that is not timed, and the medians are compared. PyTorch's network is the one that paper/test_inception.py holds
+ours against.
 """
 
 import argparse
-import statistics
-import sys
-import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from start import fast  # isort: skip
 
-import fast  # first: it decides how many threads NumPy's matrix products use
+import numpy as np
 
-import numpy as np  # isort: skip
-
+from benchmarks import turns
 from paper import inception
+
+
+def tasks(name, count):
+    """One side's task, in its process: the features of so many pictures."""
+    import torch
+
+    from paper import test_inception
+
+    torch.set_num_threads(fast.CORES)  # which importing fast had made one
+    fast.install()
+    pictures = np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
+    network = test_inception.Reference()
+    network(pictures[:1])  # draws the weights, on both sides the same
+    if name == "ours":
+        network = inception.Inception({name: x.numpy() for name, x in network.weights.items()})
+    return [lambda: network(pictures)[0]]
 
 
 def main():
@@ -27,30 +39,14 @@ def main():
     parser.add_argument("--pictures", type=int, default=16, help="pictures a call (default 16)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
     args = parser.parse_args()
-    try:
-        import torch
-    except ImportError:
-        parser.error("PyTorch is missing: pip install '.[test,parity]'")
-    from paper import test_inception  # which needs it too
-
-    torch.set_num_threads(fast.CORES)
-    fast.install()
-    pictures = np.random.default_rng(0).integers(0, 256, (args.pictures, 3, 32, 32), dtype=np.uint8)
-    theirs = test_inception.Reference()
-    theirs(pictures[:1])  # draws the weights
-    ours = inception.Inception({name: x.numpy() for name, x in theirs.weights.items()})
-    times, features = {"ours": [], "PyTorch": []}, {}
-    for round_ in range(args.rounds + 1):
-        for name, network in (("ours", ours), ("PyTorch", theirs)):
-            start = time.perf_counter()
-            features[name] = network(pictures)[0]
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(x) for name, x in times.items()}
-    apart = np.abs(features["ours"] - features["PyTorch"]).max() / np.abs(features["PyTorch"]).max()
-    print(f"{args.pictures} pictures, {fast.CORES} cores, medians of {args.rounds}: ours {medians['ours']:.2f} s, "
-          f"PyTorch {medians['PyTorch']:.2f} s, ratio {medians['ours'] / medians['PyTorch']:.2f}; features agree to "
-          f"{apart:.0e}")  # fmt: skip
+    sides = {name: (tasks, name, args.pictures) for name in ("ours", "PyTorch")}
+    measured, failed = turns.take_turns(sides, 1, args.rounds)
+    for name, why in failed.items():
+        parser.error(f"{name}: {why}; this needs pip install '.[test,parity]'")
+    ((ours, our_features),), ((theirs, their_features),) = measured["ours"], measured["PyTorch"]
+    apart = np.abs(our_features - their_features).max() / np.abs(their_features).max()
+    print(f"{args.pictures} pictures, {fast.CORES} cores, medians of {args.rounds}: ours {ours:.2f} s, "
+          f"PyTorch {theirs:.2f} s, ratio {ours / theirs:.2f}; features agree to {apart:.0e}")  # fmt: skip
 
 
 if __name__ == "__main__":

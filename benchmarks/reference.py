@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import autograd as ag
-import data
 import transgan
 
 
@@ -42,7 +41,7 @@ def block(p, name, x, num_heads, fused=False, mask=None):
     qkv = linear(p, name + ".attention.qkv", norm(p, name + ".norm1", x))
     q, k, v = qkv.reshape(batch, tokens, 3, num_heads, width // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
     if fused:
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, mask)
     else:
         scores = (q @ k.transpose(-2, -1)) * (width // num_heads) ** -0.5
         out = (scores if mask is None else scores.masked_fill(~mask, -1e9)).softmax(dim=-1) @ v
@@ -83,8 +82,8 @@ def discriminator(p, pictures, depth, patch_size, num_heads=4, fused=False):
 def diff_augment(x, policy, draws):
     """All pictures at once, by indices into a copy with a margin of 1, in the order of `policy`; draws as ours."""
     side, batch = x.shape[-1], torch.arange(len(x), device=x.device)[:, None, None]
-    pixel, draws = torch.arange(side, device=x.device), torch.as_tensor(draws, device=x.device)
-    brightness, saturation, contrast = draws[:, :3].to(x.dtype).T[..., None, None, None]  # (B, 1, 1, 1) each
+    pixel = torch.arange(side, device=x.device)
+    brightness, saturation, contrast = draws[:, :3].T[..., None, None, None]  # (B, 1, 1, 1) each
     down, right, row, column = draws[:, 3:].long().T[..., None]  # (B, 1) each
     for name in policy.split(","):
         if name == "color":
@@ -123,84 +122,81 @@ def generator_loss(on_fake, loss):
     return -on_fake.mean()
 
 
-class Trainer:
-    """transgan.Trainer's steps in PyTorch, from the same first weights and with the same draws."""
+class Trainer(transgan.Trainer):
+    """A trainer's twin, from the same first weights: networks, losses, gradients and Adam are PyTorch's.
 
-    def __init__(self, trainer):
-        options, pictures = trainer.options, trainer.batches.pictures
+    What a step needs from outside, and the order of what is done in it, it has from transgan.Trainer. fused: attention is
+    PyTorch's fused one wherever that will do, which has no second derivative. Raises ValueError for other windows of
+    locality than one in the last stage.
+    """
+
+    def __init__(self, trainer, fused=False):
+        options = trainer.options
         if options.locality != "none" and (options.locality_stages, options.locality_shape) != (1, "window"):
             raise ValueError("in PyTorch, locality is windows in the last stage")
-        self.options, self.size, self.draws = options, transgan.SIZES[options.size], trainer.draws
-        self.depths = transgan.stage_depths(options.size, options.image_size)
-        self.batches = data.Batches(pictures, options.batch_size, options.seed)  # its own: they know one epoch at a time
+        self.options, self.generator, self.batches = options, trainer.generator, trainer.batches
         if options.sr_weight:
-            self.co_batches = data.Batches(pictures, options.gen_batch_size, options.seed, "co-training order")
+            self.co_batches = trainer.co_batches
+        self.size, self.fused, self.mask = transgan.SIZES[options.size], fused, None
+        self.depths = transgan.stage_depths(options.size, options.image_size)
         self.g, self.d = parameters(trainer.gen_parameters), parameters(trainer.disc_parameters)
         self.average = {name: p.detach().clone() for name, p in self.g.items()}
         self.adams = [torch.optim.Adam(p.values(), betas=(0.0, options.beta2), eps=1e-8) for p in (self.g, self.d)]
         self.step, self.norms = 0, []
 
-    def tensor(self, array):
-        return torch.as_tensor(array, dtype=self.g["to_rgb.bias"].dtype, device=self.g["to_rgb.bias"].device)
+    def array(self, values):
+        return torch.as_tensor(values, dtype=self.g["to_rgb.bias"].dtype, device=self.g["to_rgb.bias"].device)
+
+    def set_window(self):
+        """So many pixels either way in the last stage."""
+        half_width, pixel = transgan.half_width_at(self.options, self.step), torch.arange(self.options.image_size)
+        place = torch.cartesian_prod(pixel, pixel).double()
+        near = torch.cdist(place, place, p=math.inf) <= (half_width or math.inf)
+        self.mask = near.to(self.g["to_rgb.bias"].device) if half_width else None
 
     def generate(self, z, small=None, parameters=None):
-        """With the window that the schedule has for this step: so many pixels either way in the last stage."""
-        mask, side = None, self.options.image_size
-        windows = (half_width for half_width, end in transgan.locality_phases(self.options) if self.step < end)
-        if half_width := next(windows, None):
-            place = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).flatten(1).double()
-            mask = (torch.cdist(place.T, place.T, p=math.inf) <= half_width).to(self.g["to_rgb.bias"].device)
-        return generator(parameters or self.g, z, self.depths, small=small, mask=mask)
+        return generator(parameters or self.g, z, self.depths, fused=self.fused, small=small, mask=self.mask)
 
     def sample(self, z):
         """Pictures of the averaged generator from noise (n, Z), 64 at a time: NumPy (n, 3, H, W)."""
         with torch.no_grad():
-            parts = [self.generate(part, parameters=self.average) for part in self.tensor(z).split(64)]
+            parts = [self.generate(part, parameters=self.average) for part in self.array(z).split(64)]
         return torch.cat(parts).cpu().numpy()
 
-    def discriminate(self, x, draws=None):
+    def discriminate(self, x, draws, fused=False):
         if self.options.diff_aug != "none":
             x = diff_augment(x, self.options.diff_aug, draws)
-        return discriminator(self.d, x, self.size.disc_depth, self.options.patch_size)
+        return discriminator(self.d, x, self.size.disc_depth, self.options.patch_size, fused=fused)
 
-    def update(self, loss, parameters, adam):
+    def judge(self, x, draws):
+        """`discriminate` where first derivatives are enough."""
+        return self.discriminate(x, draws, self.fused)
+
+    def descend(self, loss, parameters, adam, rate):
         for p, gradient in zip(parameters.values(), torch.autograd.grad(loss, parameters.values()), strict=True):
             p.grad = gradient
         self.norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), transgan.MAX_NORM))
-        adam.param_groups[0]["lr"] = self.options.learning_rate * (
-            1 - self.step / self.options.steps if self.options.decay == "linear" else 1
-        )
+        adam.param_groups[0]["lr"] = rate
         adam.step()
         adam.zero_grad()
         return loss.item()
 
-    def train_step(self):
-        options, rng = self.options, data.random_stream("step", self.options.seed, self.step)
-        for i in range(options.disc_steps):
-            real = self.batches[self.step * options.disc_steps + i]
-            flipped = rng.random(len(real)) < 0.5
-            real[flipped] = real[flipped, :, :, ::-1]
-            mix = self.tensor(rng.random((len(real), 1, 1, 1)))
-            z = self.tensor(rng.standard_normal((len(real), self.size.embed_dim)))
-            fake, draws = self.generate(z).detach(), iter(self.draws((len(real), 3), rng).swapaxes(0, 1))
-            loss = discriminator_loss(
-                lambda x, draws=draws: self.discriminate(x, next(draws)), self.tensor(real), fake, options.loss, mix
-            )
-            disc_loss = self.update(loss, self.d, self.adams[1])
-        z = self.tensor(rng.standard_normal((options.gen_batch_size, self.size.embed_dim)))
-        on_fake = self.discriminate(self.generate(z), self.draws((options.gen_batch_size,), rng))
-        loss = generator_loss(on_fake, options.loss)
-        if options.sr_weight:
-            real = self.co_batches[self.step]
-            flipped = rng.random(len(real)) < 0.5
-            real[flipped] = real[flipped, :, :, ::-1]
-            real = self.tensor(real)
-            small = F.avg_pool2d(real, 2 ** (len(self.depths) - 2))
-            restored = self.generate(None, small)
-            loss = loss + options.sr_weight * F.mse_loss(restored, real)
-        gen_loss = self.update(loss, self.g, self.adams[0])
+    def discriminator_step(self, inputs, rate):
+        real, z, mix, draws = (self.array(x) for x in inputs)
+        with torch.no_grad():
+            fake = self.generate(z)
+        rows = iter(draws.swapaxes(0, 1))
+        loss = discriminator_loss(lambda x: self.discriminate(x, next(rows)), real, fake, self.options.loss, mix)
+        return {"disc_loss": self.descend(loss, self.d, self.adams[1], rate)}
+
+    def generator_step(self, inputs, rate):
+        z, draws, *real = (self.array(x) for x in inputs)
+        loss = generator_loss(self.judge(self.generate(z), draws), self.options.loss)
+        for pictures in real:
+            small = F.avg_pool2d(pictures, 2 ** (len(self.depths) - 2))
+            loss = loss + self.options.sr_weight * F.mse_loss(self.generate(None, small), pictures)
+        loss = self.descend(loss, self.g, self.adams[0], rate)
         with torch.no_grad():
             for name, p in self.g.items():
-                self.average[name].lerp_(p, 1 - options.ema_decay)
-        self.step += 1
-        return {"disc_loss": disc_loss, "gen_loss": gen_loss}
+                self.average[name].lerp_(p, 1 - self.options.ema_decay)
+        return {"gen_loss": loss}

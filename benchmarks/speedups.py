@@ -8,42 +8,39 @@ divided by those of the step with everything. 1.30 means that without this speed
 
 import argparse
 import functools
-import statistics
 
 import step
 
 import autograd as ag
 import fast
 import transgan
+from benchmarks import turns
 from fast import cpu, forms
 
 
-def without(name):
-    """Take the speed-up `name` away from this process: a fast form gives way to its definition."""
-    if name in OPERATIONS:
-        del forms.FORMS[getattr(ag, name)]
-    elif name == "few tokens' scores held":
-        cpu.FEW_TOKENS = 0
-    elif name == "cache-sized pieces":
-        cpu.CACHE = 1 << 40
-    elif name == "kept memory":
-        cpu.keep_freed_memory = lambda: None
-    elif name == "threads":
-        step.trainer_of = functools.partial(step.trainer_of, threads=1)
-    elif name == "[cls] alone in the last block":
-        call = transgan.Block.__call__
-        transgan.Block.__call__ = lambda self, x, mask=None, n=None: transgan.first_tokens(call(self, x, mask), n)
+def finish_all_tokens():
+    """Also in the last block, of which [cls] alone is read."""
+    call = transgan.Block.__call__
+    transgan.Block.__call__ = lambda self, x, mask=None, n=None: transgan.first_tokens(call(self, x, mask), n)
 
 
-OPERATIONS = ("attention", "gelu", "layer_norm", "adam_update")
-SPEEDUPS = (*OPERATIONS, "few tokens' scores held", "cache-sized pieces", "kept memory", "threads",
-            "[cls] alone in the last block")  # fmt: skip
+# What takes a speed-up away from a process; without its fast form, an operation is its definition.
+WITHOUT = {
+    **{name: functools.partial(forms.FORMS.pop, getattr(ag, name))
+       for name in ("attention", "gelu", "layer_norm", "adam_update")},
+    "few tokens' scores held": lambda: setattr(cpu, "FEW_TOKENS", 0),
+    "cache-sized pieces": lambda: setattr(cpu, "CACHE", 1 << 40),
+    "kept memory": lambda: setattr(cpu, "keep_freed_memory", lambda: None),
+    "threads": lambda: setattr(step, "trainer_of", functools.partial(step.trainer_of, threads=1)),
+    "[cls] alone in the last block": finish_all_tokens,
+}  # fmt: skip
 
 
-def work(name, size, batch_size, pipe):
-    """A variant's process."""
-    without(name)
-    step.serve(step.our_steps(size, batch_size), pipe)
+def tasks(name, size, batch_size):
+    """A variant's two steps, in its process."""
+    if name in WITHOUT:
+        WITHOUT[name]()
+    return step.tasks("ours", size, batch_size)
 
 
 def main():
@@ -55,11 +52,11 @@ def main():
     args = parser.parse_args()
     print(f"size {args.size}, batch {args.batch_size}, {fast.CORES} cores, medians of {args.rounds} rounds")
     print(f"{'without':32}" + "".join(f"{name:>22}" for name in step.STEPS))
-    for name in SPEEDUPS:
-        sides = {"everything": (work, None), name: (work, name)}
-        times = step.take_turns({s: (f, (x, args.size, args.batch_size)) for s, (f, x) in sides.items()}, args.rounds)
-        medians = [[statistics.median(times[what][side]) for side in (name, "everything")] for what in step.STEPS]
-        ratios = [alone / everything for alone, everything in medians]
+    for name in WITHOUT:
+        sides = {side: (tasks, side, args.size, args.batch_size) for side in ("everything", name)}
+        measured, _ = turns.take_turns(sides, len(step.STEPS), args.rounds)
+        pairs = zip(measured[name], measured["everything"], strict=True)
+        ratios = [alone / everything for (alone, _), (everything, _) in pairs]
         print(f"{name:32}" + "".join(f"{ratio:>22.2f}" for ratio in ratios), flush=True)
 
 

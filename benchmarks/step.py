@@ -16,25 +16,22 @@ left out of its row. With --precision tf32, which GPUs have, all sides multiply 
 
 import argparse
 import json
-import multiprocessing
-import statistics
 import sys
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from start import fast  # isort: skip
 
-import fast  # first: it decides how many threads NumPy's matrix products use
-
-import numpy as np  # isort: skip
+import numpy as np
 
 import autograd as ag
 import transgan
+from benchmarks import turns
 from fast import recording
 from program.options import Options
 from program.trainer import make_trainer as trainer_of
 
 STEPS = ("discriminator step", "generator step")
+TASKS = (*STEPS, "peak memory")
 SIDES = ("ours", "eager", "fused", "compiled")
 STATUS = Path("/proc/self/status")  # where Linux keeps a process's resident memory
 
@@ -46,129 +43,71 @@ def make_trainer(size, batch_size):
     return trainer_of(options, pictures)
 
 
-def our_steps(size, batch_size, precision="float32"):
-    """Our two steps on random pictures: functions that return when their results are there, in the order of STEPS."""
-    fast.install(precision)
+def memory():
+    """Megabytes that this process holds, and at most held; on a GPU, in its memory pools. (0, None) where none can tell."""
+    if "torch" in sys.modules and ag.xp is not np:
+        cuda = sys.modules["torch"].cuda
+        return cuda.memory_allocated() / 1e6, cuda.max_memory_reserved() / 1e6
+    if ag.xp is not np:
+        pools = ag.xp.get_default_memory_pool(), recording.pool()
+        return sum(pool.used_bytes() for pool in pools) / 1e6, sum(pool.total_bytes() for pool in pools) / 1e6
+    if not STATUS.exists():
+        return 0, None
+    fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return tuple(int(fields[name].removesuffix("kB")) / 1000 for name in ("VmRSS", "VmHWM"))
+
+
+def tasks(side, size, batch_size, device="cpu", precision="float32"):
+    """One side's TASKS, as functions that return when their results are there; the steps are on random pictures."""
+    ag.use_device(device)
+    if side == "ours":
+        fast.install(precision)
     trainer = make_trainer(size, batch_size)
     (disc_inputs, *_), gen_inputs = trainer.inputs(0)
+    if side != "ours":
+        trainer = in_torch(trainer, side, precision)
+    before, _ = memory()
 
     def run(step, inputs):
         return [float(x) for x in step(inputs, 1e-4).values() if x is not None]  # on a GPU, wait for it
 
-    return lambda: run(trainer.discriminator_step, disc_inputs), lambda: run(trainer.generator_step, gen_inputs)
+    def peak_memory():
+        _, most = memory()
+        return most and round(most - before)
+
+    return (lambda: run(trainer.discriminator_step, disc_inputs), lambda: run(trainer.generator_step, gen_inputs),
+            peak_memory)  # fmt: skip
 
 
-def torch_steps(side, size, batch_size, precision):
-    """The same two steps in PyTorch."""
+def in_torch(trainer, side, precision):
+    """The trainer in PyTorch."""
     import torch
 
     from benchmarks import reference
 
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.set_num_threads(fast.CORES)  # which importing fast had made one
-    peer = reference.Trainer(make_trainer(size, batch_size))
-    dimensions, device, fused = peer.size, "cuda" if ag.xp is not np else "cpu", side == "fused"
-    real = peer.tensor(peer.batches[0])
-
-    def generate(z):
-        return reference.generator(peer.g, z, dimensions.depths, fused=fused)
-
-    def judge(x):
-        return reference.discriminator(peer.d, x, dimensions.disc_depth, 4, fused=fused)
-
+    peer = reference.Trainer(trainer, fused=side == "fused")
     if side == "compiled":
-        generate, judge = torch.compile(generate), torch.compile(judge)
-
-    def noise():
-        return torch.randn(batch_size, dimensions.embed_dim, device=device)
-
-    def discriminator_step():
-        with torch.no_grad():
-            fake = generate(noise())
-        mix = torch.rand(batch_size, 1, 1, 1, device=device)
-        loss = reference.discriminator_loss(peer.discriminate, real, fake, "wgangp-eps", mix)
-        return peer.update(loss, peer.d, peer.adams[1])
-
-    def generator_step():
-        loss = reference.generator_loss(judge(generate(noise())), "wgangp-eps")
-        return peer.update(loss, peer.g, peer.adams[0])
-
-    return discriminator_step, generator_step
+        peer.generate, peer.judge = torch.compile(peer.generate), torch.compile(peer.judge)
+    return peer
 
 
-def resident(field):
-    """A line of this process's status in MB: VmRSS, resident memory now, or VmHWM, its peak; on a GPU, of its pools."""
-    if ag.xp is not np:
-        pools, torch = (ag.xp.get_default_memory_pool(), recording.pool()), sys.modules.get("torch")
-        now, peak = (sum(x) for x in zip(*((pool.used_bytes(), pool.total_bytes()) for pool in pools), strict=True))
-        if torch:
-            now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_reserved()
-        return (now if field == "VmRSS" else peak) / 1e6
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1000
-
-
-def work(side, size, batch_size, device, precision, pipe):
-    """One side's process."""
-    ag.use_device(device)
-    job = size, batch_size, precision
-    serve(our_steps(*job) if side == "ours" else torch_steps(side, *job), pipe)
-
-
-def serve(steps, pipe):
-    """Run the step that is asked for and answer with its seconds; at last, with this process's megabytes."""
-    measured = STATUS.exists() or ag.xp is not np
-    before = resident("VmRSS") if measured else 0
-    while (step := pipe.recv()) is not None:
-        start = time.perf_counter()
-        steps[step]()
-        pipe.send(time.perf_counter() - start)
-    pipe.send(round(resident("VmHWM") - before) if measured else None)
-
-
-def take_turns(sides, rounds):
-    """Times of `sides`, {name: (function of a process that serves, its arguments but for the pipe)}, step by step in turn.
-
-    Returns {what: {side: ...}}: lists of seconds for each of STEPS, and the megabytes of "peak memory". A side that ends
-    early is left out.
-    """
-    context, pipes = multiprocessing.get_context("spawn"), {}
-    for side, (function, arguments) in sides.items():
-        pipes[side], other = context.Pipe()
-        context.Process(target=function, args=(*arguments, other), daemon=True).start()
-        other.close()  # so that a process that ends early is heard of
-    times = {step: {side: [] for side in sides} for step in STEPS}
-    for round_ in range(rounds + 1):
-        for i, step in enumerate(STEPS):
-            for side in list(pipes):
-                try:
-                    pipes[side].send(i)
-                    seconds = pipes[side].recv()
-                except (EOFError, OSError):
-                    print(f"{side} ended early", file=sys.stderr)
-                    del pipes[side]
-                    continue
-                if round_:
-                    times[step][side].append(seconds)
-    for pipe in pipes.values():
-        pipe.send(None)
-    whole = {step: {side: times[step][side] for side in pipes} for step in STEPS}
-    return whole | {"peak memory": {side: pipe.recv() for side, pipe in pipes.items()}}
-
-
-def measure(sides, size, batch_size, device, precision, rounds):
-    """{what: {side: number}} of the medians in seconds for each of STEPS, and of the megabytes of "peak memory"."""
-    times = take_turns({side: (work, (side, size, batch_size, device, precision)) for side in sides}, rounds)
-    return times | {step: {side: statistics.median(x) for side, x in times[step].items()} for step in STEPS}
+def measure(sides, *job, rounds):
+    """{task: {side: number}}: the medians in seconds of both steps, and the megabytes of "peak memory"."""
+    measured, failed = turns.take_turns({side: (tasks, side, *job) for side in sides}, len(TASKS), rounds)
+    for side, why in failed.items():
+        print(f"{side}: {why}", file=sys.stderr)
+    rows = {step: {side: row[i][0] for side, row in measured.items()} for i, step in enumerate(STEPS)}
+    return rows | {"peak memory": {side: row[-1][1] for side, row in measured.items()}}
 
 
 def line(size, batch_size, what, row):
     """A row of the table: our number, and everybody else's with what it makes ours in comparison."""
-    unit = "s" if what in STEPS else "MB"
     cells = []
     for side in SIDES:
         value = row.get(side)
-        text = "" if value is None else f"{value:.3f} {unit}" if unit == "s" else f"{value} {unit}"
+        text = "" if value is None else f"{value:.3f} s" if what in STEPS else f"{value} MB"
         if value and side != "ours" and row.get("ours"):
             text += f" ({row['ours'] / value:.2f})"
         cells.append(f"{text:>18}")
@@ -194,7 +133,7 @@ def main():
     results = []
     for size in sizes:
         for batch_size in map(int, args.batch_sizes.split(",")):
-            rows = measure(sides, size, batch_size, args.device, args.precision, args.rounds)
+            rows = measure(sides, size, batch_size, args.device, args.precision, rounds=args.rounds)
             for what, row in rows.items():
                 print(line(size, batch_size, what, row), flush=True)
             results.append({"size": size, "batch_size": batch_size, "device": device, "precision": args.precision} | rows)

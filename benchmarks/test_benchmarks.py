@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, turns
 from program.support import on_posix
 from test_transgan import on_cpu
 
@@ -22,6 +23,15 @@ def run(script, *arguments):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def test_sides_that_fail_are_left_out():
+    """Whether they say why or not; the others go on."""
+    sides = {"right": (list, [dict]), "wrong": (int, "x"), "gone": (os._exit, 3)}
+    measured, failed = turns.take_turns(sides, tasks=1, rounds=2)
+    assert failed == {"wrong": "invalid literal for int() with base 10: 'x'", "gone": "ended early"}
+    ((seconds, result),) = measured.pop("right")
+    assert (seconds > 0, result, measured) == (True, {}, {})
 
 
 @on_cpu

@@ -14,21 +14,18 @@ processor's, and of training alone, so that other programs matter little.
 
 import argparse
 import csv
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from start import fast  # isort: skip
 
-import fast  # first: it decides how many threads NumPy's matrix products use
-
-import numpy as np  # isort: skip
+import numpy as np
 
 import data
 import transgan
 from data import UserError
-from look.drawing import BLUE, GREEN, MUTED, ORANGE, Sheet
-from look.report import LEFT, LOW, RIGHT, WIDTH, panel, ticks
+from look.drawing import BLUE, GREEN, ORANGE
+from look.plot import plot
 from program import options
 from program.run import JUDGED
 from program.trainer import make_networks
@@ -71,26 +68,14 @@ def compare(chosen, pictures, every, nudge, dtype):
             yield [(chosen.seed, step, name, seconds[name], distances[name]) for name in sides]
 
 
-def draw(rows, path):
-    """The curves of these rows: for each seed, the distance over steps and over seconds."""
-    panels = [(seed, x) for seed in dict.fromkeys(row[0] for row in rows) for x in ("step", "seconds")]
-    sheet, top = Sheet(WIDTH, 16 + len(panels) * (LOW + 24)), 8
-    for seed, x in panels:
-        here, lines = [row for row in rows if row[0] == seed], {}
-        for name in dict.fromkeys(row[2] for row in here):
-            points = [(row[COLUMNS.index(x)], row[4]) for row in here if row[2] == name]
-            lines[name, COLOURS.get(name, GREEN)] = np.array(points, float).T
-        end = max(1, *(line[0, -1] for line in lines.values()))
-        axis = ticks(0, end, 8)
-
-        def across(value, end=end):
-            return LEFT + value / end * (WIDTH - LEFT - RIGHT)
-
-        panel(sheet, top, LOW, f"seed {seed}: distance over {x.removesuffix('s')}s", lines, axis, across)
-        for value in axis:
-            sheet.text(across(value), top + LOW - 4, f"{value:,.6g}", 13, MUTED, "ma")
-        top += LOW + 24
-    sheet.save(path)
+def draw(curves, path):
+    """For each seed, the distance over steps and over seconds. curves: {seed: {side: [(step, seconds, distance), ...]}}."""
+    panels = []
+    for seed, sides in curves.items():
+        for i, x in enumerate(("step", "seconds")):
+            lines = {(name, COLOURS.get(name, GREEN)): np.array(rows).T[[i, 2]] for name, rows in sides.items()}
+            panels.append((f"seed {seed}: distance", x, max(1, *(line[0, -1] for line in lines.values())), lines))
+    plot(panels, path)
 
 
 def seeds(text):
@@ -122,7 +107,7 @@ def main():
     except (OSError, UserError) as error:
         parser.error(str(error))
     fast.install()
-    rows = []
+    curves = {}
     with (args.out / "distances.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(COLUMNS)
@@ -130,10 +115,10 @@ def main():
             for measured in compare(chosen, pictures, args.every, args.nudge, np.float64 if args.float64 else np.float32):
                 table.writerows(measured)
                 file.flush()
-                for row in measured:
-                    print("seed {}, step {:>5}: {:12} {:8.1f} s, distance {:.4f}".format(*row), flush=True)
-                rows += measured
-                draw(rows, args.out / "training.png")
+                for seed, step, side, seconds, distance in measured:
+                    curves.setdefault(seed, {}).setdefault(side, []).append((step, seconds, distance))
+                    print(f"seed {seed}, step {step:>5}: {side:12} {seconds:8.1f} s, distance {distance:.4f}", flush=True)
+                draw(curves, args.out / "training.png")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from store import files
 
 INK, MUTED, FAINT, PAPER = (33, 37, 41), (108, 117, 125), (228, 231, 235), (255, 255, 255)
 BLUE, RED, GREEN, ORANGE = (0, 104, 173), (209, 73, 30), (0, 138, 102), (214, 137, 16)  # apart for colour-blind eyes, too
+GUTTER = 60  # for the texts on the left of a grid
 
 
 @functools.cache
@@ -50,10 +51,29 @@ class Sheet:
         """Pixels (H, W, 3), each a square of `factor`."""
         self.image.paste(Image.fromarray(enlarged(pixels, 2 * factor)), (round(2 * x), round(2 * y)))
 
-    def save(self, path):
-        """Write a PNG, which appears when it is whole."""
+    def grid(self, x, y, heads, rows, factor):
+        """Pictures in rows and columns, each pixel a square of `factor`, with `heads` above them; returns where they end.
+
+        rows: [((two lines of text on the left), [(pixels (S, S, 3), text below them), ...]), ...]
+        """
+        for label, pictures in rows:
+            side = factor * len(pictures[0][0])
+            self.text(x, y + side / 2 + 14, label[0], 12, INK, "ls")
+            self.text(x, y + side / 2 + 30, label[1], 12, MUTED, "ls")
+            for head, (pixels, below) in zip(heads, pictures, strict=True):
+                self.text(x + GUTTER + side / 2, y + 10, head, 12, MUTED, "ms")
+                self.picture(x + GUTTER, y + 16, pixels, factor)
+                self.text(x + GUTTER + side / 2, y + side + 30, below, 11, MUTED, "ms")
+                x += side + 8
+            x -= len(pictures) * (side + 8)
+            y, heads = y + side + 24, len(heads) * [""]
+        return y + 36
+
+    def save(self, path, height=None):
+        """Write a PNG, of no more than `height`, which appears when it is whole."""
+        image = self.image.crop((0, 0, self.image.width, 2 * int(height))) if height else self.image
         with files.whole_file(path) as part:
-            self.image.reduce(2).save(part, "PNG")
+            image.reduce(2).save(part, "PNG")
 
 
 def enlarged(pixels, factor):
@@ -72,23 +92,19 @@ CAPTION = 22  # height of an animation's captions
 def save_animation(frames, path, factor, durations, captions=None):
     """Write frames, bytes (n, H, W, 3), as a GIF that repeats, each pixel a square of `factor`.
 
-    durations: milliseconds of each frame; captions: a line of text under each. One palette of 240 colours serves all
-    frames, and 16 greys more the captions. The file appears when it is whole.
+    durations: milliseconds of each frame; captions: a line of text under each. All frames have the same palette of 256
+    colours, so that nothing flickers. The file appears when it is whole.
     """
-    count, height, width, _ = frames.shape
-    pixels = frames.reshape(-1, 3)
-    some = pixels[np.linspace(0, len(pixels) - 1, 20_000).astype(int)]  # will do to choose colours by
-    chosen = Image.fromarray(some[None]).quantize(240)
-    tall = Image.fromarray(frames.reshape(-1, width, 3)).quantize(palette=chosen, dither=Image.Dither.NONE)
-    palette = (chosen.getpalette() + 720 * [0])[:720] + [level for level in range(0, 256, 17) for _ in range(3)]
     made = []
-    for i, indices in enumerate(np.asarray(tall).reshape(count, height, width)):
-        indices = indices.repeat(factor, 0).repeat(factor, 1)
+    for number, pixels in enumerate(enlarged(frames, factor)):
+        height, width, _ = pixels.shape
+        frame = Image.new("RGB", (width, height + (CAPTION if captions else 0)), (17, 17, 17))
+        frame.paste(Image.fromarray(pixels))
         if captions:
-            strip = Image.new("L", (indices.shape[1], CAPTION), 17)
-            ImageDraw.Draw(strip).text((6, CAPTION // 2), captions[i], 238, font(14), "lm")
-            indices = np.concatenate([indices, 240 + np.asarray(strip) // 17])
-        made.append(Image.fromarray(indices.astype(np.uint8)))
-        made[-1].putpalette(palette)
+            ImageDraw.Draw(frame).text((6, height + CAPTION // 2), captions[number], (238, 238, 238), font(14), "lm")
+        made.append(frame)
+    some = np.concatenate([np.asarray(frame).reshape(-1, 3)[:: 5 * len(made)] for frame in made])  # to choose colours by
+    palette = Image.fromarray(some[None]).quantize(256)
+    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in made)
     with files.whole_file(path) as part:
-        made[0].save(part, "GIF", save_all=True, append_images=made[1:], duration=durations, loop=0)
+        first.save(part, "GIF", save_all=True, append_images=others, duration=durations, loop=0)

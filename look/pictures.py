@@ -79,43 +79,34 @@ def attention_probabilities(qkv, num_heads, mask, rows):
 
     Each is a distribution over the keys. With few of them, many tokens do not need all (B, H, N, N).
     """
-    batch, tokens, width = qkv.shape
-    head = width // 3 // num_heads
-    q, k, _ = qkv.reshape(batch, tokens, 3, num_heads, head).transpose(2, 0, 3, 1, 4)  # (B, H, N, D) each
-    return ag.softmax(q[:, :, rows] * head**-0.5 @ ag.swap_last(k), None if mask is None else mask[rows])
-
-
-def percent(share):
-    """A share in two digits: 0.59%, 12%, 100%."""
-    return f"{float(f'{100 * share:.2g}'):g}%"
+    heads = ag.split_heads(qkv, 3 * num_heads)  # (B, 3H, N, D)
+    q, k = heads[:, :num_heads, rows], heads[:, num_heads : 2 * num_heads]
+    return ag.softmax(q * q.shape[-1] ** -0.5 @ ag.swap_last(k), None if mask is None else mask[rows])
 
 
 @contextlib.contextmanager
-def watched(blocks, query, side):
-    """Within this context, a list of what tokens look at in each block that runs, in order: NumPy (B, H, R, N) each.
+def watched(query, side):
+    """Within this context, a list of what tokens look at in each block that runs, in order: NumPy (H, R, n, n) each.
 
-    The attention probabilities of the [cls] token, if there is one, and of that which holds the pixel `query` of side*side.
+    The attention probabilities, of the first picture's n*n parts, of the [cls] token, if there is one, and of that which
+    holds the pixel `query` of side*side.
     """
-    seen, own = [], [block.attention for block in blocks]
+    seen, call = [], transgan.Attention.__call__
 
-    def watching(attention):
-        def call(x, mask=None, n=None):
-            grid = math.isqrt(x.shape[1])
-            token = token_at(query, side, grid)
-            # [cls] is number 0, and the others follow
-            rows = slice(0, token + 2, token + 1) if x.shape[1] > grid**2 else slice(token, token + 1)
-            seen.append(ag.to_numpy(attention_probabilities(attention.qkv(x), attention.num_heads, mask, rows).data))
-            return attention(x, mask, n)
+    def watching(self, x, mask=None, n=None):
+        grid = math.isqrt(x.shape[1])
+        token = token_at(query, side, grid)
+        # [cls] is number 0, and the others follow
+        rows = slice(0, token + 2, token + 1) if x.shape[1] > grid**2 else slice(token, token + 1)
+        looks = ag.to_numpy(attention_probabilities(self.qkv(x), self.num_heads, mask, rows))
+        seen.append(looks[0, ..., -(grid**2) :].reshape(self.num_heads, -1, grid, grid))
+        return call(self, x, mask, n)
 
-        return call
-
-    for block in blocks:
-        block.attention = watching(block.attention)
+    transgan.Attention.__call__ = watching
     try:
         yield seen
     finally:
-        for block, attention in zip(blocks, own, strict=True):
-            block.attention = attention
+        transgan.Attention.__call__ = call
 
 
 HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)])  # dark to light
@@ -133,12 +124,6 @@ def overlay(pixels, weights):
     return np.clip(0.85 * colours + 0.3 * grey, 0, 255).astype(np.uint8)
 
 
-def squares(weights):
-    """Weights of n*n tokens as they lie in the picture: (H, n*n) -> (H, n, n)."""
-    grid = math.isqrt(weights.shape[-1])
-    return weights.reshape(-1, grid, grid)
-
-
 def views(sampler, noise, query):
     """What both networks look at while they make and judge the picture of noise (1, Z).
 
@@ -147,19 +132,16 @@ def views(sampler, noise, query):
     1 in the discriminator's is what its token looks at [cls]. A network that is missing or has no attention is left out.
     """
     side, pixel, found = sampler.options.image_size, f"the token of pixel {query[0]}, {query[1]}", {}
-    generator = [block for stage in getattr(sampler.generator, "stages", []) for block in stage.blocks]
-    discriminator = getattr(sampler.discriminator, "blocks", [])
-    discriminator = [block for block in discriminator if isinstance(block, transgan.Block)]
-    with watched(generator, query, side) as makes:
+    with watched(query, side) as makes:
         picture = sampler.sample(noise)
-    with watched(discriminator, query, side) as judges, ag.no_grad():
-        if discriminator:
+    with watched(query, side) as judges, ag.no_grad():
+        if sampler.discriminator:
             sampler.discriminator(Tensor(sampler.array(picture)))
     for number, who in enumerate(("the [cls] token", pixel)):
         if judges:
-            found["discriminator", who] = [squares(p[0, :, number, 1:]) for p in judges]
+            found["discriminator", who] = [looks[:, number] for looks in judges]
     if makes:
-        found["generator", pixel] = [squares(p[0, :, 0]) for p in makes]
+        found["generator", pixel] = [looks[:, 0] for looks in makes]
     return picture[0], found
 
 
@@ -170,44 +152,28 @@ def attention(sampler, noise, query, path):
         raise UserError("--attention looks into TransGAN's networks, and there is none of them here; leave it out")
     pixels, side = drawing.channels_last(picture), picture.shape[-1]
     factor = max(1, 64 // side)
-    tile, columns = factor * side, 1 + len(next(iter(found.values()))[0])
-    width, heights = 90 + columns * (tile + 8), [len(maps) * (tile + 24) + 70 for maps in found.values()]
-    heights.append(2 * tile + 140)  # of the picture, which comes last; two such parts lie side by side
-    rows = [max(heights[i : i + 2]) for i in range(0, len(heights), 2)]
-    sheet = Sheet(2 * width, sum(rows))
-    for number, ((network, who), maps) in enumerate([*found.items(), (("the picture", ""), None)]):
-        left, top = 16 + number % 2 * width, 16 + sum(rows[: number // 2])
-        sheet.text(left, top + 14, f"{network}: {who}" if who else network, 15, INK, "ls")
-        if maps:
-            attention_maps(sheet, left, top + 28, pixels, maps, factor)
-    size, top = 2 * factor, top + 36  # of a pixel
-    x, y = left + size * query[1], top + size * query[0]
-    sheet.picture(left, top, pixels, size)
-    sheet.box(x - 2, y - 2, size + 4, size + 4, None, RED, 0, 2)
-    sheet.shape([(x + size / 2, top - 1), (x + size / 2 - 5, top - 9), (x + size / 2 + 5, top - 9)], RED)
-    sheet.shape([(left - 1, y + size / 2), (left - 9, y + size / 2 - 5), (left - 9, y + size / 2 + 5)], RED)
+    heads = [*(f"head {k + 1}" for k in range(len(next(iter(found.values()))[0]))), "mean"]
+    width, tall = 90 + len(heads) * (factor * side + 8), factor * side + 60
+    ends = {network: 16 for network, _ in found}  # of what is drawn of each, one beside the other
+    sheet = Sheet(width * len(ends), tall * (3 + sum(len(maps) + 1 for maps in found.values())))
+    for (network, who), maps in found.items():
+        left, top = 16 + width * list(ends).index(network), ends[network]
+        rows = [((f"block {k + 1}", f"{weights.shape[-1]}x{weights.shape[-1]}"),
+                 [(overlay(pixels, part), f"{part.max():.1%}") for part in (*weights, weights.mean(axis=0))])
+                for k, weights in enumerate(maps)]  # fmt: skip
+        sheet.text(left, top + 14, f"{network}: {who}", 15, INK, "ls")
+        top = ends[network] = sheet.grid(left, top + 28, heads, rows, factor)
+    size = 2 * factor  # of a pixel of the picture, which comes last
+    sheet.text(left, top + 14, "the picture", 15, INK, "ls")
+    sheet.picture(left, top + 36, pixels, size)
+    sheet.box(left + size * query[1] - 2, top + 34 + size * query[0], size + 4, size + 4, None, RED, 0, 2)
     notes = ("made by the generator; red: the pixel whose token looks", "over the maps, light: what it looks at most",
              "under them: the largest weight, of 100% over all tokens")  # fmt: skip
     for line, note in enumerate(notes):
-        sheet.text(left, top + 12 + 2 * tile + 18 * line, note, 12, MUTED)
-    sheet.save(path)
+        sheet.text(left, top + 48 + size * side + 18 * line, note, 12, MUTED)
+    sheet.save(path, max(*ends.values(), top + 120 + size * side))
     if not sampler.discriminator:
         output.note("--attention shows the generator's maps alone, because there is no discriminator in an export")
-
-
-def attention_maps(sheet, left, top, pixels, maps, factor):
-    """One group of `attention`: weights (H, n, n) of each block over the picture, bytes (S, S, 3), enlarged by `factor`."""
-    tile = factor * len(pixels)
-    for block, weights in enumerate(maps):
-        y, n = top + 20 + block * (tile + 24), weights.shape[-1]
-        sheet.text(left, y + tile / 2 - 2, f"block {block + 1}", 12, INK, "ls")
-        sheet.text(left, y + tile / 2 + 14, f"{n}x{n}", 12, MUTED, "ls")
-        for head, part in enumerate([*weights, weights.mean(axis=0)]):
-            x = left + 60 + head * (tile + 8)
-            if not block:
-                sheet.text(x + tile / 2, top + 14, f"head {head + 1}" if head < len(weights) else "mean", 12, MUTED, "ms")
-            sheet.picture(x, y, overlay(pixels, part), factor)
-            sheet.text(x + tile / 2, y + tile + 14, percent(part.max()), 11, MUTED, "ms")
 
 
 # --- 3. Nearest neighbours --------------------------------------------------------------------------------------------
@@ -222,18 +188,17 @@ def nearest_pictures(queries, pictures, count):
     mean square difference over a picture, of 255 levels. By |a - b|^2 = |a|^2 + |b|^2 - 2 ab, in float64, where sums of
     whole numbers are exact. A query's mirror image is as far from a picture as the query from the picture's.
     """
-    total, size = len(queries), queries[0].size
-    both = np.concatenate([queries, queries[..., ::-1]]).reshape(2 * total, size).astype(np.float64)
-    best, which = np.full((total, 0), np.inf), np.zeros((total, 0), int)  # squared distances; 2 * number + is mirrored
-    for first in range(0, len(pictures), max(1, BLOCK // size)):
-        block = pictures[first : first + max(1, BLOCK // size)].reshape(-1, size).astype(np.float64)
-        squares = (both**2).sum(axis=1)[:, None] + (block**2).sum(axis=1) - 2 * (both @ block.T)
-        squares = squares.reshape(2, total, len(block))
-        names = 2 * np.arange(first, first + len(block)) + (squares[1] < squares[0])
-        best, which = np.concatenate([best, squares.min(axis=0)], axis=1), np.concatenate([which, names], axis=1)
-        order = np.argsort(best, axis=1, kind="stable")[:, :count]
-        best, which = np.take_along_axis(best, order, 1), np.take_along_axis(which, order, 1)
-    return which // 2, which % 2 == 1, np.sqrt(best / size)
+    size = queries[0].size
+    both = np.stack([queries, queries[..., ::-1]]).reshape(2, len(queries), size).astype(np.float64)
+    squares = np.empty((2, len(queries), len(pictures)))
+    rows = max(1, BLOCK // size)
+    for first in range(0, len(pictures), rows):
+        block = pictures[first : first + rows].reshape(-1, size).astype(np.float64)
+        squares[..., first : first + rows] = (block**2).sum(axis=1) - 2 * (both @ block.T)
+    squares += (both**2).sum(axis=2, keepdims=True)
+    which = np.argsort(squares.min(axis=0), axis=1, kind="stable")[:, :count]
+    plain, mirrored = np.take_along_axis(squares, which[None], 2)
+    return which, mirrored < plain, np.sqrt(np.minimum(plain, mirrored) / size)
 
 
 NEIGHBOURS = 5
@@ -246,27 +211,24 @@ def nearest(sampler, noise, pictures, seed, path):
     found = nearest_pictures(made, pictures, NEIGHBOURS)
     some = data.random_stream("look", seed, 1).choice(len(pictures), min(COMPARED, len(pictures)), replace=False)
     apart = nearest_pictures(pictures[np.sort(some)], pictures, 2)[2][:, 1:]  # the nearest of all is the picture itself
-    side, groups = made.shape[-1], 2 if len(made) > 3 else 1
-    factor = max(1, 64 // side)
-    tile, rows = factor * side, -(-len(made) // groups)
-    width = (NEIGHBOURS + 1) * (tile + 8) + 40
-    sheet = Sheet(20 + groups * width, 84 + rows * (tile + 26))
-    for group in range(groups):
-        sheet.text(16 + group * width, 26, "sample", 13, INK, "ls")
-        sheet.text(16 + group * width + tile + 24, 26, "nearest training pictures, m: mirrored", 13, INK, "ls")
-    for i, picture in enumerate(made):
-        x, y = 16 + i // rows * width, 38 + i % rows * (tile + 26)
-        sheet.picture(x, y, picture.transpose(1, 2, 0), factor)
-        for k, (number, mirrored, distance) in enumerate(zip(*(part[i] for part in found), strict=True)):
-            left = x + 16 + (k + 1) * (tile + 8)
+    rows = []
+    for i, sample in enumerate(made):
+        shown = [(sample.transpose(1, 2, 0), "")]
+        for number, mirrored, distance in zip(*(part[i] for part in found), strict=True):
             near = pictures[number].transpose(1, 2, 0)
-            sheet.picture(left, y, near[:, ::-1] if mirrored else near, factor)
-            sheet.text(left + tile / 2, y + tile + 14, f"{distance:.1f}{' m' if mirrored else ''}", 11, MUTED, "ms")
+            shown.append((near[:, ::-1], f"{distance:.1f} m") if mirrored else (near, f"{distance:.1f}"))
+        rows.append((("sample", str(i + 1)), shown))
+    factor, half = max(1, 64 // made.shape[-1]), len(rows) if len(rows) < 4 else -(-len(rows) // 2)
+    heads = ["made", "nearest", "second", "third", "fourth", "fifth"][: len(rows[0][1])]
+    width = 90 + (NEIGHBOURS + 1) * (factor * made.shape[-1] + 8)
+    sheet = Sheet(width * -(-len(rows) // half), 120 + half * (factor * made.shape[-1] + 24))
+    ends = [sheet.grid(16 + width * (first // half), 16, heads, rows[first : first + half], factor)
+            for first in range(0, len(rows), half)]  # fmt: skip
     note = f"To the nearest, median: samples {np.median(found[2][:, 0]):.1f}"
     note += f", training pictures among themselves {np.median(apart):.1f}" if apart.size else ""
-    for line, text in enumerate(("Under each picture: root mean square difference, of 255 levels", note)):
-        sheet.text(16, 50 + rows * (tile + 26) + 18 * line, text, 12)
-    sheet.save(path)
+    sheet.text(16, ends[0] - 12, "Under each training picture: root mean square difference, of 255 levels; m: mirrored", 12)
+    sheet.text(16, ends[0] + 6, note, 12)
+    sheet.save(path, ends[0] + 36)
 
 
 # --- 4. Command line --------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
             before = [(0, {})] if trainer.step == 0 else []  # all is looked at before the first step, too
             if not before:
                 with log.aside("drawing the report"):
-                    report.restate()
+                    report.update()
             sampled = saved = time.monotonic()
             for step, losses in itertools.chain(before, transgan.train(trainer)):
                 last, now = step == settings.steps, time.monotonic()
@@ -141,7 +141,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
                     return asked
         finally:
             if trainer.step < settings.steps:
-                report.restate(stopped=True)
+                report.update(stopped=True)
     return None
 
 
