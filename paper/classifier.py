@@ -26,6 +26,7 @@ import transgan
 from autograd import Linear, Module, Tensor, grad
 from fast import CORES
 from paper.convolutions import max_pool2d
+from paper.inception import look_in_parts
 from paper.networks import Conv2d, PeerInit
 from store import datasets, files, output
 
@@ -121,7 +122,7 @@ class Extractor:
     networks would else be of any size. dataset, accuracy: what is to be quoted of it.
     """
 
-    suffix, dims, resizing, bytes_per_picture = "-own", FEATURES, "none", 1 << 20
+    suffix, dims, resizing = "-own", FEATURES, "none"
 
     def __init__(self, network, dataset, accuracy, scale=1.0):
         self.network, self.scale = network, scale
@@ -130,14 +131,11 @@ class Extractor:
         self.weights = f"own classifier of {what}, digest {self.digest[:8]}"  # two machines make two of the same pictures
 
     def __call__(self, pictures):
-        def part(x):
-            with ag.no_grad():
-                features, logits = self.network(Tensor(ag.xp.asarray(data.scale(x))))
-                return ag.to_numpy(features) * np.float32(self.scale), ag.to_numpy(logits)
+        return look_in_parts(self.look, pictures, 64)
 
-        with futures.ThreadPoolExecutor(CORES if ag.xp is np else 1) as pool:
-            parts = pool.map(part, [pictures[i : i + 64] for i in range(0, len(pictures), 64)])
-            return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+    def look(self, pictures):
+        features, logits = self.network(Tensor(ag.xp.asarray(data.scale(pictures))))
+        return features * self.scale, logits
 
 
 def read_classifier(path, dataset):
@@ -155,6 +153,11 @@ def read_classifier(path, dataset):
         return Extractor(network, dataset, float(read("accuracy")), float(read("scale")))
 
 
+def name_of(pictures, dataset):
+    """What a file goes by that is made of a data set's pictures, bytes (N, 3, S, S)."""
+    return f"{files.short_name(dataset)}-{pictures.shape[-1]}-{files.fingerprint(pictures)}"
+
+
 def task(dataset, classes):
     """What a classifier of a data set's pictures tells apart, in words."""
     name = files.short_name(dataset)
@@ -166,8 +169,7 @@ def load_classifier(pictures, dataset, data_dir):
 
     A file that is cut off or damaged is made again. Raises UserError, before the work, if it could not be kept.
     """
-    name = f"{files.short_name(dataset)}-{pictures.shape[-1]}-{files.fingerprint(pictures)}"
-    path = Path(data_dir) / f"classifier-{name}.npz"
+    path = Path(data_dir) / f"classifier-{name_of(pictures, dataset)}.npz"
     with contextlib.suppress(Exception):  # a damaged archive can raise anything at all
         return read_classifier(path, dataset)
     with files.being_made(path):

@@ -184,17 +184,28 @@ EPS = 0.001  # of the batch normalization
 GPU_BATCH = 64  # pictures at once; a thread of a CPU takes one at a time, which is as fast and shares them out evenly
 
 
+def look_in_parts(look, pictures, size):
+    """Features (B, D) and logits (B, K), NumPy, of bytes (B, 3, H, W): look's Tensors of `size` pictures at a time, each in
+    a thread of its own on a CPU."""
+
+    def part(first):
+        with ag.no_grad():
+            return [ag.to_numpy(x) for x in look(pictures[first : first + size])]
+
+    with futures.ThreadPoolExecutor(CORES if ag.xp is np else 1) as pool:
+        parts = pool.map(part, range(0, len(pictures), size))
+        return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+
+
 class Inception:
     """FID's Inception-v3: bytes (B, 3, H, W), NumPy -> features (B, 2048) and logits (B, 1008), NumPy arrays of `dtype`.
 
     weights: NumPy arrays by name, as in the published file; name: where they come from, to be quoted beside scores, with
     their digest. What comes out for a picture depends on nothing but the picture: on a CPU to the bit, on a GPU up to
-    rounding. Raises UserError for the first array that is missing, of a wrong shape or not of numbers, naming it; when
-    called, ValueError for anything but at least one picture in bytes of three colours.
+    rounding. Raises UserError for the first array that is missing, of a wrong shape or not of numbers, naming it.
     """
 
     suffix, dims, resizing = "", FEATURES, f"bilinear to {SIDE}x{SIDE}"  # what `paper.scores` asks of a network
-    bytes_per_picture = 16 << 20  # of memory: the largest layers, 64 channels of 147x147, before and after
 
     def __init__(self, weights, dtype=np.float32, name="Inception-v3"):
         self.dtype, self.layers = dtype, {}
@@ -214,25 +225,18 @@ class Inception:
         self.weights = f"{name}, digest {self.digest[:8]}"
 
     def __call__(self, pictures):
-        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.size:
-            raise ValueError(f"Inception of {pictures.dtype} of shape {pictures.shape}: expected bytes (B, 3, H, W)")
-        step, threads = (1, CORES) if ag.xp is np else (GPU_BATCH, 1)
-        parts = [pictures[i : i + step] for i in range(0, len(pictures), step)]
-        with futures.ThreadPoolExecutor(threads) as pool:
-            features, logits = zip(*pool.map(self.look, parts), strict=True)
-        return np.concatenate(features), np.concatenate(logits)
+        return look_in_parts(self.look, pictures, 1 if ag.xp is np else GPU_BATCH)
 
     def look(self, pictures):
-        """Features and logits of a few pictures, in one thread. The logits lack the classifier's bias.
+        """Features and logits of a few pictures. The logits lack the classifier's bias.
 
         That is how the Inception Score's own code (Salimans et al. 2016) computes them: it multiplies the features with the
         classifier's matrix again, and leaves it at that.
         """
-        with ag.no_grad():
-            x = Tensor(pictures, dtype=self.dtype) / 255  # (B, 3, H, W) in [0, 1]
-            x = convolutions.resize_bilinear(x, SIDE, SIDE) * 2 - 1  # (B, 3, 299, 299) in [-1, 1]
-            features = self.run(NETWORK, x).mean(axis=(2, 3))  # (B, 2048, 8, 8) -> (B, 2048)
-            return ag.to_numpy(features), ag.to_numpy(features @ self.classifier.T)
+        x = Tensor(pictures, dtype=self.dtype) / 255  # (B, 3, H, W) in [0, 1]
+        x = convolutions.resize_bilinear(x, SIDE, SIDE) * 2 - 1  # (B, 3, 299, 299) in [-1, 1]
+        features = self.run(NETWORK, x).mean(axis=(2, 3))  # (B, 2048, 8, 8) -> (B, 2048)
+        return features, features @ self.classifier.T
 
     def run(self, chain, x, prefix=""):
         """A chain of the table on a Tensor (B, C, H, W)."""

@@ -11,18 +11,17 @@ Contents
     3. A run's scores      reference_statistics, read_statistics, score_generator, own_scores, read_scores, evaluate
 """
 
+import contextlib
 import datetime
 import functools
 import json
 import math
-import os
 import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-import autograd as ag
 import data
 from data import UserError, first_line
 from paper import classifier
@@ -122,6 +121,7 @@ def _factor(covariance):
 
 # --- 3. A run's scores ------------------------------------------------------------------------------------------------
 
+AT_ONCE = 256  # pictures that are made, or given to a network, which shares them among threads; each 256 have own noise
 LARGE = 1 << 26  # bytes of a covariance; Inception's takes half
 
 
@@ -145,33 +145,18 @@ def look(batches, total, extractor, what, splits=10):
     return statistics, score
 
 
-def at_once(extractor):
-    """How many pictures to give to a network at a time: what takes up to half of the free memory, 16 to 1024."""
-    if ag.xp is not np:
-        free = ag.xp.cuda.runtime.memGetInfo()[0]
-    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        free = 1 << 30
-    return int(min(1024, max(16, free // 2 // extractor.bytes_per_picture)))
-
-
 def reference_statistics(pictures, dataset, extractor, data_dir):
     """Mean (D,) and covariance (D, D) of a data set's pictures, bytes (N, 3, S, S): kept in a file of data_dir.
 
     The file goes by the pictures' fingerprint and the network's, and is in the layout of fid_stats_*.npz, with `network`,
     its digest, beside; one that is damaged is made anew. Raises UserError, before the work, if it could not be kept.
     """
-    name = f"{files.short_name(dataset)}-{pictures.shape[-1]}-{files.fingerprint(pictures)}"
+    name = classifier.name_of(pictures, dataset)
     path = Path(data_dir) / f"fid-stats{extractor.suffix}-{extractor.digest}-{name}.npz"
-    if path.exists():
-        try:
-            return read_statistics(path, extractor.dims)
-        except UserError as error:
-            output.note(f"{first_line(error).rpartition(';')[0]}; it is made anew")
+    with contextlib.suppress(UserError):
+        return read_statistics(path, extractor.dims)[:2]
     with files.being_made(path):
-        step = at_once(extractor)
-        batches = (pictures[i : i + step] for i in range(0, len(pictures), step))
+        batches = (pictures[i : i + AT_ONCE] for i in range(0, len(pictures), AT_ONCE))
         statistics, _ = look(batches, len(pictures), extractor, "real pictures", splits=1)
         files.save_arrays(path, mu=statistics.mean, sigma=statistics.covariance, network=extractor.digest)
     return statistics.mean, statistics.covariance
@@ -182,33 +167,26 @@ MOST = 1e100  # of a feature's mean and covariance, whose squares are numbers st
 
 
 def read_statistics(path, dims):
-    """Mean (D,) and covariance (D, D) from a file in the layout of fid_stats_*.npz: mu and sigma. Raises UserError."""
+    """Mean (D,), covariance (D, D), and the digest of the network that looked, or None, from a file in the layout of
+    fid_stats_*.npz: mu and sigma, to which this program adds `network`. Raises UserError."""
     try:
         with zipfile.ZipFile(files.plain(path)) as saved:
             mean, covariance = (files.read_numbers(saved, name, LARGE) for name in ("mu", "sigma"))
+            network = str(files.read_array(saved, "network", 1 << 10)) if "network.npy" in saved.namelist() else None
+        if mean.shape != (dims,) or covariance.shape != (dims, dims):
+            found = f"found {mean.shape} and {covariance.shape}"
+            raise ValueError(f"expected mu of shape ({dims},) and sigma of ({dims}, {dims}), {found}")
+        if max(abs(mean).max(), largest := abs(covariance).max()) > MOST:
+            raise ValueError("its numbers are too large for a network's features")
+        if abs(covariance - covariance.T).max() > ROUNDING * largest:
+            raise ValueError("its sigma is not symmetric, and so no covariance")
+        covariance = (covariance + covariance.T) / 2
+        if np.linalg.eigvalsh(covariance / (largest or 1))[0] < -ROUNDING:
+            raise ValueError("its sigma has variances below 0, and so is no covariance")
     except Exception as error:  # a damaged archive can raise anything at all
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot read {path}: {reason}; name a file with mu and sigma") from None
-    if mean.shape != (dims,) or covariance.shape != (dims, dims):
-        raise UserError(f"{path}: expected mu of shape ({dims},) and sigma of ({dims}, {dims}), found "
-                        f"{mean.shape} and {covariance.shape}; name another file")  # fmt: skip
-    if max(abs(mean).max(), largest := abs(covariance).max()) > MOST:
-        raise UserError(f"{path}: its numbers are too large for a network's features; name another file")
-    if abs(covariance - covariance.T).max() > ROUNDING * largest:
-        raise UserError(f"{path}: its sigma is not symmetric, and so no covariance; name another file")
-    covariance = (covariance + covariance.T) / 2
-    if np.linalg.eigvalsh(covariance / (largest or 1))[0] < -ROUNDING:
-        raise UserError(f"{path}: its sigma has variances below 0, and so is no covariance; name another file")
-    return mean, covariance
-
-
-def network_of(path):
-    """The digest of the network that looked, as this program's own files of statistics say it, or None for others'."""
-    try:
-        with zipfile.ZipFile(path) as saved:
-            return str(files.read_array(saved, "network", 1 << 10))
-    except Exception:  # most files know nothing of it
-        return None
+    return mean, covariance, network
 
 
 def score_generator(sampler, count, extractor, reference):
@@ -216,13 +194,11 @@ def score_generator(sampler, count, extractor, reference):
 
     Returns {"fid": ..., "is": ..., "is_deviation": ...}. The noise is always the same for a seed and a count.
     """
-    step = at_once(extractor)
 
     def batches():
-        for number, first in enumerate(range(0, count, 256)):  # blocks of noise that no memory decides on
+        for number, first in enumerate(range(0, count, AT_ONCE)):
             rng = data.random_stream("evaluate", sampler.options.seed, number)
-            made = data.to_bytes(sampler.sample(sampler.noise(min(256, count - first), rng)))
-            yield from (made[i : i + step] for i in range(0, len(made), step))
+            yield data.to_bytes(sampler.sample(sampler.noise(min(AT_ONCE, count - first), rng)))
 
     statistics, score = look(batches(), count, extractor, "generated pictures")
     mean, deviation = score.result()
@@ -243,10 +219,10 @@ def load_extractor(features, load, dataset, data_dir, inception=None):
     return classifier.load_classifier(load(), dataset, data_dir)
 
 
-def need_two(pictures, otherwise="give --fid-stats"):
-    """The pictures. Raises UserError if a single one is all there is, which has no covariance, and says what else to do."""
+def need_two(pictures):
+    """The pictures. Raises UserError if a single one is all there is, which has no covariance."""
     if len(pictures) < 2:
-        raise UserError(f"FID needs two real pictures or more; add some to the folder, or {otherwise}")
+        raise UserError("FID needs two real pictures or more; add some to the folder")
     return pictures
 
 
@@ -255,8 +231,8 @@ def own_scores(trainer, count, data_dir):
 
     Trains the classifier first, and has it look at the real pictures, where that was not done before. Raises UserError.
     """
-    pictures, dataset = trainer.batches.pictures, trainer.options.dataset
-    extractor = load_extractor("own", lambda: need_two(pictures, "leave out --evaluate-every"), dataset, data_dir)
+    pictures, dataset = need_two(trainer.batches.pictures), trainer.options.dataset
+    extractor = load_extractor("own", lambda: pictures, dataset, data_dir)
     reference = reference_statistics(pictures, dataset, extractor, data_dir)
 
     def measure():
@@ -284,13 +260,11 @@ def read_scores(path):
     files.need_folder(path.parent, "--out")
     try:
         entries = files.parse_json(files.plain(path).read_text("utf-8")) if path.exists() else []
-        if type(entries) is not list:
-            raise ValueError("it holds no list")
         for entry in entries:
-            if not all(type(entry[name]) is kind for name, kind in (("step", int), ("images", int), ("weights", str))):
-                raise ValueError("an entry lacks its step, images or weights")
-            if not all(type(value) is float for name, value in entry.items() if name.startswith(("fid", "is"))):
-                raise ValueError("a score is no number")
+            numbers = dict.fromkeys([name for name in entry if name.startswith(("fid", "is"))], float)
+            for name, kind in {"step": int, "images": int, "weights": str, **numbers}.items():
+                if type(entry[name]) is not kind:
+                    raise ValueError(f"its {name} is no {kind.__name__}")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; choose another --out") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -308,21 +282,22 @@ def evaluate(run, sampler, load, features, count, data_dir, inception=None, fid_
     made of the same, and of no other: an entry of the file says so by digests of the generator, the reference and the
     network. Raises UserError.
     """
-    options, path, load, extractor = sampler.options, run / "scores.json", functools.cache(load), None
+    options, path, extractor = sampler.options, run / "scores.json", None
+    pictures = functools.cache(lambda: need_two(load()))
     read_scores(path)
     if fid_stats:
-        reference, digest = read_statistics(fid_stats, DIMS[features]), network_of(fid_stats)
+        *reference, network = read_statistics(fid_stats, DIMS[features])
         if features == "own":  # which a checkpoint and statistics of this program tell of, so that no picture is needed
-            extractor = classifier.kept_classifier(options.dataset, data_dir, sampler.pictures, digest)
-        extractor = extractor or load_extractor(features, load, options.dataset, data_dir, inception)
-        if digest not in (None, extractor.digest):
+            extractor = classifier.kept_classifier(options.dataset, data_dir, sampler.pictures, network)
+        extractor = extractor or load_extractor(features, pictures, options.dataset, data_dir, inception)
+        if network not in (None, extractor.digest):
             raise UserError(f"{fid_stats} is of another network than {extractor.weights}; name statistics of this one")
         against, digest = f"the statistics in {Path(fid_stats).name}", files.fingerprint(*reference)
     else:
-        extractor = load_extractor(features, lambda: need_two(load()), options.dataset, data_dir, inception)
-        pictures = need_two(load())
-        reference = reference_statistics(pictures, options.dataset, extractor, data_dir)
-        against, digest = f"{len(pictures):,} pictures of {Path(options.dataset).name}", files.fingerprint(pictures)
+        extractor = load_extractor(features, pictures, options.dataset, data_dir, inception)
+        reference = reference_statistics(pictures(), options.dataset, extractor, data_dir)
+        against = f"{len(pictures()):,} pictures of {Path(options.dataset).name}"
+        digest = files.fingerprint(pictures())
     scores = score_generator(sampler, count, extractor, reference)
     suffix = extractor.suffix
     entry = {"step": sampler.step, "generator": sampler.digest, "images": count, "against": against, "reference": digest,
