@@ -71,18 +71,14 @@ def turned(pictures, rng):
     return np.stack([np.rot90(x, k, (1, 2)) for x, k in zip(pictures, quarters, strict=True)]), quarters
 
 
-def classes_of(labels):
-    """How many classes there are to tell apart by labels (N,), or with None of quarter turns."""
-    return 4 if labels is None else int(labels.max()) + 1
-
-
 def train_classifier(pictures, labels, steps=STEPS):
     """A Classifier of bytes (N, 3, S, S) with labels (N,), or of quarter turns if labels is None; and its accuracy.
 
     Adam (0.9, 0.999) on batches of 64, mirrored at random where turns are not what is asked, the rate falling to 0 in a
     line. The accuracy is that of the last tenth of the steps, on the batches before they were learnt from.
     """
-    network = Classifier(classes_of(labels), data.random_stream("classifier", 0))
+    classes = 4 if labels is None else int(labels.max()) + 1
+    network = Classifier(classes, data.random_stream("classifier", 0))
     parameters, right = list(network.parameters().values()), []
     adam = ag.Adam(parameters, (0.9, 0.999))
     workers = CORES if ag.xp is np else 1
@@ -141,16 +137,11 @@ class Extractor:
 def read_classifier(path, dataset):
     """The Extractor in a file. Raises anything at all for one that is missing or damaged."""
     with zipfile.ZipFile(files.plain(path)) as saved:
-
-        def read(name, shape=()):
-            if (array := files.read_numbers(saved, name, 1 << 24)).shape != shape:
-                raise ValueError(f"its {name} is of shape {array.shape}, not {shape}")
-            return array
-
         network = Classifier(len(files.read_numbers(saved, "head.bias", 1 << 12)), data.random_stream("classifier", 0))
         for key, p in network.parameters().items():
-            p.data[...] = ag.xp.asarray(read(key, p.shape))
-        return Extractor(network, dataset, float(read("accuracy")), float(read("scale")))
+            p.data[...] = ag.xp.asarray(files.read_numbers(saved, key, 1 << 24).reshape(p.shape))
+        accuracy, scale = (files.read_numbers(saved, name, 8).item() for name in ("accuracy", "scale"))
+    return Extractor(network, dataset, accuracy, scale)
 
 
 def name_of(pictures, dataset):
@@ -174,7 +165,7 @@ def load_classifier(pictures, dataset, data_dir):
         return read_classifier(path, dataset)
     with files.being_made(path):
         labels = datasets.load_labels(dataset, data_dir, pictures.shape[-1])
-        output.note(f"training a classifier on {task(dataset, classes_of(labels))}, once, for FID-own and IS-own")
+        output.note(f"training a classifier of {files.short_name(dataset)}, once, for FID-own and IS-own")
         network, accuracy = train_classifier(pictures, labels)
         features, _ = Extractor(network, dataset, accuracy)(pictures[:4096])
         scale = 1 / max(float(features.std(axis=0).mean()), 1e-6)

@@ -265,11 +265,10 @@ def read_scores(path):
             for name, kind in {"step": int, "images": int, "weights": str, **numbers}.items():
                 if type(entry[name]) is not kind:
                     raise ValueError(f"its {name} is no {kind.__name__}")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; choose another --out") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is not a list of this program's scores ({first_line(error)}); move it away, or choose "
-                        "another --out") from None  # fmt: skip
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path} is not a list of this program's scores ({reason}); move it away, or choose another --out"
+                        ) from None  # fmt: skip
     return entries
 
 
@@ -279,8 +278,7 @@ def evaluate(run, sampler, load, features, count, data_dir, inception=None, fid_
     sampler: program.sampler.Sampler; load: a function that gives the pictures of the run's data set, called only where
     they are needed; features: "inception" or "own"; count: generated pictures; fid_stats: a file to take the reference
     statistics from instead. What is to be read is read before any work is begun. A score takes the place of one that is
-    made of the same, and of no other: an entry of the file says so by digests of the generator, the reference and the
-    network. Raises UserError.
+    made of the same, see `made_of`, and of no other. Raises UserError.
     """
     options, path, extractor = sampler.options, run / "scores.json", None
     pictures = functools.cache(lambda: need_two(load()))
