@@ -36,7 +36,7 @@ from store import downloads, files, output
 
 
 class Conv(NamedTuple):
-    """A convolution without bias, then batch normalization, then max(x, 0)."""
+    """A convolution without bias, then batch normalization, then max(x, 0); without padding, of what is in the picture."""
 
     name: str
     outputs: int
@@ -58,16 +58,11 @@ def same(name, outputs, *kernel):
     return Conv(name, outputs, kernel, padding=(rows // 2, columns // 2))
 
 
-def valid(name, outputs, *kernel, stride=1):
-    """A convolution that only sees what is there, so a picture becomes (H - rows) // stride + 1 high."""
-    return Conv(name, outputs, kernel, stride)
-
-
 # Pooling over 3x3: one that halves, (B, C, H, W) -> (B, C, (H - 1) // 2, (W - 1) // 2), and two that keep the shape. The
 # mean is that of the pixels inside the picture; torchvision's counts the zeros around it too.
 HALVE = functools.partial(convolutions.max_pool2d, kernel=3, stride=2)
 MAX = functools.partial(convolutions.max_pool2d, kernel=3, stride=1, padding=1)
-MEAN = functools.partial(convolutions.avg_pool2d, kernel=3, stride=1, padding=1, count_padding=False)
+MEAN = functools.partial(convolutions.avg_pool2d, kernel=3, stride=1, padding=1)
 
 
 def inception_a(name, pool):
@@ -85,8 +80,8 @@ def inception_b(name):
     """(B, 288, 35, 35) -> (B, 384 + 96 + 288, 17, 17): half the resolution, convolved and pooled (figure 10)."""
     return Fork(
         name,
-        [valid("branch3x3", 384, 3, 3, stride=2)],
-        [same("branch3x3dbl_1", 64, 1, 1), same("branch3x3dbl_2", 96, 3, 3), valid("branch3x3dbl_3", 96, 3, 3, stride=2)],
+        [Conv("branch3x3", 384, (3, 3), 2)],
+        [same("branch3x3dbl_1", 64, 1, 1), same("branch3x3dbl_2", 96, 3, 3), Conv("branch3x3dbl_3", 96, (3, 3), 2)],
         [HALVE],
     )
 
@@ -112,12 +107,12 @@ def inception_d(name):
     """(B, 768, 17, 17) -> (B, 320 + 192 + 768, 8, 8): half the resolution again."""
     return Fork(
         name,
-        [same("branch3x3_1", 192, 1, 1), valid("branch3x3_2", 320, 3, 3, stride=2)],
+        [same("branch3x3_1", 192, 1, 1), Conv("branch3x3_2", 320, (3, 3), 2)],
         [
             same("branch7x7x3_1", 192, 1, 1),
             same("branch7x7x3_2", 192, 1, 7),
             same("branch7x7x3_3", 192, 7, 1),
-            valid("branch7x7x3_4", 192, 3, 3, stride=2),
+            Conv("branch7x7x3_4", 192, (3, 3), 2),
         ],
         [HALVE],
     )
@@ -139,12 +134,12 @@ def inception_e(name, pool):
 
 
 NETWORK = [  # (B, 3, 299, 299)
-    valid("Conv2d_1a_3x3", 32, 3, 3, stride=2),  # (B, 32, 149, 149)
-    valid("Conv2d_2a_3x3", 32, 3, 3),  # (B, 32, 147, 147)
+    Conv("Conv2d_1a_3x3", 32, (3, 3), 2),  # (B, 32, 149, 149)
+    Conv("Conv2d_2a_3x3", 32, (3, 3)),  # (B, 32, 147, 147)
     same("Conv2d_2b_3x3", 64, 3, 3),  # (B, 64, 147, 147)
     HALVE,  # (B, 64, 73, 73)
-    valid("Conv2d_3b_1x1", 80, 1, 1),  # (B, 80, 73, 73)
-    valid("Conv2d_4a_3x3", 192, 3, 3),  # (B, 192, 71, 71)
+    Conv("Conv2d_3b_1x1", 80, (1, 1)),  # (B, 80, 73, 73)
+    Conv("Conv2d_4a_3x3", 192, (3, 3)),  # (B, 192, 71, 71)
     HALVE,  # (B, 192, 35, 35)
     inception_a("Mixed_5b.", 32),  # (B, 256, 35, 35)
     inception_a("Mixed_5c.", 64),  # (B, 288, 35, 35)
@@ -253,18 +248,16 @@ class Inception:
 
 
 def _take(weights, name, shape):
-    """The array `name`, in float64. Raises UserError unless it is there and has this shape."""
-    found = np.shape(weights[name]) if name in weights else None
-    if found != shape:
-        raise _wrong("lack" if found is None else f"have shape {found}, not {shape}, for", name)
-    array = np.asarray(weights[name], np.float64)
-    if not np.isfinite(array).all() or (name.endswith("var") and array.min() < 0):
-        raise _wrong("have numbers that cannot be for", name)
+    """The array `name`, in float64. Raises UserError unless it is there, has this shape, and holds what it can."""
+    try:
+        array = np.asarray(weights[name], np.float64)
+        possible = array.shape == shape and np.isfinite(array).all() and (array.min() >= 0 or not name.endswith("var"))
+    except (KeyError, TypeError, ValueError):
+        possible = False
+    if not possible:
+        raise UserError(f"the weights of Inception-v3 have no {name} of shape {shape}, or impossible numbers in it; fetch "
+                        f"{WEIGHTS.name} anew from {WEIGHTS.page}")  # fmt: skip
     return array
-
-
-def _wrong(what, name):
-    return UserError(f"the weights of Inception-v3 {what} {name}; fetch {WEIGHTS.name} anew from {WEIGHTS.page}")
 
 
 # --- 3. Its weights ---------------------------------------------------------------------------------------------------

@@ -80,9 +80,9 @@ TABLES = {
 }  # fmt: skip
 # Where a peer's training differs from its authors', for the tables that have it.
 DIFFERENCES = {
-    "AutoGAN": "real pictures are flipped, gradients clipped to norm 5; spectral norm takes a power iteration an update of "
-               "the discriminator, theirs one in every pass of it, and divides by |W^T u| of the new u, theirs by |W v| with "
-               "the v that made it",
+    "AutoGAN": "real pictures are flipped, gradients clipped to norm 5; spectral norm takes a power iteration an update "
+               "of the discriminator, theirs one in every pass of it, and divides by |W^T u| of the new u, theirs by |W v| "
+               "with the v that made it",
     "WGAN-GP": "gradients are clipped to norm 5; the loss has the term 0.001 (mean D(real))^2",
 }  # fmt: skip
 

@@ -138,7 +138,7 @@ def autogan():
     """Both of AutoGAN's networks, narrow, in float64, with the published runs' weights."""
     rng = np.random.default_rng(0)
     generator = peers.AutoGANGenerator(32, 32, peers.PeerInit(rng, "glorot", np.float64))
-    discriminator = peers.ResidualDiscriminator(32, 16, peers.PeerInit(rng, "default", np.float64), True, "sum")
+    discriminator = peers.ResidualDiscriminator(32, 16, peers.PeerInit(rng, "default", np.float64), True)
     fill(generator, 0)
     fill(discriminator, 500)
     return generator, discriminator

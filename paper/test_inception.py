@@ -279,11 +279,12 @@ def test_wrong_weights_are_named_in_one_line(plain):
         return str(raised.value)
 
     name, last = "Mixed_5b.branch1x1.conv.weight", "Mixed_7c.branch_pool.bn.running_var"
-    assert f"have shape (3,), not (64, 192, 1, 1), for {name};" in message({name: np.ones(3), last: np.ones(3)})
-    assert "have shape (3,), not (1008, 2048), for fc.weight;" in message({"fc.weight": np.ones(3)})
-    assert f"have shape (), not (192,), for {last};" in message({last: None})
+    assert f"have no {name} of shape (64, 192, 1, 1)" in message({name: np.ones(3), last: np.ones(3)})
+    assert "have no fc.weight of shape (1008, 2048)" in message({"fc.weight": np.ones(3)})
+    for wrong in (None, -np.ones(192), np.full(192, np.nan), np.full(192, "x")):
+        assert f"have no {last} of shape (192,)" in message({last: wrong})
     for missing in name, last, "fc.weight":
-        with pytest.raises(UserError, match=f"^the weights of Inception-v3 lack {missing}; fetch"):
+        with pytest.raises(UserError, match=f"^the weights of Inception-v3 have no {missing} of shape"):
             inception.Inception({key: value for key, value in plain.items() if key != missing})
 
 
