@@ -6,7 +6,7 @@ layer before the classes, as it answers to generated and to real pictures, each 
 apart do mean and covariance lie? Both are computed in one pass over the pictures, in float64.
 
 Contents
-    1. One pass            Statistics, InceptionScore
+    1. One pass            Statistics, inception_score
     2. The distance        frechet_distance
     3. A run's scores      reference_statistics, read_statistics, score_generator, own_scores, read_scores, evaluate
 """
@@ -14,6 +14,7 @@ Contents
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import math
 import time
@@ -58,39 +59,20 @@ class Statistics:
         return self.scatter / (self.count - 1)
 
 
-class InceptionScore:
-    """exp(mean KL(p(y|x) || p(y))) over `splits` parts of `total` pictures, from logits that come a batch at a time.
+def inception_score(logits, splits=10):
+    """exp(mean KL(p(y|x) || p(y))) of pictures' logits (N, K): mean and deviation over `splits` parts of them.
 
-    Within a part of n pictures the mean divergence is mean_x sum_y p log p - sum_y q log q with q = mean_x p, so that two
-    sums are all there is to keep (Salimans et al. 2016). Raises ValueError for fewer pictures than splits.
+    Within a part the mean divergence is mean_x sum_y p log p - sum_y q log q with q = mean_x p (Salimans et al. 2016).
     """
-
-    def __init__(self, total, splits=10):
-        if total < splits:
-            raise ValueError(f"{splits} splits need {splits} pictures or more")
-        self.ends = [total * (i + 1) // splits for i in range(splits)]
-        self.counts, self.entropies = np.zeros(splits), np.zeros(splits)
-        self.classes, self.seen = None, 0
-
-    def add(self, logits):
-        """Take in a batch of logits, (B, K)."""
-        logits = np.asarray(logits, np.float64)
-        log_p = logits - logits.max(axis=1, keepdims=True)
+    scores, ends = [], [len(logits) * i // splits for i in range(splits + 1)]
+    for first, end in itertools.pairwise(ends):
+        part = np.asarray(logits[first:end], np.float64)
+        log_p = part - part.max(axis=1, keepdims=True)
         log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
         p = np.exp(log_p)
-        if self.classes is None:
-            self.classes = np.zeros((len(self.ends), p.shape[1]))
-        splits = np.searchsorted(self.ends, self.seen + np.arange(len(p)), side="right")
-        np.add.at(self.classes, splits, p)
-        np.add.at(self.entropies, splits, (p * log_p).sum(axis=1))
-        np.add.at(self.counts, splits, 1)
-        self.seen += len(p)
-
-    def result(self):
-        """Mean and deviation over the splits."""
-        q = self.classes / self.counts[:, None]
-        scores = np.exp(self.entropies / self.counts - (q * np.log(np.maximum(q, 1e-300))).sum(axis=1))
-        return float(scores.mean()), float(scores.std())
+        q = p.mean(axis=0)
+        scores.append(np.exp((p * log_p).sum(axis=1).mean() - (q * np.log(np.maximum(q, 1e-300))).sum()))
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 # --- 2. The distance --------------------------------------------------------------------------------------------------
@@ -125,24 +107,24 @@ AT_ONCE = 256  # pictures that are made, or given to a network, which shares the
 LARGE = 1 << 26  # bytes of a covariance; Inception's takes half
 
 
-def look(batches, total, extractor, what, splits=10):
-    """Statistics and InceptionScore of `total` pictures, which come as bytes (B, 3, S, S) from `batches`.
+def look(batches, total, extractor, what):
+    """Statistics and logits (N, K) of `total` pictures, which come as bytes (B, 3, S, S) from `batches`. Raises UserError.
 
     extractor: the network that looks, bytes -> features (B, D), logits (B, K); see paper.inception and paper.classifier.
     """
-    statistics, score = Statistics(extractor.dims), InceptionScore(total, splits)
+    statistics, logits = Statistics(extractor.dims), []
     start = time.monotonic()
     with output.Progress() as progress:
         for pictures in batches:
-            features, logits = extractor(pictures)
+            features, rows = extractor(pictures)
             statistics.add(features)
-            score.add(logits)
+            logits.append(rows)
             left = (time.monotonic() - start) / statistics.count * (total - statistics.count)
             progress(f"{what}: {statistics.count:,} of {total:,} pictures, {output.clock(left)} left")
-    if not all(np.isfinite(x).all() for x in (statistics.mean, statistics.scatter, score.result())):
+    if not all(np.isfinite(x).all() for x in (statistics.mean, statistics.scatter, *logits)):
         raise UserError(f"the network that looks gives numbers for the {what} that are not finite; choose another one with "
                         "--features or --inception")  # fmt: skip
-    return statistics, score
+    return statistics, np.concatenate(logits)
 
 
 def reference_statistics(pictures, dataset, extractor, data_dir):
@@ -157,7 +139,7 @@ def reference_statistics(pictures, dataset, extractor, data_dir):
         return read_statistics(path, extractor.dims)[:2]
     with files.being_made(path):
         batches = (pictures[i : i + AT_ONCE] for i in range(0, len(pictures), AT_ONCE))
-        statistics, _ = look(batches, len(pictures), extractor, "real pictures", splits=1)
+        statistics, _ = look(batches, len(pictures), extractor, "real pictures")
         files.save_arrays(path, mu=statistics.mean, sigma=statistics.covariance, network=extractor.digest)
     return statistics.mean, statistics.covariance
 
@@ -200,8 +182,8 @@ def score_generator(sampler, count, extractor, reference):
             rng = data.random_stream("evaluate", sampler.options.seed, number)
             yield data.to_bytes(sampler.sample(sampler.noise(min(AT_ONCE, count - first), rng)))
 
-    statistics, score = look(batches(), count, extractor, "generated pictures")
-    mean, deviation = score.result()
+    statistics, logits = look(batches(), count, extractor, "generated pictures")
+    mean, deviation = inception_score(logits)
     return {"fid": frechet_distance(statistics.mean, statistics.covariance, *reference), "is": mean,
             "is_deviation": deviation}  # fmt: skip
 
