@@ -13,7 +13,6 @@ Contents
 """
 
 import contextlib
-import time
 import zipfile
 from concurrent import futures
 from pathlib import Path
@@ -90,7 +89,6 @@ def train_classifier(pictures, labels, steps=STEPS):
         return (ag.to_numpy(logits).argmax(axis=1) == y).sum(), grad(loss, parameters)
 
     with futures.ThreadPoolExecutor(workers) as pool, output.Progress() as progress:
-        start = time.monotonic()
         for step in range(steps):
             rng = data.random_stream("classifier", 1, step)
             chosen = rng.integers(0, len(pictures), BATCH)
@@ -102,8 +100,7 @@ def train_classifier(pictures, labels, steps=STEPS):
                 adam.add(pieces)
             adam.step(RATE * (1 - step / steps))
             right.append(sum(hits))
-            left = (time.monotonic() - start) / (step + 1) * (steps - step - 1)
-            progress(f"training the classifier: step {step + 1}/{steps}, {output.clock(left)} left")
+            progress(f"training the classifier: step {step + 1}/{steps}")
     last = right[-max(1, steps // 10) :]
     return network, sum(last) / (len(last) * BATCH)
 
@@ -123,7 +120,8 @@ class Extractor:
     def __init__(self, network, dataset, accuracy, scale=1.0):
         self.network, self.scale = network, scale
         self.digest = files.fingerprint(np.array([scale], float), *map(ag.to_numpy, network.parameters().values()))
-        what = f"{task(dataset, len(network.head.bias))}, {100 * accuracy:.0f}% right"
+        what = f"{len(network.head.bias)} classes" if dataset in datasets.LABELLED else "quarter turns"
+        what = f"{what} of {files.short_name(dataset)}, {100 * accuracy:.0f}% right"
         self.weights = f"own classifier of {what}, digest {self.digest[:8]}"  # two machines make two of the same pictures
 
     def __call__(self, pictures):
@@ -147,12 +145,6 @@ def read_classifier(path, dataset):
 def name_of(pictures, dataset):
     """What a file goes by that is made of a data set's pictures, bytes (N, 3, S, S)."""
     return f"{files.short_name(dataset)}-{pictures.shape[-1]}-{files.fingerprint(pictures)}"
-
-
-def task(dataset, classes):
-    """What a classifier of a data set's pictures tells apart, in words."""
-    name = files.short_name(dataset)
-    return f"{classes} classes of {name}" if dataset in datasets.LABELLED else f"quarter turns of {name}"
 
 
 def load_classifier(pictures, dataset, data_dir):

@@ -47,12 +47,8 @@ def _geometry(shape, kernel, stride, padding):
 
 def _padded(x, padding, fill):
     """An array (B, C, H, W) with `padding` rows and columns of `fill` around it; itself where there are none."""
-    (rows, columns), (batch, channels, height, width) = padding, x.shape
-    if not rows and not columns:
-        return x
-    data = ag.xp.full((batch, channels, height + 2 * rows, width + 2 * columns), fill, x.dtype)
-    data[:, :, rows : rows + height, columns : columns + width] = x
-    return data
+    margins = ((0, 0), (0, 0), *((n, n) for n in padding))
+    return ag.xp.pad(x, margins, constant_values=fill) if any(padding) else x
 
 
 def _windows(x, kernel, stride):

@@ -36,7 +36,7 @@ from store import downloads, files, output
 
 
 class Conv(NamedTuple):
-    """A convolution without bias, then batch normalization, then max(x, 0); without padding, of what is in the picture."""
+    """A convolution without bias, then batch normalization, then max(x, 0)."""
 
     name: str
     outputs: int
@@ -52,10 +52,14 @@ class Fork:
         self.name, self.chains = name, chains
 
 
-def same(name, outputs, *kernel):
-    """A convolution padded with as many zeros as keep the picture's size (its name is TensorFlow's)."""
-    rows, columns = kernel
-    return Conv(name, outputs, kernel, padding=(rows // 2, columns // 2))
+def conv(name, outputs, rows, columns, stride=1):
+    """A convolution padded with as many zeros as keep the picture's size; with a stride, without padding."""
+    return Conv(name, outputs, (rows, columns), stride, (rows // 2, columns // 2) if stride == 1 else (0, 0))
+
+
+def row(name, *convs):
+    """Convolutions one after another, NAME_1, NAME_2, ..., each given as the arguments of `conv`."""
+    return [conv(f"{name}_{i}", *arguments) for i, arguments in enumerate(convs, 1)]
 
 
 # Pooling over 3x3: one that halves, (B, C, H, W) -> (B, C, (H - 1) // 2, (W - 1) // 2), and two that keep the shape. The
@@ -69,10 +73,10 @@ def inception_a(name, pool):
     """(B, C, 35, 35) -> (B, 64 + 64 + 96 + pool, 35, 35): windows of four sizes (Szegedy et al. 2015, figures 4 and 5)."""
     return Fork(
         name,
-        [same("branch1x1", 64, 1, 1)],
-        [same("branch5x5_1", 48, 1, 1), same("branch5x5_2", 64, 5, 5)],
-        [same("branch3x3dbl_1", 64, 1, 1), same("branch3x3dbl_2", 96, 3, 3), same("branch3x3dbl_3", 96, 3, 3)],
-        [MEAN, same("branch_pool", pool, 1, 1)],
+        [conv("branch1x1", 64, 1, 1)],
+        row("branch5x5", (48, 1, 1), (64, 5, 5)),
+        row("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3)),
+        [MEAN, conv("branch_pool", pool, 1, 1)],
     )
 
 
@@ -80,8 +84,8 @@ def inception_b(name):
     """(B, 288, 35, 35) -> (B, 384 + 96 + 288, 17, 17): half the resolution, convolved and pooled (figure 10)."""
     return Fork(
         name,
-        [Conv("branch3x3", 384, (3, 3), 2)],
-        [same("branch3x3dbl_1", 64, 1, 1), same("branch3x3dbl_2", 96, 3, 3), Conv("branch3x3dbl_3", 96, (3, 3), 2)],
+        [conv("branch3x3", 384, 3, 3, 2)],
+        row("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3, 2)),
         [HALVE],
     )
 
@@ -90,16 +94,10 @@ def inception_c(name, width):
     """(B, 768, 17, 17) -> (B, 4 * 192, 17, 17): windows of 7x7 made of a row and a column (figure 6)."""
     return Fork(
         name,
-        [same("branch1x1", 192, 1, 1)],
-        [same("branch7x7_1", width, 1, 1), same("branch7x7_2", width, 1, 7), same("branch7x7_3", 192, 7, 1)],
-        [
-            same("branch7x7dbl_1", width, 1, 1),
-            same("branch7x7dbl_2", width, 7, 1),
-            same("branch7x7dbl_3", width, 1, 7),
-            same("branch7x7dbl_4", width, 7, 1),
-            same("branch7x7dbl_5", 192, 1, 7),
-        ],
-        [MEAN, same("branch_pool", 192, 1, 1)],
+        [conv("branch1x1", 192, 1, 1)],
+        row("branch7x7", (width, 1, 1), (width, 1, 7), (192, 7, 1)),
+        row("branch7x7dbl", (width, 1, 1), (width, 7, 1), (width, 1, 7), (width, 7, 1), (192, 1, 7)),
+        [MEAN, conv("branch_pool", 192, 1, 1)],
     )
 
 
@@ -107,13 +105,8 @@ def inception_d(name):
     """(B, 768, 17, 17) -> (B, 320 + 192 + 768, 8, 8): half the resolution again."""
     return Fork(
         name,
-        [same("branch3x3_1", 192, 1, 1), Conv("branch3x3_2", 320, (3, 3), 2)],
-        [
-            same("branch7x7x3_1", 192, 1, 1),
-            same("branch7x7x3_2", 192, 1, 7),
-            same("branch7x7x3_3", 192, 7, 1),
-            Conv("branch7x7x3_4", 192, (3, 3), 2),
-        ],
+        row("branch3x3", (192, 1, 1), (320, 3, 3, 2)),
+        row("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3, 2)),
         [HALVE],
     )
 
@@ -122,24 +115,24 @@ def inception_e(name, pool):
     """(B, C, 8, 8) -> (B, 320 + 2 * 384 + 2 * 384 + 192, 8, 8): a row and a column side by side (figure 7)."""
 
     def both(name):
-        return Fork(name, [same("a", 384, 1, 3)], [same("b", 384, 3, 1)])
+        return Fork(name, [conv("a", 384, 1, 3)], [conv("b", 384, 3, 1)])
 
     return Fork(
         name,
-        [same("branch1x1", 320, 1, 1)],
-        [same("branch3x3_1", 384, 1, 1), both("branch3x3_2")],
-        [same("branch3x3dbl_1", 448, 1, 1), same("branch3x3dbl_2", 384, 3, 3), both("branch3x3dbl_3")],
-        [pool, same("branch_pool", 192, 1, 1)],
+        [conv("branch1x1", 320, 1, 1)],
+        [*row("branch3x3", (384, 1, 1)), both("branch3x3_2")],
+        [*row("branch3x3dbl", (448, 1, 1), (384, 3, 3)), both("branch3x3dbl_3")],
+        [pool, conv("branch_pool", 192, 1, 1)],
     )
 
 
 NETWORK = [  # (B, 3, 299, 299)
-    Conv("Conv2d_1a_3x3", 32, (3, 3), 2),  # (B, 32, 149, 149)
-    Conv("Conv2d_2a_3x3", 32, (3, 3)),  # (B, 32, 147, 147)
-    same("Conv2d_2b_3x3", 64, 3, 3),  # (B, 64, 147, 147)
+    conv("Conv2d_1a_3x3", 32, 3, 3, 2),  # (B, 32, 149, 149)
+    Conv("Conv2d_2a_3x3", 32, (3, 3)),  # (B, 32, 147, 147), without padding
+    conv("Conv2d_2b_3x3", 64, 3, 3),  # (B, 64, 147, 147)
     HALVE,  # (B, 64, 73, 73)
-    Conv("Conv2d_3b_1x1", 80, (1, 1)),  # (B, 80, 73, 73)
-    Conv("Conv2d_4a_3x3", 192, (3, 3)),  # (B, 192, 71, 71)
+    conv("Conv2d_3b_1x1", 80, 1, 1),  # (B, 80, 73, 73)
+    Conv("Conv2d_4a_3x3", 192, (3, 3)),  # (B, 192, 71, 71), without padding
     HALVE,  # (B, 192, 35, 35)
     inception_a("Mixed_5b.", 32),  # (B, 256, 35, 35)
     inception_a("Mixed_5c.", 64),  # (B, 288, 35, 35)

@@ -120,7 +120,6 @@ class BatchNorm(Stateful):
         self.bias = init.parameter(np.zeros(channels))
         self.mean = ag.xp.zeros((1, channels, 1, 1), init.dtype)
         self.variance = ag.xp.ones((1, channels, 1, 1), init.dtype)
-        self.training = True
 
     def __call__(self, x):
         mean, variance = Tensor(self.mean), Tensor(self.variance)

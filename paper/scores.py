@@ -53,9 +53,7 @@ class Statistics:
 
     @property
     def covariance(self):
-        """(D, D), with N - 1 for divisor, as pytorch-fid has it. Raises ValueError for fewer than two pictures."""
-        if self.count < 2:
-            raise ValueError("a covariance needs two pictures or more")
+        """(D, D), of two pictures or more, with N - 1 for divisor, as pytorch-fid has it."""
         return self.scatter / (self.count - 1)
 
 
@@ -224,17 +222,14 @@ def own_scores(trainer, count, data_dir):
     return measure
 
 
+# What has to be the same of two scores that are compared: how many pictures, against which, through which network.
 MEASURED_BY = ("images", "against", "reference", "statistics", "weights", "network", "resizing")
+MADE_OF = ("step", "generator", *MEASURED_BY)  # what of two that are one and the same; the rest is numbers and date
 
 
-def measured_by(entry):
-    """What has to be the same of two scores that are compared: how many pictures, against which, through which network."""
-    return tuple(repr(entry.get(name)) for name in MEASURED_BY)
-
-
-def made_of(entry):
-    """What has to be the same of two scores that are one and the same: also the generator. The rest is numbers and date."""
-    return entry["step"], entry.get("generator"), *measured_by(entry)
+def agree(entry, other, names):
+    """Whether two entries of scores.json say the same under each of these names."""
+    return all(entry.get(name) == other.get(name) for name in names)
 
 
 def read_scores(path):
@@ -260,7 +255,7 @@ def evaluate(run, sampler, load, features, count, data_dir, inception=None, fid_
     sampler: program.sampler.Sampler; load: a function that gives the pictures of the run's data set, called only where
     they are needed; features: "inception" or "own"; count: generated pictures; fid_stats: a file to take the reference
     statistics from instead. What is to be read is read before any work is begun. A score takes the place of one that is
-    made of the same, see `made_of`, and of no other. Raises UserError.
+    made of the same, see MADE_OF, and of no other. Raises UserError.
     """
     options, path, extractor = sampler.options, run / "scores.json", None
     pictures = functools.cache(lambda: need_two(load()))
@@ -290,6 +285,6 @@ def evaluate(run, sampler, load, features, count, data_dir, inception=None, fid_
         f"resizing: {extractor.resizing}; reference digest {digest[:8]})"
     )
     output.tell(line, event="scores", **entry)  # before it is written, which may fail
-    known = [old for old in read_scores(path) if made_of(old) != made_of(entry)]
+    known = [old for old in read_scores(path) if not agree(old, entry, MADE_OF)]
     with files.whole_file(path) as part:
         part.write_text(json.dumps([*known, entry], indent=2, allow_nan=False) + "\n", "utf-8")

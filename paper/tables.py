@@ -189,7 +189,8 @@ def run_all(args, extra):
         try:
             # the first alone: it makes the classifier and the reference statistics that all others share
             done = {first: one(first)} | dict(zip(others, pool.map(one, others), strict=True))
-            if len({scores.measured_by(entry) for entry, _ in done.values()}) > 1:  # some are kept from another time
+            like = done[first][0]
+            if not all(scores.agree(entry, like, scores.MEASURED_BY) for entry, _ in done.values()):  # some are older
                 entries = [measure(first, True), *pool.map(lambda run: measure(run, True), others)]
                 done = {run: (entry, last) for entry, (run, (_, last)) in zip(entries, done.items(), strict=True)}
         except BaseException:
