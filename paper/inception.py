@@ -28,7 +28,7 @@ from data import UserError
 from fast import CORES
 from paper import convolutions
 from paper.weights import read_weights
-from store import downloads, files, output
+from store import downloads, files
 
 # --- 1. The table -----------------------------------------------------------------------------------------------------
 # A chain is a list of steps, one after another: a convolution, a pooling function, or a fork into chains that all read the
@@ -268,8 +268,5 @@ def load_inception(path=None, data_dir="data"):
 
     There they are downloaded, 96 MB, unless an earlier call did. Raises UserError for whatever is wrong with them.
     """
-    if path is None:
-        if not (Path(data_dir) / WEIGHTS.name).exists():
-            output.note(f"Inception-v3's weights, 96 MB, are fetched once from {WEIGHTS.url}")
-        path = downloads.fetch(WEIGHTS, data_dir)
+    path = path or downloads.fetch(WEIGHTS, data_dir)
     return Inception(read_weights(path), name=f"Inception-v3 of {Path(path).name}")

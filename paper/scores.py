@@ -101,7 +101,7 @@ def _factor(covariance):
 
 # --- 3. A run's scores ------------------------------------------------------------------------------------------------
 
-AT_ONCE = 256  # pictures that are made, or given to a network, which shares them among threads; each 256 have own noise
+AT_ONCE = 256  # pictures that are made of noise of their own, or given to a network, which shares them among threads
 LARGE = 1 << 26  # bytes of a covariance; Inception's takes half
 
 
