@@ -88,6 +88,8 @@ DIFFERENCES = {
 
 # --- 2. Running -------------------------------------------------------------------------------------------------------
 
+NUMBERS = {"inception": ("is", "fid", "distance"), "own": ("is_own", "fid_own", "distance")}  # of a run, by --features
+
 
 def program(*arguments):
     """Run transgan.py. Raises UserError with its last line if it fails."""
@@ -134,7 +136,7 @@ def score(folder, features, images, machine, steps, anew=False):
     What fits is of the generator that is there now, of so many images, and against the data set itself. anew: scores the
     run in any case.
     """
-    path, name = folder / "scores.json", {"inception": "fid", "own": "fid_own"}[features]
+    path, name = folder / "scores.json", NUMBERS[features][0]
     wanted = {"step": steps, "generator": reached(folder)[1], "images": images, "statistics": None}
 
     def fitting():
@@ -148,10 +150,10 @@ def score(folder, features, images, machine, steps, anew=False):
 
 
 def run_all(args, extra):
-    """Train and score every row for every seed, `args.jobs` runs at a time: {row: [numbers of each seed]}.
+    """Train and score every row for every seed, `args.jobs` runs at a time: {row: [{name in NUMBERS: ...} of each seed]}.
 
-    The numbers: {"fid", "is", "distance"}; all are measured by the same network against the same pictures. extra: arguments
-    of transgan.py for all rows. Raises UserError, also for what scores need and is not there, before any training.
+    All are measured by the same network against the same pictures. extra: arguments of transgan.py for all rows. Raises
+    UserError, also for what scores need and is not there, before any training.
     """
     rows = {name: options for name, (_, options) in TABLES[args.number][1].items()
             if options and (not args.rows or name in args.rows)}  # fmt: skip
@@ -170,33 +172,28 @@ def run_all(args, extra):
     def measure(run, anew=False):
         return score(runs[run], args.features, args.num_images, machine, args.steps, anew)
 
-    def numbers(entry, last):
-        suffix = "" if args.features == "inception" else "_own"
-        return {"fid": entry[f"fid{suffix}"], "is": entry[f"is{suffix}"], "distance": last["distance"]}
-
     def one(run):
         name, seed = run
         options = [*extra, "--dataset", args.dataset, "--size", args.size, "--seed", seed, *rows[name]]
         last = train(runs[run], options, machine, args.steps)
-        entry = measure(run)
-        shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers(entry, last).items())
+        done = last | measure(run)
+        shown = ", ".join(f"{key} {done[key]:.3f}" for key in NUMBERS[args.features])
         print(f"{name}, seed {seed}: {shown}; {output.clock(last['seconds'])} of training\n",
               end="", file=sys.stderr, flush=True)  # fmt: skip
-        return entry, last
+        return done
 
     first, *others = runs
     with futures.ThreadPoolExecutor(args.jobs) as pool:
         try:
             # the first alone: it makes the classifier and the reference statistics that all others share
             done = {first: one(first)} | dict(zip(others, pool.map(one, others), strict=True))
-            like = done[first][0]
-            if not all(scores.agree(entry, like, scores.MEASURED_BY) for entry, _ in done.values()):  # some are older
-                entries = [measure(first, True), *pool.map(lambda run: measure(run, True), others)]
-                done = {run: (entry, last) for entry, (run, (_, last)) in zip(entries, done.items(), strict=True)}
+            if not all(scores.agree(entry, done[first], scores.MEASURED_BY) for entry in done.values()):  # some are older
+                anew = [measure(first, True), *pool.map(lambda run: measure(run, True), others)]
+                done = {run: done[run] | entry for run, entry in zip(runs, anew, strict=True)}
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return {name: [numbers(*done[name, seed]) for seed in range(args.seeds)] for name in rows}
+    return {name: [done[name, seed] for seed in range(args.seeds)] for name in rows}
 
 
 # --- 3. Printing ------------------------------------------------------------------------------------------------------
@@ -209,7 +206,7 @@ def table(args, results):
     lines = [("row", "paper: IS", "paper: FID", f"IS{suffix}", f"FID{suffix}", "distance")]
     for name, ((score, fid), options) in published.items():
         if name in results:
-            numbers = [spread([run[key] for run in results[name]]) for key in ("is", "fid", "distance")]
+            numbers = [spread([run[key] for run in results[name]]) for key in NUMBERS[args.features]]
         else:
             numbers = ["not run" if options else "not built here"] * 3
         lines.append((name, f"{score:.2f}", f"{fid:.2f}", *numbers))
