@@ -95,7 +95,7 @@ def examples(n=2):
         transgan.diff_augment: [t(n, 3, 4, 4), "cutout,color", ag.xp.asarray(np.ones((n, transgan.DRAWS)))],
         convolutions.unfold: [picture, 3, 2, 1], convolutions.fold: [t(n, 4, 3, 3, 3, 3), (n, 4, 5, 5), 2, (1, 1)],
         convolutions.conv2d: [picture, t(2, 4, 3, 2), t(2), (2, 1), 1], convolutions.max_pool2d: [picture, 2, 2, 1],
-        convolutions.avg_pool2d: [picture, (2, 3), 2, 1, False], convolutions.upsample_nearest: [picture, 2],
+        convolutions.avg_pool2d: [picture, (2, 3), 2, 1], convolutions.upsample_nearest: [picture, 2],
         convolutions.resize_bilinear: [picture, 3, 7],
         convolutions.batch_norm: [picture, t(1, 4, 1, 1), t(1, 4, 1, 1), t(4), t(4)],
     }  # fmt: skip

@@ -13,7 +13,6 @@ Contents
 """
 
 import contextlib
-import time
 import zipfile
 from concurrent import futures
 from pathlib import Path
@@ -26,6 +25,7 @@ import transgan
 from autograd import Linear, Module, Tensor, grad
 from fast import CORES
 from paper.convolutions import max_pool2d
+from paper.inception import look_in_parts
 from paper.networks import Conv2d, PeerInit
 from store import datasets, files, output
 
@@ -70,18 +70,14 @@ def turned(pictures, rng):
     return np.stack([np.rot90(x, k, (1, 2)) for x, k in zip(pictures, quarters, strict=True)]), quarters
 
 
-def classes_of(labels):
-    """How many classes there are to tell apart by labels (N,), or with None of quarter turns."""
-    return 4 if labels is None else int(labels.max()) + 1
-
-
 def train_classifier(pictures, labels, steps=STEPS):
     """A Classifier of bytes (N, 3, S, S) with labels (N,), or of quarter turns if labels is None; and its accuracy.
 
     Adam (0.9, 0.999) on batches of 64, mirrored at random where turns are not what is asked, the rate falling to 0 in a
     line. The accuracy is that of the last tenth of the steps, on the batches before they were learnt from.
     """
-    network = Classifier(classes_of(labels), data.random_stream("classifier", 0))
+    classes = 4 if labels is None else int(labels.max()) + 1
+    network = Classifier(classes, data.random_stream("classifier", 0))
     parameters, right = list(network.parameters().values()), []
     adam = ag.Adam(parameters, (0.9, 0.999))
     workers = CORES if ag.xp is np else 1
@@ -93,7 +89,6 @@ def train_classifier(pictures, labels, steps=STEPS):
         return (ag.to_numpy(logits).argmax(axis=1) == y).sum(), grad(loss, parameters)
 
     with futures.ThreadPoolExecutor(workers) as pool, output.Progress() as progress:
-        start = time.monotonic()
         for step in range(steps):
             rng = data.random_stream("classifier", 1, step)
             chosen = rng.integers(0, len(pictures), BATCH)
@@ -105,8 +100,7 @@ def train_classifier(pictures, labels, steps=STEPS):
                 adam.add(pieces)
             adam.step(RATE * (1 - step / steps))
             right.append(sum(hits))
-            left = (time.monotonic() - start) / (step + 1) * (steps - step - 1)
-            progress(f"training the classifier: step {step + 1}/{steps}, {output.clock(left)} left")
+            progress(f"training the classifier: step {step + 1}/{steps}")
     last = right[-max(1, steps // 10) :]
     return network, sum(last) / (len(last) * BATCH)
 
@@ -121,44 +115,36 @@ class Extractor:
     networks would else be of any size. dataset, accuracy: what is to be quoted of it.
     """
 
-    suffix, dims, resizing, bytes_per_picture = "-own", FEATURES, "none", 1 << 20
+    suffix, dims, resizing = "-own", FEATURES, "none"
 
     def __init__(self, network, dataset, accuracy, scale=1.0):
         self.network, self.scale = network, scale
         self.digest = files.fingerprint(np.array([scale], float), *map(ag.to_numpy, network.parameters().values()))
-        what = f"{task(dataset, len(network.head.bias))}, {100 * accuracy:.0f}% right"
+        what = f"{len(network.head.bias)} classes" if dataset in datasets.LABELLED else "quarter turns"
+        what = f"{what} of {files.short_name(dataset)}, {100 * accuracy:.0f}% right"
         self.weights = f"own classifier of {what}, digest {self.digest[:8]}"  # two machines make two of the same pictures
 
     def __call__(self, pictures):
-        def part(x):
-            with ag.no_grad():
-                features, logits = self.network(Tensor(ag.xp.asarray(data.scale(x))))
-                return ag.to_numpy(features) * np.float32(self.scale), ag.to_numpy(logits)
+        return look_in_parts(self.look, pictures, 64)
 
-        with futures.ThreadPoolExecutor(CORES if ag.xp is np else 1) as pool:
-            parts = pool.map(part, [pictures[i : i + 64] for i in range(0, len(pictures), 64)])
-            return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+    def look(self, pictures):
+        features, logits = self.network(Tensor(ag.xp.asarray(data.scale(pictures))))
+        return features * self.scale, logits
 
 
 def read_classifier(path, dataset):
     """The Extractor in a file. Raises anything at all for one that is missing or damaged."""
     with zipfile.ZipFile(files.plain(path)) as saved:
-
-        def read(name, shape=()):
-            if (array := files.read_numbers(saved, name, 1 << 24)).shape != shape:
-                raise ValueError(f"its {name} is of shape {array.shape}, not {shape}")
-            return array
-
         network = Classifier(len(files.read_numbers(saved, "head.bias", 1 << 12)), data.random_stream("classifier", 0))
         for key, p in network.parameters().items():
-            p.data[...] = ag.xp.asarray(read(key, p.shape))
-        return Extractor(network, dataset, float(read("accuracy")), float(read("scale")))
+            p.data[...] = ag.xp.asarray(files.read_numbers(saved, key, 1 << 24).reshape(p.shape))
+        accuracy, scale = (files.read_numbers(saved, name, 8).item() for name in ("accuracy", "scale"))
+    return Extractor(network, dataset, accuracy, scale)
 
 
-def task(dataset, classes):
-    """What a classifier of a data set's pictures tells apart, in words."""
-    name = files.short_name(dataset)
-    return f"{classes} classes of {name}" if dataset in datasets.LABELLED else f"quarter turns of {name}"
+def name_of(pictures, dataset):
+    """What a file goes by that is made of a data set's pictures, bytes (N, 3, S, S)."""
+    return f"{files.short_name(dataset)}-{pictures.shape[-1]}-{files.fingerprint(pictures)}"
 
 
 def load_classifier(pictures, dataset, data_dir):
@@ -166,13 +152,12 @@ def load_classifier(pictures, dataset, data_dir):
 
     A file that is cut off or damaged is made again. Raises UserError, before the work, if it could not be kept.
     """
-    name = f"{files.short_name(dataset)}-{pictures.shape[-1]}-{files.fingerprint(pictures)}"
-    path = Path(data_dir) / f"classifier-{name}.npz"
+    path = Path(data_dir) / f"classifier-{name_of(pictures, dataset)}.npz"
     with contextlib.suppress(Exception):  # a damaged archive can raise anything at all
         return read_classifier(path, dataset)
     with files.being_made(path):
         labels = datasets.load_labels(dataset, data_dir, pictures.shape[-1])
-        output.note(f"training a classifier on {task(dataset, classes_of(labels))}, once, for FID-own and IS-own")
+        output.note(f"training a classifier of {files.short_name(dataset)}, once, for FID-own and IS-own")
         network, accuracy = train_classifier(pictures, labels)
         features, _ = Extractor(network, dataset, accuracy)(pictures[:4096])
         scale = 1 / max(float(features.std(axis=0).mean()), 1e-6)

@@ -45,22 +45,10 @@ def _geometry(shape, kernel, stride, padding):
     return *pairs, ((height - kernel[0]) // stride[0] + 1, (width - kernel[1]) // stride[1] + 1)
 
 
-def _pool_geometry(shape, kernel, stride, padding):
-    """The same, of windows that all have a pixel of the picture in them."""
-    kernel, stride, padding, counts = _geometry(shape, kernel, stride, padding)
-    if padding[0] >= kernel[0] or padding[1] >= kernel[1]:
-        raise ValueError("the padding must be less than the kernel")
-    return kernel, stride, padding, counts
-
-
 def _padded(x, padding, fill):
     """An array (B, C, H, W) with `padding` rows and columns of `fill` around it; itself where there are none."""
-    (rows, columns), (batch, channels, height, width) = padding, x.shape
-    if not rows and not columns:
-        return x
-    data = ag.xp.full((batch, channels, height + 2 * rows, width + 2 * columns), fill, x.dtype)
-    data[:, :, rows : rows + height, columns : columns + width] = x
-    return data
+    margins = ((0, 0), (0, 0), *((n, n) for n in padding))
+    return ag.xp.pad(x, margins, constant_values=fill) if any(padding) else x
 
 
 def _windows(x, kernel, stride):
@@ -96,35 +84,30 @@ def fold(x, shape, stride=1, padding=0):
     return result(data, (x, lambda g: unfold(g, kernel, stride, padding)))
 
 
-_COLUMNS = 1 << 18  # numbers in the windows that a CPU lays out at once: a megabyte, which stays in a core's cache
-
-
 @operation
 def conv2d(x, weight, bias=None, stride=1, padding=0):
     """Convolution (cross-correlation, as all frameworks have it): (B, C, H, W), (O, C, kh, kw), (O,) -> (B, O, H', W').
 
-    out[b, o, y, x] = bias[o] + sum over c, i, j of weight[o, c, i, j] in[b, c, y stride + i, x stride + j]: one matrix
-    product for each block of windows, which are laid out as columns of C kh kw numbers. A product is linear in both its
+    out[b, o, y, x] = bias[o] + sum over c, i, j of weight[o, c, i, j] in[b, c, y stride + i, x stride + j]: a product
+    of the weights with the windows, which are laid out as columns of C kh kw numbers. A product is linear in both its
     factors, so each gradient is a product again: of the weights, g times the columns; of the columns, the weights times
-    g, and these are then folded.
+    g, and these are then folded. Columns take kh kw times the memory of x, so they are not kept but laid out again.
     """
     fit = x.ndim == weight.ndim == 4 and x.shape[1] == weight.shape[1]
     if not fit or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError("expected (B, C, H, W), (O, C, kh, kw) and (O,)")
     kernel, stride, padding, (rows, columns) = _geometry(x.shape, weight.shape[2:], stride, padding)
     batch, outputs, inner = len(x), len(weight), math.prod(weight.shape[1:])
-    windows = _windows(_padded(x.data, padding, 0), kernel, stride)  # (B, C, kh, kw, H', W')
-    data, matrix = ag.xp.empty((batch, outputs, rows, columns), x.dtype), Tensor(weight.data.reshape(outputs, inner))
-    for images, lines in _picture_blocks(batch, rows, inner * columns):
-        part = data[images, :, lines]  # (b, O, h, W')
-        block = windows[images, :, :, :, lines].reshape(len(part), inner, part.shape[2] * columns)  # the only copy
-        part[...] = (matrix @ Tensor(block)).data.reshape(part.shape)
+    windows = _windows(_padded(x.data, padding, 0), kernel, stride)  # (B, C, kh, kw, H', W'), a view
+    laid_out = Tensor(windows.reshape(batch, inner, rows * columns))  # (B, C kh kw, H'W')
+    data = (Tensor(weight.data.reshape(outputs, inner)) @ laid_out).data.reshape(batch, outputs, rows, columns)
+    shape = windows.shape
     if bias is not None:
         data += bias.data.reshape(-1, 1, 1)
 
     def vjp_x(g):
         spread = ag.matmul(ag.reshape(weight, outputs, inner).T, ag.reshape(g, batch, outputs, rows * columns))
-        return fold(ag.reshape(spread, windows.shape), x.shape, stride, padding)  # of (B, C kh kw, H'W')
+        return fold(ag.reshape(spread, shape), x.shape, stride, padding)  # of (B, C kh kw, H'W')
 
     def vjp_weight(g):
         laid_out = ag.reshape(unfold(x, kernel, stride, padding), batch, inner, rows * columns)  # (B, C kh kw, H'W')
@@ -132,16 +115,6 @@ def conv2d(x, weight, bias=None, stride=1, padding=0):
         return ag.reshape(ag.reduce_sum(product, 0), weight.shape)
 
     return result(data, (x, vjp_x), (weight, vjp_weight), (bias, lambda g: ag.reduce_sum(g, (0, 2, 3))))
-
-
-def _picture_blocks(batch, rows, size):
-    """Slices (pictures, rows of the result) that cover them all, when a row of the result needs `size` numbers."""
-    budget = _COLUMNS if ag.xp is np else 1 << 28  # a GPU wants large products: a gigabyte of float32
-    lines = min(rows, max(1, budget // max(1, size)))
-    images = max(1, budget // max(1, size * rows))
-    for b in range(0, batch, images):
-        for r in range(0, rows, lines):
-            yield slice(b, min(b + images, batch)), slice(r, min(r + lines, rows))
 
 
 def _over_windows(function, windows):
@@ -156,7 +129,7 @@ def _over_windows(function, windows):
 @operation
 def max_pool2d(x, kernel, stride, padding=0):
     """The largest pixel of each window: (B, C, H, W) -> (B, C, H', W'). Equal ones share its gradient, which is folded."""
-    kernel, stride, padding, _ = _pool_geometry(x.shape, kernel, stride, padding)
+    kernel, stride, padding, _ = _geometry(x.shape, kernel, stride, padding)
     data = _over_windows(ag.xp.maximum, _windows(_padded(x.data, padding, -ag.xp.inf), kernel, stride))
 
     def vjp(g):
@@ -168,11 +141,11 @@ def max_pool2d(x, kernel, stride, padding=0):
 
 
 @operation
-def avg_pool2d(x, kernel, stride, padding=0, count_padding=True):
-    """The mean of each window: (B, C, H, W) -> (B, C, H', W'); with count_padding=False of its pixels in the picture."""
-    kernel, stride, padding, _ = _pool_geometry(x.shape, kernel, stride, padding)
+def avg_pool2d(x, kernel, stride, padding=0):
+    """The mean of each window's pixels in the picture: (B, C, H, W) -> (B, C, H', W')."""
+    kernel, stride, padding, _ = _geometry(x.shape, kernel, stride, padding)
     data = _over_windows(ag.xp.add, _windows(_padded(x.data, padding, 0), kernel, stride))
-    inside = _padded(ag.xp.ones((1, 1, *x.shape[2:]), x.dtype), padding, 1 if count_padding else 0)
+    inside = _padded(ag.xp.ones((1, 1, *x.shape[2:]), x.dtype), padding, 0)
     share = 1 / _over_windows(ag.xp.add, _windows(inside, kernel, stride))  # (1, 1, H', W')
     data *= share
 
@@ -219,28 +192,22 @@ class Stateful(Module):
 
     training = True  # of interest to batch normalization alone
 
-    def parts(self):
-        """The modules among its attributes and in lists there, by name: {"blocks.0": module, ...}."""
-        found = {}
+    def named_modules(self, prefix=""):
+        """This module and all stateful ones that are part of it, each with what stands before its names: ("", self), ..."""
+        yield prefix, self
         for name, value in vars(self).items():
-            parts = {f"{name}.{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
-            found |= {name: x for name, x in parts.items() if isinstance(x, Module)}
-        return found
+            for part, module in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                if isinstance(module, Stateful):
+                    yield from module.named_modules(f"{prefix}{name}." if part is None else f"{prefix}{name}.{part}.")
 
     def modules(self):
-        """This module and all stateful ones that are part of it, one after another."""
-        yield self
-        for part in self.parts().values():
-            if isinstance(part, Stateful):
-                yield from part.modules()
+        """This module and all stateful ones that are part of it."""
+        return [module for _, module in self.named_modules()]
 
     def buffers(self):
         """All plain arrays by name: what training changes otherwise than by a gradient."""
-        found = {name: x for name, x in vars(self).items() if isinstance(x, ag.xp.ndarray)}
-        for name, part in self.parts().items():
-            if isinstance(part, Stateful):
-                found |= {f"{name}.{inner}": x for inner, x in part.buffers().items()}
-        return found
+        arrays = ((prefix + name, x) for prefix, module in self.named_modules() for name, x in vars(module).items())
+        return {name: x for name, x in arrays if isinstance(x, ag.xp.ndarray)}
 
     def prepare(self):
         """What a module does before each of its updates: see `spectral_norm`."""

@@ -28,7 +28,7 @@ from data import UserError
 from fast import CORES
 from paper import convolutions
 from paper.weights import read_weights
-from store import downloads, files, output
+from store import downloads, files
 
 # --- 1. The table -----------------------------------------------------------------------------------------------------
 # A chain is a list of steps, one after another: a convolution, a pooling function, or a fork into chains that all read the
@@ -52,32 +52,31 @@ class Fork:
         self.name, self.chains = name, chains
 
 
-def same(name, outputs, *kernel):
-    """A convolution padded with as many zeros as keep the picture's size (its name is TensorFlow's)."""
-    rows, columns = kernel
-    return Conv(name, outputs, kernel, padding=(rows // 2, columns // 2))
+def conv(name, outputs, rows, columns, stride=1):
+    """A convolution padded with as many zeros as keep the picture's size; with a stride, without padding."""
+    return Conv(name, outputs, (rows, columns), stride, (rows // 2, columns // 2) if stride == 1 else (0, 0))
 
 
-def valid(name, outputs, *kernel, stride=1):
-    """A convolution that only sees what is there, so a picture becomes (H - rows) // stride + 1 high."""
-    return Conv(name, outputs, kernel, stride)
+def row(name, *convs):
+    """Convolutions one after another, NAME_1, NAME_2, ..., each given as the arguments of `conv`."""
+    return [conv(f"{name}_{i}", *arguments) for i, arguments in enumerate(convs, 1)]
 
 
 # Pooling over 3x3: one that halves, (B, C, H, W) -> (B, C, (H - 1) // 2, (W - 1) // 2), and two that keep the shape. The
 # mean is that of the pixels inside the picture; torchvision's counts the zeros around it too.
 HALVE = functools.partial(convolutions.max_pool2d, kernel=3, stride=2)
 MAX = functools.partial(convolutions.max_pool2d, kernel=3, stride=1, padding=1)
-MEAN = functools.partial(convolutions.avg_pool2d, kernel=3, stride=1, padding=1, count_padding=False)
+MEAN = functools.partial(convolutions.avg_pool2d, kernel=3, stride=1, padding=1)
 
 
 def inception_a(name, pool):
     """(B, C, 35, 35) -> (B, 64 + 64 + 96 + pool, 35, 35): windows of four sizes (Szegedy et al. 2015, figures 4 and 5)."""
     return Fork(
         name,
-        [same("branch1x1", 64, 1, 1)],
-        [same("branch5x5_1", 48, 1, 1), same("branch5x5_2", 64, 5, 5)],
-        [same("branch3x3dbl_1", 64, 1, 1), same("branch3x3dbl_2", 96, 3, 3), same("branch3x3dbl_3", 96, 3, 3)],
-        [MEAN, same("branch_pool", pool, 1, 1)],
+        [conv("branch1x1", 64, 1, 1)],
+        row("branch5x5", (48, 1, 1), (64, 5, 5)),
+        row("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3)),
+        [MEAN, conv("branch_pool", pool, 1, 1)],
     )
 
 
@@ -85,8 +84,8 @@ def inception_b(name):
     """(B, 288, 35, 35) -> (B, 384 + 96 + 288, 17, 17): half the resolution, convolved and pooled (figure 10)."""
     return Fork(
         name,
-        [valid("branch3x3", 384, 3, 3, stride=2)],
-        [same("branch3x3dbl_1", 64, 1, 1), same("branch3x3dbl_2", 96, 3, 3), valid("branch3x3dbl_3", 96, 3, 3, stride=2)],
+        [conv("branch3x3", 384, 3, 3, 2)],
+        row("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3, 2)),
         [HALVE],
     )
 
@@ -95,16 +94,10 @@ def inception_c(name, width):
     """(B, 768, 17, 17) -> (B, 4 * 192, 17, 17): windows of 7x7 made of a row and a column (figure 6)."""
     return Fork(
         name,
-        [same("branch1x1", 192, 1, 1)],
-        [same("branch7x7_1", width, 1, 1), same("branch7x7_2", width, 1, 7), same("branch7x7_3", 192, 7, 1)],
-        [
-            same("branch7x7dbl_1", width, 1, 1),
-            same("branch7x7dbl_2", width, 7, 1),
-            same("branch7x7dbl_3", width, 1, 7),
-            same("branch7x7dbl_4", width, 7, 1),
-            same("branch7x7dbl_5", 192, 1, 7),
-        ],
-        [MEAN, same("branch_pool", 192, 1, 1)],
+        [conv("branch1x1", 192, 1, 1)],
+        row("branch7x7", (width, 1, 1), (width, 1, 7), (192, 7, 1)),
+        row("branch7x7dbl", (width, 1, 1), (width, 7, 1), (width, 1, 7), (width, 7, 1), (192, 1, 7)),
+        [MEAN, conv("branch_pool", 192, 1, 1)],
     )
 
 
@@ -112,13 +105,8 @@ def inception_d(name):
     """(B, 768, 17, 17) -> (B, 320 + 192 + 768, 8, 8): half the resolution again."""
     return Fork(
         name,
-        [same("branch3x3_1", 192, 1, 1), valid("branch3x3_2", 320, 3, 3, stride=2)],
-        [
-            same("branch7x7x3_1", 192, 1, 1),
-            same("branch7x7x3_2", 192, 1, 7),
-            same("branch7x7x3_3", 192, 7, 1),
-            valid("branch7x7x3_4", 192, 3, 3, stride=2),
-        ],
+        row("branch3x3", (192, 1, 1), (320, 3, 3, 2)),
+        row("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3, 2)),
         [HALVE],
     )
 
@@ -127,24 +115,24 @@ def inception_e(name, pool):
     """(B, C, 8, 8) -> (B, 320 + 2 * 384 + 2 * 384 + 192, 8, 8): a row and a column side by side (figure 7)."""
 
     def both(name):
-        return Fork(name, [same("a", 384, 1, 3)], [same("b", 384, 3, 1)])
+        return Fork(name, [conv("a", 384, 1, 3)], [conv("b", 384, 3, 1)])
 
     return Fork(
         name,
-        [same("branch1x1", 320, 1, 1)],
-        [same("branch3x3_1", 384, 1, 1), both("branch3x3_2")],
-        [same("branch3x3dbl_1", 448, 1, 1), same("branch3x3dbl_2", 384, 3, 3), both("branch3x3dbl_3")],
-        [pool, same("branch_pool", 192, 1, 1)],
+        [conv("branch1x1", 320, 1, 1)],
+        [*row("branch3x3", (384, 1, 1)), both("branch3x3_2")],
+        [*row("branch3x3dbl", (448, 1, 1), (384, 3, 3)), both("branch3x3dbl_3")],
+        [pool, conv("branch_pool", 192, 1, 1)],
     )
 
 
 NETWORK = [  # (B, 3, 299, 299)
-    valid("Conv2d_1a_3x3", 32, 3, 3, stride=2),  # (B, 32, 149, 149)
-    valid("Conv2d_2a_3x3", 32, 3, 3),  # (B, 32, 147, 147)
-    same("Conv2d_2b_3x3", 64, 3, 3),  # (B, 64, 147, 147)
+    conv("Conv2d_1a_3x3", 32, 3, 3, 2),  # (B, 32, 149, 149)
+    Conv("Conv2d_2a_3x3", 32, (3, 3)),  # (B, 32, 147, 147), without padding
+    conv("Conv2d_2b_3x3", 64, 3, 3),  # (B, 64, 147, 147)
     HALVE,  # (B, 64, 73, 73)
-    valid("Conv2d_3b_1x1", 80, 1, 1),  # (B, 80, 73, 73)
-    valid("Conv2d_4a_3x3", 192, 3, 3),  # (B, 192, 71, 71)
+    conv("Conv2d_3b_1x1", 80, 1, 1),  # (B, 80, 73, 73)
+    Conv("Conv2d_4a_3x3", 192, (3, 3)),  # (B, 192, 71, 71), without padding
     HALVE,  # (B, 192, 35, 35)
     inception_a("Mixed_5b.", 32),  # (B, 256, 35, 35)
     inception_a("Mixed_5c.", 64),  # (B, 288, 35, 35)
@@ -184,17 +172,28 @@ EPS = 0.001  # of the batch normalization
 GPU_BATCH = 64  # pictures at once; a thread of a CPU takes one at a time, which is as fast and shares them out evenly
 
 
+def look_in_parts(look, pictures, size):
+    """Features (B, D) and logits (B, K), NumPy, of bytes (B, 3, H, W): look's Tensors of `size` pictures at a time, each in
+    a thread of its own on a CPU."""
+
+    def part(first):
+        with ag.no_grad():
+            return [ag.to_numpy(x) for x in look(pictures[first : first + size])]
+
+    with futures.ThreadPoolExecutor(CORES if ag.xp is np else 1) as pool:
+        parts = pool.map(part, range(0, len(pictures), size))
+        return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+
+
 class Inception:
     """FID's Inception-v3: bytes (B, 3, H, W), NumPy -> features (B, 2048) and logits (B, 1008), NumPy arrays of `dtype`.
 
     weights: NumPy arrays by name, as in the published file; name: where they come from, to be quoted beside scores, with
     their digest. What comes out for a picture depends on nothing but the picture: on a CPU to the bit, on a GPU up to
-    rounding. Raises UserError for the first array that is missing, of a wrong shape or not of numbers, naming it; when
-    called, ValueError for anything but at least one picture in bytes of three colours.
+    rounding. Raises UserError for the first array that is missing, of a wrong shape or not of numbers, naming it.
     """
 
     suffix, dims, resizing = "", FEATURES, f"bilinear to {SIDE}x{SIDE}"  # what `paper.scores` asks of a network
-    bytes_per_picture = 16 << 20  # of memory: the largest layers, 64 channels of 147x147, before and after
 
     def __init__(self, weights, dtype=np.float32, name="Inception-v3"):
         self.dtype, self.layers = dtype, {}
@@ -214,25 +213,18 @@ class Inception:
         self.weights = f"{name}, digest {self.digest[:8]}"
 
     def __call__(self, pictures):
-        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.size:
-            raise ValueError(f"Inception of {pictures.dtype} of shape {pictures.shape}: expected bytes (B, 3, H, W)")
-        step, threads = (1, CORES) if ag.xp is np else (GPU_BATCH, 1)
-        parts = [pictures[i : i + step] for i in range(0, len(pictures), step)]
-        with futures.ThreadPoolExecutor(threads) as pool:
-            features, logits = zip(*pool.map(self.look, parts), strict=True)
-        return np.concatenate(features), np.concatenate(logits)
+        return look_in_parts(self.look, pictures, 1 if ag.xp is np else GPU_BATCH)
 
     def look(self, pictures):
-        """Features and logits of a few pictures, in one thread. The logits lack the classifier's bias.
+        """Features and logits of a few pictures. The logits lack the classifier's bias.
 
         That is how the Inception Score's own code (Salimans et al. 2016) computes them: it multiplies the features with the
         classifier's matrix again, and leaves it at that.
         """
-        with ag.no_grad():
-            x = Tensor(pictures, dtype=self.dtype) / 255  # (B, 3, H, W) in [0, 1]
-            x = convolutions.resize_bilinear(x, SIDE, SIDE) * 2 - 1  # (B, 3, 299, 299) in [-1, 1]
-            features = self.run(NETWORK, x).mean(axis=(2, 3))  # (B, 2048, 8, 8) -> (B, 2048)
-            return ag.to_numpy(features), ag.to_numpy(features @ self.classifier.T)
+        x = Tensor(pictures, dtype=self.dtype) / 255  # (B, 3, H, W) in [0, 1]
+        x = convolutions.resize_bilinear(x, SIDE, SIDE) * 2 - 1  # (B, 3, 299, 299) in [-1, 1]
+        features = self.run(NETWORK, x).mean(axis=(2, 3))  # (B, 2048, 8, 8) -> (B, 2048)
+        return features, features @ self.classifier.T
 
     def run(self, chain, x, prefix=""):
         """A chain of the table on a Tensor (B, C, H, W)."""
@@ -249,18 +241,16 @@ class Inception:
 
 
 def _take(weights, name, shape):
-    """The array `name`, in float64. Raises UserError unless it is there and has this shape."""
-    found = np.shape(weights[name]) if name in weights else None
-    if found != shape:
-        raise _wrong("lack" if found is None else f"have shape {found}, not {shape}, for", name)
-    array = np.asarray(weights[name], np.float64)
-    if not np.isfinite(array).all() or (name.endswith("var") and array.min() < 0):
-        raise _wrong("have numbers that cannot be for", name)
+    """The array `name`, in float64. Raises UserError unless it is there, has this shape, and holds what it can."""
+    try:
+        array = np.asarray(weights[name], np.float64)
+        possible = array.shape == shape and np.isfinite(array).all() and (array.min() >= 0 or not name.endswith("var"))
+    except (KeyError, TypeError, ValueError):
+        possible = False
+    if not possible:
+        raise UserError(f"the weights of Inception-v3 have no {name} of shape {shape}, or impossible numbers in it; fetch "
+                        f"{WEIGHTS.name} anew from {WEIGHTS.page}")  # fmt: skip
     return array
-
-
-def _wrong(what, name):
-    return UserError(f"the weights of Inception-v3 {what} {name}; fetch {WEIGHTS.name} anew from {WEIGHTS.page}")
 
 
 # --- 3. Its weights ---------------------------------------------------------------------------------------------------
@@ -278,8 +268,5 @@ def load_inception(path=None, data_dir="data"):
 
     There they are downloaded, 96 MB, unless an earlier call did. Raises UserError for whatever is wrong with them.
     """
-    if path is None:
-        if not (Path(data_dir) / WEIGHTS.name).exists():
-            output.note(f"Inception-v3's weights, 96 MB, are fetched once from {WEIGHTS.url}")
-        path = downloads.fetch(WEIGHTS, data_dir)
+    path = path or downloads.fetch(WEIGHTS, data_dir)
     return Inception(read_weights(path), name=f"Inception-v3 of {Path(path).name}")

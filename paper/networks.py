@@ -7,7 +7,7 @@ every weight by its largest singular value, WGAN-GP leaves that to the gradient 
 
 Contents
     1. Layers           Conv2d, SpectralLinear, BatchNorm
-    2. Generators       AutoGANGenerator with its Cell, ResNetGenerator with its UpBlock
+    2. Generators       PeerGenerator: AutoGANGenerator with its Cell, ResNetGenerator with its UpBlock
     3. Discriminators   ResidualDiscriminator with its DownBlock, which serves both
 
 In comments on shapes: B batch, C channels, H and W height and width, Z latent_dim.
@@ -120,7 +120,6 @@ class BatchNorm(Stateful):
         self.bias = init.parameter(np.zeros(channels))
         self.mean = ag.xp.zeros((1, channels, 1, 1), init.dtype)
         self.variance = ag.xp.ones((1, channels, 1, 1), init.dtype)
-        self.training = True
 
     def __call__(self, x):
         mean, variance = Tensor(self.mean), Tensor(self.variance)
@@ -136,15 +135,27 @@ class BatchNorm(Stateful):
 # --- 2. Generators ----------------------------------------------------------------------------------------------------
 
 
-def _start(image_size):
-    """Pixels a side before the three doublings of both generators. Raises ValueError."""
-    if image_size % 8:
-        raise ValueError(f"image_size {image_size} must divide by 8: the picture doubles three times")
-    return image_size // 8
+class PeerGenerator(Stateful):
+    """Noise (B, Z) -> pictures (B, 3, S, S) in [-1, 1], which three blocks double. Raises ValueError unless 8 divides S."""
+
+    deviation = 0.0  # of the last norm's first weights
+
+    def __init__(self, image_size, channels, init):
+        if image_size % 8:
+            raise ValueError(f"image_size {image_size} must divide by 8: the picture doubles three times")
+        self.latent_dim, self.start, self.channels = LATENT_DIM, image_size // 8, channels
+        self.project = Linear(LATENT_DIM, self.start**2 * channels, init)
+        self.set_blocks(channels, init)
+        self.norm = BatchNorm(channels, init, self.deviation)
+        self.to_rgb = Conv2d(channels, 3, 3, init, plain=True)
+
+    def __call__(self, z):
+        x = self.project(z).reshape(len(z), self.channels, self.start, self.start)  # (B, C, S/8, S/8)
+        return ag.tanh(self.to_rgb(ag.relu(self.norm(self.grow(x)))))  # (B, C, S, S) -> (B, 3, S, S)
 
 
 class Cell(Stateful):
-    """A cell of AutoGAN: (B, C, H, W) -> skip feature and result, both (B, C, 2H, 2W).
+    """A cell of AutoGAN: (B, C, H, W) -> (B, C, 2H, 2W), and its skip feature of that shape, which it adds to a list.
 
     h = conv(upsample(relu(x))), plus conv1x1(upsampled skip feature) for each of the cells before: with what was added, it
     is the skip feature of this one. The result is conv(relu(h)), plus conv1x1(upsample(x)) where there is a shortcut.
@@ -156,13 +167,14 @@ class Cell(Stateful):
         self.shortcut = Conv2d(channels, channels, 1, init) if shortcut else None
         self.skips = [Conv2d(channels, channels, 1, init) for _ in range(skips)]
 
-    def __call__(self, x, earlier):
+    def __call__(self, x, features):
         side = 2 * x.shape[2]
         h = self.conv1(self.upsample(ag.relu(x), side))  # (B, C, 2H, 2W)
-        for conv, feature in zip(self.skips, earlier, strict=True):
+        for conv, feature in zip(self.skips, features, strict=True):
             h = h + conv(self.upsample(feature, side))
+        features.append(h)
         out = self.conv2(ag.relu(h))
-        return h, out if self.shortcut is None else out + self.shortcut(self.upsample(x, side))
+        return out if self.shortcut is None else out + self.shortcut(self.upsample(x, side))
 
 
 def nearest(x, side):
@@ -173,27 +185,20 @@ def bilinear(x, side):
     return resize_bilinear(x, side, side)
 
 
-class AutoGANGenerator(Stateful):
-    """The generator that AutoGAN's search found for CIFAR-10 (Gong et al. 2019): (B, Z) -> (B, 3, S, S) in [-1, 1].
+class AutoGANGenerator(PeerGenerator):
+    """The generator that AutoGAN's search found for CIFAR-10 (Gong et al. 2019)."""
 
-    Raises ValueError if image_size S does not divide by 8.
-    """
+    deviation = 0.02
 
-    def __init__(self, image_size, channels, init):
-        self.latent_dim, self.start, self.channels = LATENT_DIM, _start(image_size), channels
-        self.project = Linear(LATENT_DIM, self.start**2 * channels, init)
+    def set_blocks(self, channels, init):
         self.cells = [Cell(channels, nearest, 0, True, init), Cell(channels, bilinear, 1, True, init),
                       Cell(channels, nearest, 2, False, init)]  # fmt: skip
-        self.norm = BatchNorm(channels, init, deviation=0.02)
-        self.to_rgb = Conv2d(channels, 3, 3, init)
 
-    def __call__(self, z):
-        x = self.project(z).reshape(len(z), self.channels, self.start, self.start)  # (B, C, S/8, S/8)
-        skips = []
+    def grow(self, x):
+        features = []
         for cell in self.cells:
-            skip, x = cell(x, skips)  # twice as high and wide
-            skips.append(skip)
-        return ag.tanh(self.to_rgb(ag.relu(self.norm(x))))  # (B, 3, S, S)
+            x = cell(x, features)
+        return x
 
 
 class UpBlock(Stateful):
@@ -210,24 +215,16 @@ class UpBlock(Stateful):
         return self.shortcut(upsample_nearest(x, 2)) + self.conv2(ag.relu(self.norm2(h)))
 
 
-class ResNetGenerator(Stateful):
-    """WGAN-GP's residual generator for CIFAR-10 (Gulrajani et al. 2017, appendix): (B, Z) -> (B, 3, S, S) in [-1, 1].
+class ResNetGenerator(PeerGenerator):
+    """WGAN-GP's residual generator for CIFAR-10 (Gulrajani et al. 2017, appendix)."""
 
-    Raises ValueError if image_size S does not divide by 8.
-    """
-
-    def __init__(self, image_size, channels, init):
-        self.latent_dim, self.start, self.channels = LATENT_DIM, _start(image_size), channels
-        self.project = Linear(LATENT_DIM, self.start**2 * channels, init)
+    def set_blocks(self, channels, init):
         self.blocks = [UpBlock(channels, init) for _ in range(3)]
-        self.norm = BatchNorm(channels, init)
-        self.to_rgb = Conv2d(channels, 3, 3, init, plain=True)
 
-    def __call__(self, z):
-        x = self.project(z).reshape(len(z), self.channels, self.start, self.start)  # (B, C, S/8, S/8)
+    def grow(self, x):
         for block in self.blocks:
             x = block(x)
-        return ag.tanh(self.to_rgb(ag.relu(self.norm(x))))  # (B, 3, S, S)
+        return x
 
 
 # --- 3. Discriminators ------------------------------------------------------------------------------------------------
@@ -253,19 +250,18 @@ class DownBlock(Stateful):
 class ResidualDiscriminator(Stateful):
     """Four residual blocks, of which two halve, then relu, a sum or mean over places, and a score: (B, 3, S, S) -> (B,).
 
-    spectral=True, pool="sum": AutoGAN's discriminator (Gong et al. 2019). spectral=False, pool="mean": WGAN-GP's critic
-    (Gulrajani et al. 2017, appendix).
-    Raises ValueError if image_size S does not divide by 4.
+    spectral=True: AutoGAN's discriminator (Gong et al. 2019), with a sum; False: WGAN-GP's critic (Gulrajani et al. 2017,
+    appendix), with a mean. Raises ValueError if image_size S does not divide by 4.
     """
 
-    def __init__(self, image_size, channels, init, spectral, pool):
+    def __init__(self, image_size, channels, init, spectral):
         if image_size % 4:
             raise ValueError(f"a picture of {image_size} pixels cannot be halved twice")
         halving = [True, True, False, False]
         self.blocks = [DownBlock(channels if i else 3, channels, halve, init, spectral, first=not i)
                        for i, halve in enumerate(halving)]  # fmt: skip
         self.score = SpectralLinear(channels, init) if spectral else Linear(channels, 1, init)
-        self.pool = {"sum": ag.reduce_sum, "mean": ag.reduce_mean}[pool]
+        self.pool = ag.reduce_sum if spectral else ag.reduce_mean
 
     def __call__(self, pictures):
         x = pictures
@@ -280,13 +276,11 @@ PUBLISHED = {"autogan": (256, 128), "resnet": (128, 128)}
 
 def make_generator(name, size, image_size, rng, dtype=np.float32):
     """The generator `name`, autogan or resnet, for pictures of image_size. Raises ValueError."""
-    channels = CHANNELS.get(size, PUBLISHED)[name][0]
-    kind = {"autogan": AutoGANGenerator, "resnet": ResNetGenerator}[name]
-    return kind(image_size, channels, PeerInit(rng, {"autogan": "glorot", "resnet": "he"}[name], dtype))
+    kind, rule = {"autogan": (AutoGANGenerator, "glorot"), "resnet": (ResNetGenerator, "he")}[name]
+    return kind(image_size, CHANNELS.get(size, PUBLISHED)[name][0], PeerInit(rng, rule, dtype))
 
 
 def make_discriminator(name, size, image_size, rng, dtype=np.float32):
     """The discriminator `name`, autogan or resnet, for pictures of image_size. Raises ValueError."""
-    channels = CHANNELS.get(size, PUBLISHED)[name][1]
     init = PeerInit(rng, {"autogan": "default", "resnet": "he"}[name], dtype)
-    return ResidualDiscriminator(image_size, channels, init, name == "autogan", "sum" if name == "autogan" else "mean")
+    return ResidualDiscriminator(image_size, CHANNELS.get(size, PUBLISHED)[name][1], init, spectral=name == "autogan")

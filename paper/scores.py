@@ -6,23 +6,23 @@ layer before the classes, as it answers to generated and to real pictures, each 
 apart do mean and covariance lie? Both are computed in one pass over the pictures, in float64.
 
 Contents
-    1. One pass            Statistics, InceptionScore
+    1. One pass            Statistics, inception_score
     2. The distance        frechet_distance
     3. A run's scores      reference_statistics, read_statistics, score_generator, own_scores, read_scores, evaluate
 """
 
+import contextlib
 import datetime
 import functools
+import itertools
 import json
 import math
-import os
 import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-import autograd as ag
 import data
 from data import UserError, first_line
 from paper import classifier
@@ -53,45 +53,24 @@ class Statistics:
 
     @property
     def covariance(self):
-        """(D, D), with N - 1 for divisor, as pytorch-fid has it. Raises ValueError for fewer than two pictures."""
-        if self.count < 2:
-            raise ValueError("a covariance needs two pictures or more")
+        """(D, D), of two pictures or more, with N - 1 for divisor, as pytorch-fid has it."""
         return self.scatter / (self.count - 1)
 
 
-class InceptionScore:
-    """exp(mean KL(p(y|x) || p(y))) over `splits` parts of `total` pictures, from logits that come a batch at a time.
+def inception_score(logits, splits=10):
+    """exp(mean KL(p(y|x) || p(y))) of pictures' logits (N, K): mean and deviation over `splits` parts of them.
 
-    Within a part of n pictures the mean divergence is mean_x sum_y p log p - sum_y q log q with q = mean_x p, so that two
-    sums are all there is to keep (Salimans et al. 2016). Raises ValueError for fewer pictures than splits.
+    Within a part the mean divergence is mean_x sum_y p log p - sum_y q log q with q = mean_x p (Salimans et al. 2016).
     """
-
-    def __init__(self, total, splits=10):
-        if total < splits:
-            raise ValueError(f"{splits} splits need {splits} pictures or more")
-        self.ends = [total * (i + 1) // splits for i in range(splits)]
-        self.counts, self.entropies = np.zeros(splits), np.zeros(splits)
-        self.classes, self.seen = None, 0
-
-    def add(self, logits):
-        """Take in a batch of logits, (B, K)."""
-        logits = np.asarray(logits, np.float64)
-        log_p = logits - logits.max(axis=1, keepdims=True)
+    scores, ends = [], [len(logits) * i // splits for i in range(splits + 1)]
+    for first, end in itertools.pairwise(ends):
+        part = np.asarray(logits[first:end], np.float64)
+        log_p = part - part.max(axis=1, keepdims=True)
         log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
         p = np.exp(log_p)
-        if self.classes is None:
-            self.classes = np.zeros((len(self.ends), p.shape[1]))
-        splits = np.searchsorted(self.ends, self.seen + np.arange(len(p)), side="right")
-        np.add.at(self.classes, splits, p)
-        np.add.at(self.entropies, splits, (p * log_p).sum(axis=1))
-        np.add.at(self.counts, splits, 1)
-        self.seen += len(p)
-
-    def result(self):
-        """Mean and deviation over the splits."""
-        q = self.classes / self.counts[:, None]
-        scores = np.exp(self.entropies / self.counts - (q * np.log(np.maximum(q, 1e-300))).sum(axis=1))
-        return float(scores.mean()), float(scores.std())
+        q = p.mean(axis=0)
+        scores.append(np.exp((p * log_p).sum(axis=1).mean() - (q * np.log(np.maximum(q, 1e-300))).sum()))
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 # --- 2. The distance --------------------------------------------------------------------------------------------------
@@ -122,38 +101,28 @@ def _factor(covariance):
 
 # --- 3. A run's scores ------------------------------------------------------------------------------------------------
 
+AT_ONCE = 256  # pictures that are made of noise of their own, or given to a network, which shares them among threads
 LARGE = 1 << 26  # bytes of a covariance; Inception's takes half
 
 
-def look(batches, total, extractor, what, splits=10):
-    """Statistics and InceptionScore of `total` pictures, which come as bytes (B, 3, S, S) from `batches`.
+def look(batches, total, extractor, what):
+    """Statistics and logits (N, K) of `total` pictures, which come as bytes (B, 3, S, S) from `batches`. Raises UserError.
 
     extractor: the network that looks, bytes -> features (B, D), logits (B, K); see paper.inception and paper.classifier.
     """
-    statistics, score = Statistics(extractor.dims), InceptionScore(total, splits)
+    statistics, logits = Statistics(extractor.dims), []
     start = time.monotonic()
     with output.Progress() as progress:
         for pictures in batches:
-            features, logits = extractor(pictures)
+            features, rows = extractor(pictures)
             statistics.add(features)
-            score.add(logits)
+            logits.append(rows)
             left = (time.monotonic() - start) / statistics.count * (total - statistics.count)
             progress(f"{what}: {statistics.count:,} of {total:,} pictures, {output.clock(left)} left")
-    if not all(np.isfinite(x).all() for x in (statistics.mean, statistics.scatter, score.result())):
+    if not all(np.isfinite(x).all() for x in (statistics.mean, statistics.scatter, *logits)):
         raise UserError(f"the network that looks gives numbers for the {what} that are not finite; choose another one with "
                         "--features or --inception")  # fmt: skip
-    return statistics, score
-
-
-def at_once(extractor):
-    """How many pictures to give to a network at a time: what takes up to half of the free memory, 16 to 1024."""
-    if ag.xp is not np:
-        free = ag.xp.cuda.runtime.memGetInfo()[0]
-    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        free = 1 << 30
-    return int(min(1024, max(16, free // 2 // extractor.bytes_per_picture)))
+    return statistics, np.concatenate(logits)
 
 
 def reference_statistics(pictures, dataset, extractor, data_dir):
@@ -162,17 +131,13 @@ def reference_statistics(pictures, dataset, extractor, data_dir):
     The file goes by the pictures' fingerprint and the network's, and is in the layout of fid_stats_*.npz, with `network`,
     its digest, beside; one that is damaged is made anew. Raises UserError, before the work, if it could not be kept.
     """
-    name = f"{files.short_name(dataset)}-{pictures.shape[-1]}-{files.fingerprint(pictures)}"
+    name = classifier.name_of(pictures, dataset)
     path = Path(data_dir) / f"fid-stats{extractor.suffix}-{extractor.digest}-{name}.npz"
-    if path.exists():
-        try:
-            return read_statistics(path, extractor.dims)
-        except UserError as error:
-            output.note(f"{first_line(error).rpartition(';')[0]}; it is made anew")
+    with contextlib.suppress(UserError):
+        return read_statistics(path, extractor.dims)[:2]
     with files.being_made(path):
-        step = at_once(extractor)
-        batches = (pictures[i : i + step] for i in range(0, len(pictures), step))
-        statistics, _ = look(batches, len(pictures), extractor, "real pictures", splits=1)
+        batches = (pictures[i : i + AT_ONCE] for i in range(0, len(pictures), AT_ONCE))
+        statistics, _ = look(batches, len(pictures), extractor, "real pictures")
         files.save_arrays(path, mu=statistics.mean, sigma=statistics.covariance, network=extractor.digest)
     return statistics.mean, statistics.covariance
 
@@ -182,33 +147,26 @@ MOST = 1e100  # of a feature's mean and covariance, whose squares are numbers st
 
 
 def read_statistics(path, dims):
-    """Mean (D,) and covariance (D, D) from a file in the layout of fid_stats_*.npz: mu and sigma. Raises UserError."""
+    """Mean (D,), covariance (D, D), and the digest of the network that looked, or None, from a file in the layout of
+    fid_stats_*.npz: mu and sigma, to which this program adds `network`. Raises UserError."""
     try:
         with zipfile.ZipFile(files.plain(path)) as saved:
             mean, covariance = (files.read_numbers(saved, name, LARGE) for name in ("mu", "sigma"))
+            network = str(files.read_array(saved, "network", 1 << 10)) if "network.npy" in saved.namelist() else None
+        if mean.shape != (dims,) or covariance.shape != (dims, dims):
+            found = f"found {mean.shape} and {covariance.shape}"
+            raise ValueError(f"expected mu of shape ({dims},) and sigma of ({dims}, {dims}), {found}")
+        if max(abs(mean).max(), largest := abs(covariance).max()) > MOST:
+            raise ValueError("its numbers are too large for a network's features")
+        if abs(covariance - covariance.T).max() > ROUNDING * largest:
+            raise ValueError("its sigma is not symmetric, and so no covariance")
+        covariance = (covariance + covariance.T) / 2
+        if np.linalg.eigvalsh(covariance / (largest or 1))[0] < -ROUNDING:
+            raise ValueError("its sigma has variances below 0, and so is no covariance")
     except Exception as error:  # a damaged archive can raise anything at all
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot read {path}: {reason}; name a file with mu and sigma") from None
-    if mean.shape != (dims,) or covariance.shape != (dims, dims):
-        raise UserError(f"{path}: expected mu of shape ({dims},) and sigma of ({dims}, {dims}), found "
-                        f"{mean.shape} and {covariance.shape}; name another file")  # fmt: skip
-    if max(abs(mean).max(), largest := abs(covariance).max()) > MOST:
-        raise UserError(f"{path}: its numbers are too large for a network's features; name another file")
-    if abs(covariance - covariance.T).max() > ROUNDING * largest:
-        raise UserError(f"{path}: its sigma is not symmetric, and so no covariance; name another file")
-    covariance = (covariance + covariance.T) / 2
-    if np.linalg.eigvalsh(covariance / (largest or 1))[0] < -ROUNDING:
-        raise UserError(f"{path}: its sigma has variances below 0, and so is no covariance; name another file")
-    return mean, covariance
-
-
-def network_of(path):
-    """The digest of the network that looked, as this program's own files of statistics say it, or None for others'."""
-    try:
-        with zipfile.ZipFile(path) as saved:
-            return str(files.read_array(saved, "network", 1 << 10))
-    except Exception:  # most files know nothing of it
-        return None
+    return mean, covariance, network
 
 
 def score_generator(sampler, count, extractor, reference):
@@ -216,16 +174,14 @@ def score_generator(sampler, count, extractor, reference):
 
     Returns {"fid": ..., "is": ..., "is_deviation": ...}. The noise is always the same for a seed and a count.
     """
-    step = at_once(extractor)
 
     def batches():
-        for number, first in enumerate(range(0, count, 256)):  # blocks of noise that no memory decides on
+        for number, first in enumerate(range(0, count, AT_ONCE)):
             rng = data.random_stream("evaluate", sampler.options.seed, number)
-            made = data.to_bytes(sampler.sample(sampler.noise(min(256, count - first), rng)))
-            yield from (made[i : i + step] for i in range(0, len(made), step))
+            yield data.to_bytes(sampler.sample(sampler.noise(min(AT_ONCE, count - first), rng)))
 
-    statistics, score = look(batches(), count, extractor, "generated pictures")
-    mean, deviation = score.result()
+    statistics, logits = look(batches(), count, extractor, "generated pictures")
+    mean, deviation = inception_score(logits)
     return {"fid": frechet_distance(statistics.mean, statistics.covariance, *reference), "is": mean,
             "is_deviation": deviation}  # fmt: skip
 
@@ -243,10 +199,10 @@ def load_extractor(features, load, dataset, data_dir, inception=None):
     return classifier.load_classifier(load(), dataset, data_dir)
 
 
-def need_two(pictures, otherwise="give --fid-stats"):
-    """The pictures. Raises UserError if a single one is all there is, which has no covariance, and says what else to do."""
+def need_two(pictures):
+    """The pictures. Raises UserError if a single one is all there is, which has no covariance."""
     if len(pictures) < 2:
-        raise UserError(f"FID needs two real pictures or more; add some to the folder, or {otherwise}")
+        raise UserError("FID needs two real pictures or more; add some to the folder")
     return pictures
 
 
@@ -255,8 +211,8 @@ def own_scores(trainer, count, data_dir):
 
     Trains the classifier first, and has it look at the real pictures, where that was not done before. Raises UserError.
     """
-    pictures, dataset = trainer.batches.pictures, trainer.options.dataset
-    extractor = load_extractor("own", lambda: need_two(pictures, "leave out --evaluate-every"), dataset, data_dir)
+    pictures, dataset = need_two(trainer.batches.pictures), trainer.options.dataset
+    extractor = load_extractor("own", lambda: pictures, dataset, data_dir)
     reference = reference_statistics(pictures, dataset, extractor, data_dir)
 
     def measure():
@@ -266,17 +222,14 @@ def own_scores(trainer, count, data_dir):
     return measure
 
 
+# What has to be the same of two scores that are compared: how many pictures, against which, through which network.
 MEASURED_BY = ("images", "against", "reference", "statistics", "weights", "network", "resizing")
+MADE_OF = ("step", "generator", *MEASURED_BY)  # what of two that are one and the same; the rest is numbers and date
 
 
-def measured_by(entry):
-    """What has to be the same of two scores that are compared: how many pictures, against which, through which network."""
-    return tuple(repr(entry.get(name)) for name in MEASURED_BY)
-
-
-def made_of(entry):
-    """What has to be the same of two scores that are one and the same: also the generator. The rest is numbers and date."""
-    return entry["step"], entry.get("generator"), *measured_by(entry)
+def agree(entry, other, names):
+    """Whether two entries of scores.json say the same under each of these names."""
+    return all(entry.get(name) == other.get(name) for name in names)
 
 
 def read_scores(path):
@@ -284,18 +237,15 @@ def read_scores(path):
     files.need_folder(path.parent, "--out")
     try:
         entries = files.parse_json(files.plain(path).read_text("utf-8")) if path.exists() else []
-        if type(entries) is not list:
-            raise ValueError("it holds no list")
         for entry in entries:
-            if not all(type(entry[name]) is kind for name, kind in (("step", int), ("images", int), ("weights", str))):
-                raise ValueError("an entry lacks its step, images or weights")
-            if not all(type(value) is float for name, value in entry.items() if name.startswith(("fid", "is"))):
-                raise ValueError("a score is no number")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; choose another --out") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is not a list of this program's scores ({first_line(error)}); move it away, or choose "
-                        "another --out") from None  # fmt: skip
+            numbers = dict.fromkeys([name for name in entry if name.startswith(("fid", "is"))], float)
+            for name, kind in {"step": int, "images": int, "weights": str, **numbers}.items():
+                if type(entry[name]) is not kind:
+                    raise ValueError(f"its {name} is no {kind.__name__}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path} is not a list of this program's scores ({reason}); move it away, or choose another --out"
+                        ) from None  # fmt: skip
     return entries
 
 
@@ -305,24 +255,24 @@ def evaluate(run, sampler, load, features, count, data_dir, inception=None, fid_
     sampler: program.sampler.Sampler; load: a function that gives the pictures of the run's data set, called only where
     they are needed; features: "inception" or "own"; count: generated pictures; fid_stats: a file to take the reference
     statistics from instead. What is to be read is read before any work is begun. A score takes the place of one that is
-    made of the same, and of no other: an entry of the file says so by digests of the generator, the reference and the
-    network. Raises UserError.
+    made of the same, see MADE_OF, and of no other. Raises UserError.
     """
-    options, path, load, extractor = sampler.options, run / "scores.json", functools.cache(load), None
+    options, path, extractor = sampler.options, run / "scores.json", None
+    pictures = functools.cache(lambda: need_two(load()))
     read_scores(path)
     if fid_stats:
-        reference, digest = read_statistics(fid_stats, DIMS[features]), network_of(fid_stats)
+        *reference, network = read_statistics(fid_stats, DIMS[features])
         if features == "own":  # which a checkpoint and statistics of this program tell of, so that no picture is needed
-            extractor = classifier.kept_classifier(options.dataset, data_dir, sampler.pictures, digest)
-        extractor = extractor or load_extractor(features, load, options.dataset, data_dir, inception)
-        if digest not in (None, extractor.digest):
+            extractor = classifier.kept_classifier(options.dataset, data_dir, sampler.pictures, network)
+        extractor = extractor or load_extractor(features, pictures, options.dataset, data_dir, inception)
+        if network not in (None, extractor.digest):
             raise UserError(f"{fid_stats} is of another network than {extractor.weights}; name statistics of this one")
         against, digest = f"the statistics in {Path(fid_stats).name}", files.fingerprint(*reference)
     else:
-        extractor = load_extractor(features, lambda: need_two(load()), options.dataset, data_dir, inception)
-        pictures = need_two(load())
-        reference = reference_statistics(pictures, options.dataset, extractor, data_dir)
-        against, digest = f"{len(pictures):,} pictures of {Path(options.dataset).name}", files.fingerprint(pictures)
+        extractor = load_extractor(features, pictures, options.dataset, data_dir, inception)
+        reference = reference_statistics(pictures(), options.dataset, extractor, data_dir)
+        against = f"{len(pictures()):,} pictures of {Path(options.dataset).name}"
+        digest = files.fingerprint(pictures())
     scores = score_generator(sampler, count, extractor, reference)
     suffix = extractor.suffix
     entry = {"step": sampler.step, "generator": sampler.digest, "images": count, "against": against, "reference": digest,
@@ -335,6 +285,6 @@ def evaluate(run, sampler, load, features, count, data_dir, inception=None, fid_
         f"resizing: {extractor.resizing}; reference digest {digest[:8]})"
     )
     output.tell(line, event="scores", **entry)  # before it is written, which may fail
-    known = [old for old in read_scores(path) if made_of(old) != made_of(entry)]
+    known = [old for old in read_scores(path) if not agree(old, entry, MADE_OF)]
     with files.whole_file(path) as part:
         part.write_text(json.dumps([*known, entry], indent=2, allow_nan=False) + "\n", "utf-8")

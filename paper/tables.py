@@ -80,15 +80,15 @@ TABLES = {
 }  # fmt: skip
 # Where a peer's training differs from its authors', for the tables that have it.
 DIFFERENCES = {
-    "AutoGAN": (
-        "real pictures are flipped, gradients clipped to norm 5",
-        "spectral norm takes a power iteration an update of the discriminator, theirs one in every pass of it, and divides "
-        "by |W^T u| of the new u, theirs by |W v| with the v that made it",
-    ),
-    "WGAN-GP": ("gradients are clipped to norm 5", "the loss has the term 0.001 (mean D(real))^2"),
-}
+    "AutoGAN": "real pictures are flipped, gradients clipped to norm 5; spectral norm takes a power iteration an update "
+               "of the discriminator, theirs one in every pass of it, and divides by |W^T u| of the new u, theirs by |W v| "
+               "with the v that made it",
+    "WGAN-GP": "gradients are clipped to norm 5; the loss has the term 0.001 (mean D(real))^2",
+}  # fmt: skip
 
 # --- 2. Running -------------------------------------------------------------------------------------------------------
+
+NUMBERS = {"inception": ("is", "fid", "distance"), "own": ("is_own", "fid_own", "distance")}  # of a run, by --features
 
 
 def program(*arguments):
@@ -105,7 +105,8 @@ def train(folder, options, machine, steps):
     options, machine: arguments of transgan.py, those that define the run and those that say where it runs.
     """
     if reached(folder)[0] < steps:
-        where = ["--resume", folder] if begun(folder) else [*options, "--out", folder]
+        begun = any((folder / name).exists() for name in CHECKPOINTS)
+        where = ["--resume", folder] if begun else [*options, "--out", folder]
         program(*where, *machine, "--steps", steps, "--sample-every", max(100, steps))
     try:
         with files.plain(folder / "log.csv").open(newline="") as file:
@@ -115,11 +116,6 @@ def train(folder, options, machine, steps):
         return last
     except (OSError, IndexError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{folder / 'log.csv'} is damaged ({error}); move {folder} away") from None
-
-
-def begun(folder):
-    """Whether a run in `folder` has a checkpoint."""
-    return any((folder / name).exists() for name in CHECKPOINTS)
 
 
 def reached(folder):
@@ -134,32 +130,30 @@ def reached(folder):
     return -1, None
 
 
-def score(folder, features, images, machine, steps, like=None):
+def score(folder, features, images, machine, steps, anew=False):
     """The newest entry that fits in scores.json of a run in `folder`, which is scored if there is none. Raises UserError.
 
-    What fits is of the generator that is there now, of so many images, and against the data set itself; if `like`, another
-    run's entry, is given, it was also measured as that was.
+    What fits is of the generator that is there now, of so many images, and against the data set itself. anew: scores the
+    run in any case.
     """
-    path, name = folder / "scores.json", {"inception": "fid", "own": "fid_own"}[features]
+    path, name = folder / "scores.json", NUMBERS[features][0]
     wanted = {"step": steps, "generator": reached(folder)[1], "images": images, "statistics": None}
 
-    def kept():
-        entries = [entry for entry in scores.read_scores(path) if name in entry and wanted.items() <= entry.items()]
-        fitting = [x for x in entries if like is None or scores.measured_by(x) == scores.measured_by(like)]
-        return fitting[-1] if fitting else None
+    def fitting():
+        return [entry for entry in scores.read_scores(path) if name in entry and wanted.items() <= entry.items()]
 
-    if not (entry := kept()):
+    if anew or not fitting():
         program("--evaluate", folder, "--features", features, "--num-images", images, *machine)
-        if not (entry := kept()):
-            raise UserError(f"{path} lacks the scores that were just computed; is another program writing there?")
-    return entry
+    if not (entries := fitting()):
+        raise UserError(f"{path} lacks the scores that were just computed; is another program writing there?")
+    return entries[-1]
 
 
 def run_all(args, extra):
-    """Train and score every row for every seed, `args.jobs` runs at a time: {row: [numbers of each seed]}.
+    """Train and score every row for every seed, `args.jobs` runs at a time: {row: [{name in NUMBERS: ...} of each seed]}.
 
-    The numbers: {"fid", "is", "distance"}; all are measured by the same network against the same pictures. extra: arguments
-    of transgan.py for all rows. Raises UserError, also for what scores need and is not there, before any training.
+    All are measured by the same network against the same pictures. extra: arguments of transgan.py for all rows. Raises
+    UserError, also for what scores need and is not there, before any training.
     """
     rows = {name: options for name, (_, options) in TABLES[args.number][1].items()
             if options and (not args.rows or name in args.rows)}  # fmt: skip
@@ -175,37 +169,31 @@ def run_all(args, extra):
         elif not any(args.data_dir.glob("classifier-*.npz")):
             files.need_folder(args.data_dir, "--data-dir")
 
-    def measure(run, like=None):
-        return score(runs[run], args.features, args.num_images, machine, args.steps, like)
-
-    def numbers(entry, last):
-        suffix = "" if args.features == "inception" else "_own"
-        return {"fid": entry[f"fid{suffix}"], "is": entry[f"is{suffix}"], "distance": last["distance"]}
+    def measure(run, anew=False):
+        return score(runs[run], args.features, args.num_images, machine, args.steps, anew)
 
     def one(run):
         name, seed = run
         options = [*extra, "--dataset", args.dataset, "--size", args.size, "--seed", seed, *rows[name]]
         last = train(runs[run], options, machine, args.steps)
-        entry = measure(run)
-        shown = ", ".join(f"{key} {value:.3f}" for key, value in numbers(entry, last).items())
+        done = last | measure(run)
+        shown = ", ".join(f"{key} {done[key]:.3f}" for key in NUMBERS[args.features])
         print(f"{name}, seed {seed}: {shown}; {output.clock(last['seconds'])} of training\n",
               end="", file=sys.stderr, flush=True)  # fmt: skip
-        return entry, last
+        return done
 
     first, *others = runs
     with futures.ThreadPoolExecutor(args.jobs) as pool:
         try:
             # the first alone: it makes the classifier and the reference statistics that all others share
             done = {first: one(first)} | dict(zip(others, pool.map(one, others), strict=True))
-            if len({scores.measured_by(entry) for entry, _ in done.values()}) > 1:  # some are kept from another time
-                program("--evaluate", runs[first], "--features", args.features, "--num-images", args.num_images, *machine)
-                like = measure(first)
-                entries = dict(zip(runs, pool.map(lambda run: measure(run, like), runs), strict=True))
-                done = {run: (entries[run], last) for run, (_, last) in done.items()}
+            if not all(scores.agree(entry, done[first], scores.MEASURED_BY) for entry in done.values()):  # some are older
+                anew = [measure(first, True), *pool.map(lambda run: measure(run, True), others)]
+                done = {run: done[run] | entry for run, entry in zip(runs, anew, strict=True)}
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return {name: [numbers(*done[name, seed]) for seed in range(args.seeds)] for name in rows}
+    return {name: [done[name, seed] for seed in range(args.seeds)] for name in rows}
 
 
 # --- 3. Printing ------------------------------------------------------------------------------------------------------
@@ -218,27 +206,23 @@ def table(args, results):
     lines = [("row", "paper: IS", "paper: FID", f"IS{suffix}", f"FID{suffix}", "distance")]
     for name, ((score, fid), options) in published.items():
         if name in results:
-            numbers = [spread([run[key] for run in results[name]]) for key in ("is", "fid", "distance")]
+            numbers = [spread([run[key] for run in results[name]]) for key in NUMBERS[args.features]]
         else:
             numbers = ["not run" if options else "not built here"] * 3
         lines.append((name, f"{score:.2f}", f"{fid:.2f}", *numbers))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines = ["| " + " | ".join(f"{x:{w}}" for x, w in zip(line, widths, strict=True)) + " |" for line in lines]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    # how the authors trained the peers among the rows otherwise
+    differences = "".join(f"\n\n{peer} here: {said}; every row takes --steps." for peer, said in DIFFERENCES.items()
+                          if any(peer in row for row in published))  # fmt: skip
     where = f"{platform.machine()} with {CORES} cores" if args.device == "cpu" else args.device
     size = "" if args.number == 4 else f"size {args.size} on "
     return (
         f"Table {args.number}: {title}. The paper: CIFAR-10, 500,000 steps, 50,000 pictures.\n"
         f"Here: {size}{Path(args.dataset).name}, {args.steps} steps, {args.num_images} pictures, mean ± deviation of "
-        f"{args.seeds} seeds, {where}, {datetime.date.today()}.\n\n" + "\n".join(lines) + differences(published)
+        f"{args.seeds} seeds, {where}, {datetime.date.today()}.\n\n" + "\n".join(lines) + differences
     )
-
-
-def differences(rows):
-    """What to know of the peers among a table's rows, as text below it: how their authors trained them otherwise."""
-    lines = [f"{peer} here: {'; '.join(said)}; every row takes --steps." for peer, said in DIFFERENCES.items()
-             if any(peer in row for row in rows)]  # fmt: skip
-    return "".join(f"\n\n{line}" for line in lines)
 
 
 def spread(numbers):

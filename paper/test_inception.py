@@ -255,14 +255,6 @@ def test_rehearsal_on_a_gpu(plain, rehearsed_gpu, monkeypatch):
     assert all(type(x) is np.ndarray for x in found) and network.digest == digest
 
 
-def test_other_pictures_are_refused(plain):
-    network = inception.Inception(plain)
-    for wrong in (np.zeros((1, 3, 8, 8)), np.zeros((3, 8, 8), np.uint8), np.zeros((1, 1, 8, 8), np.uint8),
-                  np.zeros((0, 3, 8, 8), np.uint8)):  # fmt: skip
-        with pytest.raises(ValueError, match=r"^Inception of \w+ of shape .*: expected bytes \(B, 3, H, W\)$"):
-            network(wrong)
-
-
 # --- 3. Weights -------------------------------------------------------------------------------------------------------
 
 
@@ -287,11 +279,12 @@ def test_wrong_weights_are_named_in_one_line(plain):
         return str(raised.value)
 
     name, last = "Mixed_5b.branch1x1.conv.weight", "Mixed_7c.branch_pool.bn.running_var"
-    assert f"have shape (3,), not (64, 192, 1, 1), for {name};" in message({name: np.ones(3), last: np.ones(3)})
-    assert "have shape (3,), not (1008, 2048), for fc.weight;" in message({"fc.weight": np.ones(3)})
-    assert f"have shape (), not (192,), for {last};" in message({last: None})
+    assert f"have no {name} of shape (64, 192, 1, 1)" in message({name: np.ones(3), last: np.ones(3)})
+    assert "have no fc.weight of shape (1008, 2048)" in message({"fc.weight": np.ones(3)})
+    for wrong in (None, -np.ones(192), np.full(192, np.nan), np.full(192, "x")):
+        assert f"have no {last} of shape (192,)" in message({last: wrong})
     for missing in name, last, "fc.weight":
-        with pytest.raises(UserError, match=f"^the weights of Inception-v3 lack {missing}; fetch"):
+        with pytest.raises(UserError, match=f"^the weights of Inception-v3 have no {missing} of shape"):
             inception.Inception({key: value for key, value in plain.items() if key != missing})
 
 
@@ -312,7 +305,7 @@ def test_published_weights_are_downloaded_once(tmp_path, monkeypatch, capsys):
             inception.WEIGHTS, url=url, digest=f"sha256:{hashlib.sha256(content).hexdigest()[:8]}"
         )
         monkeypatch.setattr(inception, "WEIGHTS", archive)
-        for downloads in f"Inception-v3's weights, 96 MB, are fetched once from {url}\n", "":
+        for downloads in f"downloading {url}, ", "":
             assert inception.load_inception(data_dir=tmp_path) == (content, f"Inception-v3 of {archive.name}")
             assert capsys.readouterr().err.startswith(downloads) and requests == [None]
         monkeypatch.setattr(inception, "WEIGHTS", dataclasses.replace(archive, digest="sha256:00000000"))

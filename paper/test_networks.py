@@ -24,8 +24,7 @@ COUNTS = {"autogan": (4_405_251, 1_053_824), "resnet": (1_204_483, 1_053_825)}  
 def small_pair(name, dtype=np.float64, seed=0, side=8):
     init = networks.PeerInit(np.random.default_rng(seed), "glorot", dtype)
     generator = {"autogan": networks.AutoGANGenerator, "resnet": networks.ResNetGenerator}[name](side, 3, init)
-    pool = {"autogan": "sum", "resnet": "mean"}[name]
-    return generator, networks.ResidualDiscriminator(side, 2, init, name == "autogan", pool)
+    return generator, networks.ResidualDiscriminator(side, 2, init, name == "autogan")
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -113,7 +112,7 @@ def test_networks_refuse_pictures_that_do_not_halve():
         with pytest.raises(ValueError, match="image_size 20 must divide by 8"):
             make(20, 4, init)
     with pytest.raises(ValueError, match="picture of 18 pixels cannot be halved twice"):
-        networks.ResidualDiscriminator(18, 4, init, True, "sum")
+        networks.ResidualDiscriminator(18, 4, init, True)
 
 
 def test_spectral_norm_makes_every_weight_of_autogan_one_in_norm():

@@ -81,7 +81,7 @@ def test_a_table_takes_scores_that_fit(tmp_path, monkeypatch, capsys):
 
     def evaluate(_, folder, *words):
         entry = {"step": 1, "generator": folder.name, "fid_own": len(folder.name) / 7, "is_own": 2.0} | measured
-        known = [x for x in scores.read_scores(folder / "scores.json") if scores.made_of(x) != scores.made_of(entry)]
+        known = [x for x in scores.read_scores(folder / "scores.json") if not scores.agree(x, entry, scores.MADE_OF)]
         (folder / "scores.json").write_text(json.dumps([*known, entry]))
         evaluated.append(folder.name)
 

