@@ -28,11 +28,8 @@ def long_run(size, seconds):
     return f"this run will take about {output.clock(seconds)} here; {instead}"
 
 
-def fitted(parts, width):
-    """Parts of a line (rank, text) in order, those of the highest ranks left out until they fit a width."""
-    while len(line := "  ".join(text for _, text in parts)) > width and len(parts) > 1:
-        parts = [part for part in parts if part != max(parts, key=lambda part: part[0])]
-    return line[:width]
+# What the line says of a row, what is worth most before what a narrow terminal may cut off.
+SHOWN = {"disc_loss": "D", "gen_loss": "G"} | LABELS | {"penalty": "penalty", "sr_loss": "SR"}
 
 
 class Log:
@@ -56,10 +53,9 @@ class Log:
         self.writer = csv.DictWriter(self.file, FIELDS, extrasaction="ignore")
         self.live = output.mode == "lines" and output.is_live(sys.stdout)
         self.terminal = bool(sys.stdout and sys.stdout.isatty())
+        self.waiting = []  # rows for the file
+        self.row = self.seen = {"step": step}  # the last in it, and the last that was shown
         self.measured, self.event = {}, None  # the latter a GPU's, of the last step
-        self.row, self.speed = {"step": step}, 0.0  # as they were shown
-        self.waiting = []  # for the file
-        self.written = []  # those in it that were not shown
         self.start = self.shown = self.last = time.monotonic()
         self.took = self.working = self.besides = 0.0  # seconds: of the first step, of all after it, of what is no step
 
@@ -74,8 +70,9 @@ class Log:
                 before.synchronize()
         now = time.monotonic()
         seconds = max(now - self.last, 1e-9)
-        row = {"step": step, "pictures_per_second": pictures / seconds}
-        self.waiting.append(row | losses | {"seconds": self.earlier + now - self.start})
+        row = {"step": step} | {name: x for name, x in losses.items() if x is not None}
+        row |= {"pictures_per_second": pictures / seconds, "seconds": self.earlier + now - self.start}
+        self.waiting.append(row)
         self.last, self.step = now, step
         if step > self.first + 1:
             self.working += seconds
@@ -101,7 +98,7 @@ class Log:
         """Show what is being done within a step, or beside them, if that takes long."""
         now = time.monotonic()
         pause = self.PAUSES[0 if self.live else 2]
-        if now - self.shown > pause and (at_once or now - self.last > 4 * pause) and output.mode == "lines":
+        if now - self.shown > pause and (at_once or now - self.last > 4 * pause):
             self.shown = now
             self.put(what)
 
@@ -120,17 +117,17 @@ class Log:
         """Read the numbers that wait. Raises NotFinite at the first that is not."""
         for row in self.waiting:
             row |= numbers(row)
-            for name in FIELDS:
-                if not math.isfinite(row.get(name) or 0):
-                    raise NotFinite(f"{name} is {row[name]} at step {row['step']}")
+            for name, x in row.items():
+                if not math.isfinite(x):
+                    raise NotFinite(f"{name} is {x} at step {row['step']}")
 
     def write(self):
-        """Write the rows that wait."""
-        for row in map(numbers, self.waiting):
-            self.writer.writerow({name: x if name == "step" else f"{x:.6g}" for name, x in row.items()})
-            self.written.append(row)
+        """Write the rows that wait, with --json to standard output, too."""
+        while self.waiting:
+            self.row = numbers(self.waiting.pop(0))
+            self.writer.writerow({name: x if name == "step" else f"{x:.6g}" for name, x in self.row.items()})
+            output.tell(None, event="step", **self.row)
         self.file.flush()
-        self.waiting.clear()
 
     def tick(self):
         """Check and show what there is, if it is time to."""
@@ -140,46 +137,32 @@ class Log:
             self.show()
 
     def show(self):
-        """Write the rows that wait and show the newest, or for --json each that was not shown."""
+        """Write the rows that wait, and show the newest that was not shown."""
         self.write()
-        if not self.written:
-            return
-        self.shown, self.row = time.monotonic(), self.written[-1]
-        if self.row["step"] > self.first:
-            self.speed = sum(row["pictures_per_second"] for row in self.written) / len(self.written)
-        if output.mode == "json":
-            for row in self.written:
-                output.tell(None, event="step", **row)
-        else:
+        if self.row is not self.seen:
+            self.seen, self.shown = self.row, time.monotonic()
             self.put()
-        self.written.clear()
 
     def put(self, doing=None):
         """Print the line; on a terminal that is gone, this is what to hang up for."""
         try:
             if self.live:
-                print(f"\r\033[K{self.line(shutil.get_terminal_size().columns - 1, doing)}", end="", flush=True)
-            else:
-                output.tell(self.line(doing=doing))
+                print(f"\r\033[K{self.line(doing)[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+            elif output.mode == "lines":
+                output.tell(self.line(doing))
         except OSError:
             if not self.terminal:
                 raise
             signals.hang_up()
 
-    def line(self, width=10**6, doing=None):
-        """What is worth reading of the rows that were not shown before, in at most so many characters."""
-        row, left = self.row, self.left()
-        parts = [(0, f"step {row['step']}/{self.steps}")]
-        if doing:
-            parts.append((1, doing))
-        losses = (3, "disc_loss", "D"), (4, "gen_loss", "G"), (6, "penalty", "penalty"), (9, "sr_loss", "SR")
-        for rank, name, label in losses:
-            if name in row:
-                parts.append((rank, f"{label} {row[name]:.3f}"))
-        parts += [(5, f"{LABELS[name]} {value:.3f}") for name, value in self.measured.items()]
-        parts += [(8, f"{self.speed:.0f} pictures/s"), (7, f"{output.clock(self.shown - self.start)} elapsed")]
-        parts += [(2, f"{output.clock(left)} left")] if left is not None else []
-        return fitted(parts, width)
+    def line(self, doing=None):
+        """What is worth reading of the last row and of what was measured."""
+        left, found = self.left(), self.measured | self.row
+        parts = [f"step {self.row['step']}/{self.steps}", *([doing] if doing else [])]
+        parts += [f"{output.clock(left)} left"] if left is not None else []
+        parts += [f"{label} {found[name]:.3f}" for name, label in SHOWN.items() if name in found]
+        parts += [f"{output.clock(self.shown - self.start)} elapsed", f"{found.get('pictures_per_second', 0):.0f} pictures/s"]
+        return "  ".join(parts)
 
     def say(self, line, **fields):
         """Tell something that is not to be overwritten by the live line."""
@@ -197,8 +180,8 @@ class Log:
 
 
 def numbers(row):
-    """A row of the log with what it has, in Python's numbers: for losses on a device, this waits for them."""
-    return {name: x if name == "step" else float(x) for name, x in row.items() if x is not None}
+    """A row of the log in Python's numbers: for losses on a device, this waits for them."""
+    return {name: x if name == "step" else float(x) for name, x in row.items()}
 
 
 def rows_until(step, path):

@@ -94,7 +94,6 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
     looks_every = min(sample_every, evaluate_every or sample_every)
     log = Log(out / "log.csv", trainer.step, settings.steps, looks_every)
     report = Report(trainer, out, commands)
-    measured = (1 if ag.xp is np else 2) if trainer.step == 0 else None  # a GPU's first step compiles its kernels
     updates = itertools.count()
 
     def watch():
@@ -131,7 +130,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
                     checkpoints.save(trainer, out / CHECKPOINTS[0])
                     saved = now
                 log.tick()
-                if step == measured and (line := long_run(settings.size, log.left())):
+                if step == 2 and (line := long_run(settings.size, log.left())):
                     log.say(line, event="long", seconds=log.left())
                 if sampled == now:  # in this step
                     log.write()

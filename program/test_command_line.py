@@ -61,7 +61,7 @@ def test_a_run_writes_samples_log_and_checkpoint(small, tmp_path, capsys):
     assert run_main(*TRAIN, "--out", out, "--sample-every", 2) == 0
     printed = capsys.readouterr().out
     assert re.search(
-        r"step 4/4  D -?\d.*  G -?\d.*  penalty \d.*  distance \d.* pictures/s  0:00:\d\d elapsed  0:00:00 left", printed
+        r"step 4/4  0:00:00 left  D -?\d.*  G -?\d.*  distance \d.*  penalty \d.*  0:00:\d\d elapsed  \d+ pictures/s", printed
     )
     assert "\r" not in printed
     files = [*sorted(CHECKPOINTS), "curves.png", "log.csv", "progress.gif", "report.html", "samples"]
