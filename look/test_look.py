@@ -29,6 +29,7 @@ import transgan
 from autograd import Tensor
 from look import architecture, drawing, pictures, report
 from program import VERSION, checkpoints, options, support
+from program.log import FIELDS
 from program.support import fails, run_main
 from store import datasets, output
 from store.support import encoded, holds, leftovers, slope
@@ -73,7 +74,7 @@ def trainer_of(run, side=16):
 def write_log(path, rows):
     """A log.csv of rows {column: text or number}."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, checkpoints.FIELDS)
+        writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)
 

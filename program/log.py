@@ -13,9 +13,11 @@ import autograd as ag
 from data import UserError
 from look.report import LABELS
 from program import signals
-from program.checkpoints import FIELDS, NotFinite
+from program.checkpoints import NotFinite
 from store import files, output
 
+FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "sr_loss", "distance", "fid_own", "is_own", "pictures_per_second",
+          "seconds")  # fmt: skip
 LONG = 2 * 86400  # seconds: a run that takes more is better thought over
 LAPTOP = "cifar10-laptop"  # the preset that takes less
 
@@ -157,12 +159,12 @@ class Log:
 
     def line(self, doing=None):
         """What is worth reading of the last row and of what was measured."""
-        left, found = self.left(), self.measured | self.row
-        parts = [f"step {self.row['step']}/{self.steps}", *([doing] if doing else [])]
+        left, found = self.left(), {"pictures_per_second": 0.0} | self.measured | self.row
+        parts = [f"step {found['step']}/{self.steps}", *([doing] if doing else [])]
         parts += [f"{output.clock(left)} left"] if left is not None else []
         parts += [f"{label} {found[name]:.3f}" for name, label in SHOWN.items() if name in found]
-        parts += [f"{output.clock(self.shown - self.start)} elapsed", f"{found.get('pictures_per_second', 0):.0f} pictures/s"]
-        return "  ".join(parts)
+        parts.append(f"{output.clock(self.shown - self.start)} elapsed")
+        return "  ".join([*parts, f"{found['pictures_per_second']:.0f} pictures/s"])
 
     def say(self, line, **fields):
         """Tell something that is not to be overwritten by the live line."""

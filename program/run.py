@@ -293,8 +293,8 @@ def run(args, parser):
         check_gpus(args, chosen)
     if args.resume:
         with checkpoints.open_checkpoint(checkpoint) as file:
-            if (step := file.step()) >= chosen.steps:
-                raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {step}")
+            if file.step >= chosen.steps:
+                raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {file.step}")
     with checkpoints.owned(out):
         return begin(args, parser, chosen, out, checkpoint, device, forms, load, pair)
 
