@@ -33,6 +33,7 @@ from paper.networks import NAMES
 from program import checkpoints, options, presets
 from program.checkpoints import NotFinite
 from program.log import Log, long_run
+from program.options import REWINDS
 from program.profile import profile, tell_profile
 from program.signals import stop_signals
 from program.trainer import make_networks, make_trainer
@@ -144,22 +145,21 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
     return None
 
 
-REWINDS = 5  # times that the learning rate may be halved
-
-
 def train_on(trainer, out, args, measure, commands):
     """`train` as the command line has it, and with --on-nan rewind again and again: from the last checkpoint, at half the
     learning rate, after NotFinite.
 
     How often it was halved is part of a checkpoint. Raises UserError, saying what to try, after REWINDS times or at once.
+    What else stops a run for a while is given the command that goes on, see program/main.py.
     """
+    options = trainer.options
     while True:
         try:
             return train(trainer, out, args.sample_every, args.save_every, args.evaluate_every, measure, commands)
         except NotFinite as error:
             scale = trainer.update.rate_scale / 2
             if args.on_nan != "rewind" or scale < 0.5**REWINDS:
-                advice = f"start a new run with less than --learning-rate {trainer.options.learning_rate}"
+                advice = f"start a new run with less than --learning-rate {options.learning_rate}"
                 if args.on_nan == "rewind":
                     advice = f"{REWINDS} times half the learning rate did not help: {advice}"
                 else:
@@ -168,6 +168,11 @@ def train_on(trainer, out, args, measure, commands):
             checkpoints.load(trainer, checkpoints.newest_checkpoint(out)[0])
             trainer.update.rate_scale = scale
             output.warn(f"transgan: {error}; back to step {trainer.step}, at {scale:g} of the learning rate")
+        except (MemoryError, OSError, KeyboardInterrupt) as error:
+            if any((out / name).exists() for name in CHECKPOINTS):
+                shared = isinstance(error, MemoryError) and options.generator == "transgan"
+                error.goes_on = commands[1] + shared * f" --accumulate {2 * options.accumulate}"
+            raise
 
 
 # --- 2. Several GPUs --------------------------------------------------------------------------------------------------
@@ -226,27 +231,6 @@ def choose_forms(args, options):
     if options.precision != "float32":
         raise UserError(f"--plain has no --precision {options.precision}: its products are NumPy's; leave out one of them")
     return "plain forms"
-
-
-@contextlib.contextmanager
-def saying_how_to_go_on(chosen, out, goes_on):
-    """Within this context, what stops a run for a while says by which command it goes on, if it has a checkpoint."""
-    try:
-        yield
-    except (MemoryError, OSError, KeyboardInterrupt) as error:
-        if not any((out / name).exists() for name in CHECKPOINTS):
-            raise
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"stopped; go on from the last checkpoint with: {goes_on}") from None
-        if isinstance(error, BrokenPipeError):
-            reason = "nobody reads the output any more"
-        elif isinstance(error, OSError):
-            reason = f"{error.filename or 'writing'}: {error.strerror or error}; free some space"
-        elif chosen.generator == "transgan":
-            reason, goes_on = "not enough memory for this", f"{goes_on} --accumulate {2 * chosen.accumulate}"
-        else:
-            reason = "not enough memory for this; close other programs"
-        raise UserError(f"{reason}; go on from the last checkpoint with: {goes_on}") from None
 
 
 def look_back(args, sampler, load, out):
@@ -325,7 +309,7 @@ def begin(args, parser, chosen, out, checkpoint, device, forms, load, pair):
                 threads=trainer.update.threads, forms=forms, out=str(out))  # fmt: skip
     start = time.monotonic()
     measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
-    with saying_how_to_go_on(chosen, out, commands[1]), profile() if args.profile else contextlib.nullcontext() as times:
+    with profile() if args.profile else contextlib.nullcontext() as times:
         asked = train_on(trainer, out, args, measure, commands)
     if times is not None:
         tell_profile(times, trainer.inputs.waited, time.monotonic() - start)

@@ -377,7 +377,7 @@ def test_rewinding_gives_up_when_it_does_not_help(small, tmp_path, capsys, monke
     at_step(1, break_it, monkeypatch)
     assert run_main(*TRAIN, "--out", tmp_path / "run", "--on-nan", "rewind") == 2
     error = capsys.readouterr().err
-    assert error.count("back to step 0") == run.REWINDS
+    assert error.count("back to step 0") == options.REWINDS
     assert re.search("gen_loss is nan at step 1; .* 5 times half the learning rate did not help", error.splitlines()[-1])
     assert step_of(tmp_path / "run") == 0
 
