@@ -7,9 +7,6 @@ import shutil
 import sys
 import time
 
-import numpy as np
-
-import autograd as ag
 from data import UserError
 from look.report import LABELS
 from program import signals
@@ -18,18 +15,6 @@ from store import files, output
 
 FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "sr_loss", "distance", "fid_own", "is_own", "pictures_per_second",
           "seconds")  # fmt: skip
-LONG = 2 * 86400  # seconds: a run that takes more is better thought over
-LAPTOP = "cifar10-laptop"  # the preset that takes less
-
-
-def long_run(size, seconds):
-    """What to say in the beginning of a run of this size that will take so many seconds here; None if it is not long."""
-    if seconds <= LONG:
-        return None
-    instead = "lower --steps" if size == "tiny" else f"--preset {LAPTOP} is made for a machine like this"
-    return f"this run will take about {output.clock(seconds)} here; {instead}"
-
-
 # What the line says of a row, what is worth most before what a narrow terminal may cut off.
 SHOWN = {"disc_loss": "D", "gen_loss": "G"} | LABELS | {"penalty": "penalty", "sr_loss": "SR"}
 
@@ -37,7 +22,6 @@ SHOWN = {"disc_loss": "D", "gen_loss": "G"} | LABELS | {"penalty": "penalty", "s
 class Log:
     """Writes log.csv, a row a step, and shows progress: one live line on a terminal, now and then a line elsewhere.
 
-    Losses arrive as arrays on the device and are read a few at a time, so that a step need not wait for them.
     every: steps from one grid of samples to the next, which the time left is to take into account.
     """
 
@@ -55,36 +39,38 @@ class Log:
         self.writer = csv.DictWriter(self.file, FIELDS, extrasaction="ignore")
         self.live = output.mode == "lines" and output.is_live(sys.stdout)
         self.terminal = bool(sys.stdout and sys.stdout.isatty())
-        self.waiting = []  # rows for the file
-        self.row = self.seen = {"step": step}  # the last in it, and the last that was shown
-        self.measured, self.event = {}, None  # the latter a GPU's, of the last step
+        self.row, self.measured = {"step": step}, {}
+        self.unwritten = self.unseen = False  # the row
         self.start = self.shown = self.last = time.monotonic()
         self.took = self.working = self.besides = 0.0  # seconds: of the first step, of all after it, of what is no step
 
     def add(self, step, losses, pictures):
-        """Remember a step: its losses, and how many real pictures it used.
+        """Begin a step's row: its losses, for which a GPU has to finish it, and how many real pictures it used.
 
-        A GPU still works on it; but the step before is waited for, so that a row has the time of a step.
+        Raises NotFinite for a loss that is not.
         """
-        if ag.xp is not np:
-            before, self.event = self.event, ag.xp.cuda.get_current_stream().record()
-            if before:
-                before.synchronize()
+        losses = {name: float(x) for name, x in losses.items() if x is not None}
         now = time.monotonic()
         seconds = max(now - self.last, 1e-9)
-        row = {"step": step} | {name: x for name, x in losses.items() if x is not None}
-        row |= {"pictures_per_second": pictures / seconds, "seconds": self.earlier + now - self.start}
-        self.waiting.append(row)
-        self.last, self.step = now, step
+        self.row = {"step": step} | losses | {"pictures_per_second": pictures / seconds}
+        self.row["seconds"] = self.earlier + now - self.start
+        self.last, self.step, self.unwritten, self.unseen = now, step, True, True
         if step > self.first + 1:
             self.working += seconds
         elif step > self.first:
             self.took = seconds
+        self.check()
 
     def measure(self, measured):
-        """Add the distance or scores that were measured after the last step."""
-        self.waiting[-1] |= measured
+        """Add the distance or scores that were measured after the step. Raises NotFinite for one that is not."""
+        self.row |= measured
         self.measured |= measured
+        self.check()
+
+    def check(self):
+        for name, x in self.row.items():
+            if not math.isfinite(x):
+                raise NotFinite(f"{name} is {x} at step {self.step}")
 
     @contextlib.contextmanager
     def aside(self, what):
@@ -115,35 +101,25 @@ class Log:
         pace = self.working / (done - 1) if done > 1 else self.took
         return (pace + self.besides / max(done, self.every)) * (self.steps - self.step)
 
-    def check(self):
-        """Read the numbers that wait. Raises NotFinite at the first that is not."""
-        for row in self.waiting:
-            row |= numbers(row)
-            for name, x in row.items():
-                if not math.isfinite(x):
-                    raise NotFinite(f"{name} is {x} at step {row['step']}")
-
     def write(self):
-        """Write the rows that wait, with --json to standard output, too."""
-        while self.waiting:
-            self.row = numbers(self.waiting.pop(0))
+        """Write the row if it is not written, with --json to standard output, too."""
+        if self.unwritten:
+            self.unwritten = False
             self.writer.writerow({name: x if name == "step" else f"{x:.6g}" for name, x in self.row.items()})
+            self.file.flush()
             output.tell(None, event="step", **self.row)
-        self.file.flush()
 
     def tick(self):
-        """Check and show what there is, if it is time to."""
+        """Write the row, and show it if it is time to."""
+        self.write()
         due = time.monotonic() - self.shown > self.PAUSES[0 if self.live else 1]
         if due or self.step in (self.first, self.first + 1, self.steps):
-            self.check()
             self.show()
 
     def show(self):
-        """Write the rows that wait, and show the newest that was not shown."""
-        self.write()
-        if self.row is not self.seen:
-            self.seen, self.shown = self.row, time.monotonic()
-            self.put()
+        """Show the row."""
+        self.shown, self.unseen = time.monotonic(), False
+        self.put()
 
     def put(self, doing=None):
         """Print the line; on a terminal that is gone, this is what to hang up for."""
@@ -173,17 +149,14 @@ class Log:
         output.tell(line, **fields)
 
     def close(self):
-        """Write what waits, and leave the live line standing."""
-        self.show()
+        """Write and show what was not, and leave the live line standing."""
+        self.write()
+        if self.unseen:
+            self.show()
         if self.live:
             with contextlib.suppress(OSError):  # of a terminal that is gone
                 print()
         self.file.close()
-
-
-def numbers(row):
-    """A row of the log in Python's numbers: for losses on a device, this waits for them."""
-    return {name: x if name == "step" else float(x) for name, x in row.items()}
 
 
 def rows_until(step, path):

@@ -32,7 +32,7 @@ from paper import scores
 from paper.networks import NAMES
 from program import checkpoints, options, presets
 from program.checkpoints import NotFinite
-from program.log import Log, long_run
+from program.log import Log
 from program.options import REWINDS
 from program.profile import profile, tell_profile
 from program.signals import stop_signals
@@ -46,6 +46,7 @@ from store.files import CHECKPOINTS
 GRID = 64  # pictures in a sample grid
 JUDGED = 512  # pictures on each side of the distance
 PATIENCE = 600  # seconds that training may go without a sample grid and a checkpoint
+LONG = 2 * 86400  # seconds: a run that takes more is better thought over
 
 
 def explain_locality(options, path):
@@ -115,26 +116,24 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
                 last, now = step == settings.steps, time.monotonic()
                 log.add(step, losses, settings.batch_size * settings.disc_steps if step else 0)
                 if last or step % sample_every == 0 or now - sampled > PATIENCE:
-                    log.check()
                     with log.aside("drawing samples"):
                         log.measure(look(trainer, noise, real, out / "samples"))
                     sampled = now
                 if measure and (last or step % evaluate_every == 0):
-                    log.check()
                     with log.aside("scoring"):
                         log.measure(measure())
                 asked = stop.asked
                 if step and (last or asked or step % save_every == 0 or now - saved > PATIENCE):
-                    log.check()
                     log.write()
                     files.sync(out / "log.csv")  # whose rows are not to be older than the checkpoint
                     checkpoints.save(trainer, out / CHECKPOINTS[0])
                     saved = now
                 log.tick()
-                if step == 2 and (line := long_run(settings.size, log.left())):
-                    log.say(line, event="long", seconds=log.left())
+                if step == 2 and (seconds := log.left()) > LONG:
+                    long = f"this run will take about {output.clock(seconds)} here"
+                    shorter = "--preset cifar10-laptop, or a run of fewer --steps, takes less"
+                    log.say(f"{long}; {shorter}", event="long", seconds=seconds)
                 if sampled == now:  # in this step
-                    log.write()
                     with log.aside("drawing the report"):
                         report.update()
                 if asked and not last:

@@ -8,12 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-import autograd as ag
-from fast.rehearsal import Event, Stream
 from look import report
 from program import log as logs
 from program import presets, run, signals
-from program.log import Log, long_run
+from program.log import Log
 from program.support import TRAIN, at_step, on_posix, run_main, small_trainer
 from store import output
 
@@ -50,19 +48,6 @@ def terminal(monkeypatch):
 def lines(capsys):
     """The states of the live line that were shown."""
     return re.split(r"\r\x1b\[K|\n", capsys.readouterr().out)
-
-
-def test_a_row_has_the_time_of_a_step_where_a_gpu_lags_behind(tmp_path, clock, rehearsed_gpu, monkeypatch):
-    """A step is only handed to a GPU, which works on: one at a time may be under way when the next is written down."""
-    ag.use_device("gpu")
-    log, events = Log(tmp_path / "log.csv", 0, 10), [Event() for _ in range(3)]
-    for step, event in enumerate(events):
-        monkeypatch.setattr(Event, "synchronize", lambda event: (clock.append(7.0), setattr(event, "waited_for", True)))
-        monkeypatch.setattr(Stream, "record", lambda _, event=event: event)
-        log.add(step, {}, 14)
-    assert [event.waited_for for event in events] == [True, True, False]
-    assert [row["pictures_per_second"] for row in log.waiting[1:]] == [2.0, 2.0]
-    log.close()
 
 
 @pytest.mark.parametrize("columns", [20, 40, 80, 200])
@@ -152,18 +137,9 @@ def test_a_run_of_more_than_two_days_says_so_once(pace, said, small, tmp_path, c
     for step in range(1, 8):
         at_step(step, lambda *_: clock.append(pace), monkeypatch)
     run.train(trainer, tmp_path, 100, 100)
-    found = re.findall("^this run will take about .*", capsys.readouterr().out, re.M)
-    assert found == ([long_run("tiny", 5 * pace)] if said else [])
-
-
-def test_what_to_choose_instead_can_be_chosen():
-    assert long_run("S", 2 * 86400) is None
-    assert (
-        long_run("S", 3 * 86400)
-        == "this run will take about 3.0 days here; --preset cifar10-laptop is made for a machine like this"
-    )
-    assert logs.LAPTOP in presets.PRESETS
-    assert "--steps" in long_run("tiny", 3e6)
+    found = re.findall("^this run will take about (.*) here; --preset ([^ ,]*)", capsys.readouterr().out, re.M)
+    assert found == ([(output.clock(5 * pace), "cifar10-laptop")] if said else [])
+    assert "cifar10-laptop" in presets.PRESETS
 
 
 @on_posix
