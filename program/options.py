@@ -14,7 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import fast
@@ -248,8 +248,7 @@ def is_valid(name, value):
     if type(value) is not type(getattr(Options, name)):
         return False
     if name == "dataset":  # a folder may have been moved, also from another kind of system
-        whole = any(kind(value).is_absolute() for kind in (PurePosixPath, PureWindowsPath))
-        return value in arguments.NAMES or ((whole or value == without_place(value)) and files.is_possible(value))
+        return value != "" and files.is_possible(value)
     values = OPTIONS[name].values
     try:
         return values(str(value)) == value if callable(values) else value in values

@@ -256,8 +256,9 @@ def run(args, parser):
         raise UserError(f"--resume goes on with the training in a run's folder, and {args.resume} is none; name another")
     checkpoint, saved = checkpoints.newest_checkpoint(begun) if begun else (None, None)
     chosen, out = options.choose_options(args, saved)
+    networks = make_networks(chosen, rng=summary.Zeros())  # which refuse what they cannot make before anything is written
     if args.summary:
-        tell_summary(chosen, args.preset)
+        tell_summary(chosen, *networks, args.preset)
         return 0
     if not saved and not args.out:
         out = checkpoints.own_folder(out, chosen.dataset)
@@ -271,7 +272,6 @@ def run(args, parser):
     if args.evaluate or args.begun:
         look_back(args, checkpoints.load_sampler(chosen, checkpoint, args.threads), load, out)
         return 0
-    pair = make_networks(chosen)  # before anything is written
     if args.gpus > 1:
         check_gpus(args, chosen)
     if args.resume:
@@ -279,11 +279,11 @@ def run(args, parser):
             if file.step >= chosen.steps:
                 raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {file.step}")
     with checkpoints.owned(out):
-        return begin(args, parser, chosen, out, checkpoint, device, forms, load, pair)
+        return begin(args, parser, chosen, out, checkpoint, device, forms, load)
 
 
-def begin(args, parser, chosen, out, checkpoint, device, forms, load, pair):
-    """Train in the folder `out`, from a checkpoint if there is one, with the networks `pair` and the pictures of load()."""
+def begin(args, parser, chosen, out, checkpoint, device, forms, load):
+    """Train in the folder `out`, from a checkpoint if there is one, with the pictures of load(): returns the exit code."""
     commands = options.commands(chosen, out, args, parser)
     checkpoints.prepare_folder(out, args.resume, goes_on=commands[1])
     pictures = load()
@@ -292,7 +292,7 @@ def begin(args, parser, chosen, out, checkpoint, device, forms, load, pair):
         raise UserError(f"{chosen.dataset} holds {len(pictures)} pictures, and the run's batches are of {batch}; add some, "
                         "or name the folder where they are as --dataset")  # fmt: skip
     group = gather_gpus(args, chosen, checkpoint) if args.gpus > 1 else None
-    trainer = make_trainer(chosen, pictures, args.threads, group=group, pair=pair)
+    trainer = make_trainer(chosen, pictures, args.threads, group=group)
     if checkpoint:
         learnt_from = checkpoints.load(trainer, checkpoint)
         if checkpoint.name != CHECKPOINTS[0]:  # a damaged newest would become the previous with the next that is saved
@@ -317,16 +317,13 @@ def begin(args, parser, chosen, out, checkpoint, device, forms, load, pair):
         output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=commands[1])
         return 128 + asked
     picture, report = out / "samples" / f"step-{trainer.step:06d}.png", out / "report.html"
-    shown = f"; all about this run: {report}" if report.exists() else ""
-    output.tell(f"done: {picture}{shown}", event="picture", path=str(picture))
-    if shown:
-        output.tell(None, event="report", path=str(report))
+    output.tell(f"done: {picture}; all about this run: {report}", event="picture", path=str(picture))
+    output.tell(None, event="report", path=str(report))
     return 0
 
 
-def tell_summary(chosen, preset):
+def tell_summary(chosen, generator, discriminator, preset):
     """Print the networks of these options as a table, below the command line that gives them, above a preset's sources."""
-    generator, discriminator = make_networks(chosen, rng=summary.Zeros())
     rows = summary.summary_rows(generator, discriminator)
     named = [{name: x for name, x in zip(summary.COLUMNS, row, strict=True) if x} for row in rows]
     values, stated = dataclasses.asdict(chosen), presets.source_table(preset, chosen) if preset else []
