@@ -3,13 +3,14 @@
 import argparse
 import contextlib
 import io
+import signal
 import sys
 import warnings
 from pathlib import Path
 
 from data import UserError
 from look import pictures as looks
-from program import options, signals
+from program import options
 from program.run import run
 from store import output
 from store.arguments import Parser
@@ -103,5 +104,6 @@ def console():
         if isinstance(stream, io.TextIOWrapper):  # None where the shell closed it
             stream.reconfigure(errors="backslashreplace")  # for names of files that cannot be printed as they are
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of what is not finite: that is refused in our words
-    with signals.interruptible():
-        return main()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while it was loaded, Ctrl-C ended it at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return main()
