@@ -40,14 +40,7 @@ def save(trainer, path):
     options = json.dumps(dataclasses.asdict(trainer.options))
     with files.whole_file(path, path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
         np.savez(file, options=options, step=np.int64(trainer.step), rate_scale=np.float64(trainer.update.rate_scale),
-                 pictures=np.uint64(int(pictures_of(trainer), 16)), **arrays)  # fmt: skip
-
-
-def pictures_of(trainer):
-    """The fingerprint of the pictures that a trainer learns from."""
-    if not hasattr(trainer, "learns_from"):  # it takes seconds for gigabytes
-        trainer.learns_from = files.fingerprint(trainer.batches.pictures)
-    return trainer.learns_from
+                 pictures=np.uint64(int(trainer.learns_from, 16)), **arrays)  # fmt: skip
 
 
 def load(trainer, path):

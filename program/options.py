@@ -87,8 +87,7 @@ NETWORKS = {
     "discriminator": Option(NAMES, None, "likewise (default: transgan)"),
     "image_size": Option(number(int, 8, 128), "N", "pixels a side, for a folder (default: 32) and for shapes (default: "
                          "16); cifar10 has 32, stl10 48, celeba 64, and what divides these is averaged"),
-    "patch_size": Option(number(int, 1, 128), "N", "pixels a side of the discriminator's patches (default: an 8x8 grid, at "
-                         "least 4)"),
+    "patch_size": Option(number(int, 1, 128), "N", "side of a discriminator's patch (default: an 8x8 grid, at least 4)"),
 }  # fmt: skip
 TRAINING = {
     "loss": Option(transgan.LOSSES, None, "the adversarial loss (default: wgangp-eps)"),
@@ -102,11 +101,9 @@ TRAINING = {
                              "discriminators; 32 for stl10 and celeba; 16 for shapes)"),
     "disc_steps": Option(WHOLE, "N", "discriminator steps a generator step (default: 5; for shapes 2)"),
     "learning_rate": Option(number(float, 0, 1), "R", "Adam's rate at the start (default: 1e-4; for tiny 5e-4)"),
-    "decay": Option(transgan.DECAYS, None, "of that rate: none, as in every published command of TransGAN and AutoGAN; "
-                    "linear, to 0 over the run, as WGAN-GP's authors had it (default: none; for the discriminator resnet "
-                    "linear)"),
-    "beta2": Option(number(float, 0, 1 - 1e-6), "R", "how long Adam remembers squares (default: 0.99; 0.9 for other "
-                    "discriminators)"),
+    "decay": Option(transgan.DECAYS, None, "of that rate: none; or linear, to 0 over the run, as WGAN-GP's authors had it "
+                    "(default: none; for the discriminator resnet linear)"),
+    "beta2": Option(number(float, 0, 1 - 1e-6), "R", "Adam's second decay (default: 0.99; 0.9 for other discriminators)"),
     "precision": Option(fast.PRECISIONS, None, "of matrix products: a GPU is faster with tf32 or bfloat16, a CPU rounds as "
                         "it would, slowly (default: float32)"),
     "ema_decay": Option(number(float, 0, 1), "R", "decay of the moving average of the generator that makes the samples "
@@ -121,9 +118,9 @@ TRAINING = {
                        f"{transgan.EPOCHS['celeba']}), scaled to the run, or none (default: {Options.locality}; for celeba "
                        f"{presets.CELEBA}; for tiny none)"),
     "locality_stages": Option(number(int, 1, 4), "N", "the last N stages are so limited (default: 1)"),
-    "locality_shape": Option(transgan.LOCALITY_SHAPES, None, "window: tokens near in rows and columns, in all blocks of a "
-                             "stage, as the paper's figure shows it; band: tokens near in number, row by row, in the last "
-                             "block alone, as in the authors' code (default: window)"),
+    "locality_shape": Option(transgan.LOCALITY_SHAPES, None, "window: tokens near in rows and columns, as the paper's "
+                             "figure has it; band: near in number, in the last block alone, as the authors' code (default: "
+                             "window)"),
 }  # fmt: skip
 OPTIONS = NETWORKS | TRAINING
 REWINDS = 5  # times that the learning rate may be halved
@@ -160,13 +157,11 @@ GROUPS = {
                        "...; the last is end, with the exit code and what went wrong", False),
     },
     "scores, see paper/scores.py": {
-        "evaluate": Option(folder, "RUN", "give FID and Inception Score of the run in the folder RUN, or of a file of "
-                           "--export"),
+        "evaluate": Option(folder, "RUN", "FID and Inception Score of the run in the folder RUN, or of an --export"),
         "features": Option(("inception", "own"), None, "the network that looks: Inception-v3, as papers have it (96 MB, "
                            "downloaded once), or a small classifier trained here on the data set, whose scores are named "
                            "FID-own and IS-own (default: inception; for shapes own)"),
-        "num_images": Option(number(int, 10), "N", "generated pictures to look at (default: 50000; for --evaluate-every "
-                             "2000)"),
+        "num_images": Option(number(int, 10), "N", "generated pictures (default: 50000; for --evaluate-every 2000)"),
         "inception": Option(folder, "PATH", "a file with Inception-v3's weights, as pytorch-fid publishes them"),
         "fid_stats": Option(folder, "PATH", "a fid_stats_*.npz with mean and covariance of the real pictures (default: "
                             "computed of the data set once, and kept)"),

@@ -298,7 +298,7 @@ def begin(args, parser, chosen, out, checkpoint, device, forms, load):
         if checkpoint.name != CHECKPOINTS[0]:  # a damaged newest would become the previous with the next that is saved
             with contextlib.suppress(FileNotFoundError):
                 (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
-        if learnt_from not in (None, checkpoints.pictures_of(trainer)):
+        if learnt_from not in (None, trainer.learns_from):
             output.warn(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
                         f"{len(pictures):,}")  # fmt: skip
     threads = f", {trainer.update.threads} threads" if device == "cpu" else ""

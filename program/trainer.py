@@ -10,6 +10,7 @@ from fast import cublas
 from paper import networks
 from paper.convolutions import Stateful
 from program.update import Ahead, Played, Update, threads_that_pay
+from store import files
 
 
 def make_networks(options, dtype=np.float32, rng=None):
@@ -32,7 +33,10 @@ def make_networks(options, dtype=np.float32, rng=None):
 
 
 def make_trainer(options, pictures, threads=None, dtype=np.float32, group=None):
-    """The Trainer of a run, whose batches are shared among threads, or GPUs if there is a `group`. Raises UserError."""
+    """The Trainer of a run, whose batches are shared among threads, or GPUs if there is a `group`.
+
+    Its `learns_from` is the fingerprint of the pictures. Raises UserError.
+    """
     generator, discriminator = make_networks(options, dtype)
     threads = min(threads or threads_that_pay(options), options.batch_size, options.gen_batch_size)
     kind = transgan.Trainer if options.generator == options.discriminator == "transgan" else PeerTrainer
@@ -43,7 +47,7 @@ def make_trainer(options, pictures, threads=None, dtype=np.float32, group=None):
     trainer = kind(options, pictures, generator, discriminator, update, update.map)
     if isinstance(update, Played):
         update.phase = lambda: trainer.half_width
-    trainer.inputs = Ahead(trainer.inputs)
+    trainer.inputs, trainer.learns_from = Ahead(trainer.inputs), files.fingerprint(pictures)
     return trainer
 
 
