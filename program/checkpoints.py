@@ -225,26 +225,19 @@ def refuse_among_pictures(out, dataset, trains):
 
 
 @contextlib.contextmanager
-def owned(out):
-    """Within this context, the run's folder is there, and no other process trains in it. Raises UserError."""
-    files.need_folder(out, "--out")
-    refusal = f"another process trains in {out}; wait for its end, or choose another --out"
-    with files.belongs_to_one(out / ".lock", refusal):
-        yield
+def owned(out, resume=None, goes_on=""):
+    """Within this context, a run's folder `out` is there, holds its folder for samples, and no other process trains in it.
 
-
-def prepare_folder(out, resume, goes_on):
-    """Make ready a run's folder, and refuse one that holds another run, or anything else that this one would overwrite.
-
-    goes_on: the command that goes on with a run there.
+    resume: the folder of the run to go on with, if any; another one may not lie in `out`, nor anything else that this one
+    would overwrite. goes_on: the command that goes on with a run there. Raises UserError.
     """
     samples = out / "samples"
     files.need_folder(samples, "--out")
-    if out == resume:
-        for part in (*out.glob("*.*.[0-9]*.part"), *samples.glob("*.*.[0-9]*.part")):
-            part.unlink(missing_ok=True)  # what a killed process was writing
-        return
-    for path in (*(out / name for name in CHECKPOINTS), out / "log.csv", *samples.iterdir()):
-        if path.exists():
-            raise UserError(f"{out} holds a run already, of which {path.name} is; choose another --out, or go on with it: "
-                            f"{goes_on}")  # fmt: skip
+    with files.belongs_to_one(out / ".lock", f"another process trains in {out}; wait for its end, or choose another --out"):
+        if out == resume:
+            for part in (*out.glob("*.*.[0-9]*.part"), *samples.glob("*.*.[0-9]*.part")):
+                part.unlink(missing_ok=True)  # what a killed process was writing
+        elif found := [*out.glob("checkpoint*.npz"), *out.glob("log.csv"), *samples.iterdir()]:
+            raise UserError(f"{out} holds a run already, of which {found[0].name} is; choose another --out, or go on with "
+                            f"it: {goes_on}")  # fmt: skip
+        yield

@@ -39,8 +39,7 @@ class Log:
         self.writer = csv.DictWriter(self.file, FIELDS, extrasaction="ignore")
         self.live = output.mode == "lines" and output.is_live(sys.stdout)
         self.terminal = bool(sys.stdout and sys.stdout.isatty())
-        self.row, self.measured = {"step": step}, {}
-        self.unwritten = self.unseen = False  # the row
+        self.row, self.measured, self.unwritten = {"step": step}, {}, False  # the last is of the row
         self.start = self.shown = self.last = time.monotonic()
         self.took = self.working = self.besides = 0.0  # seconds: of the first step, of all after it, of what is no step
 
@@ -54,7 +53,7 @@ class Log:
         seconds = max(now - self.last, 1e-9)
         self.row = {"step": step} | losses | {"pictures_per_second": pictures / seconds}
         self.row["seconds"] = self.earlier + now - self.start
-        self.last, self.step, self.unwritten, self.unseen = now, step, True, True
+        self.last, self.step, self.unwritten = now, step, True
         if step > self.first + 1:
             self.working += seconds
         elif step > self.first:
@@ -109,17 +108,13 @@ class Log:
             self.file.flush()
             output.tell(None, event="step", **self.row)
 
-    def tick(self):
+    def tick(self, at_once=False):
         """Write the row, and show it if it is time to."""
         self.write()
         due = time.monotonic() - self.shown > self.PAUSES[0 if self.live else 1]
-        if due or self.step in (self.first, self.first + 1, self.steps):
-            self.show()
-
-    def show(self):
-        """Show the row."""
-        self.shown, self.unseen = time.monotonic(), False
-        self.put()
+        if due or at_once or self.step in (self.first, self.first + 1, self.steps):
+            self.shown = time.monotonic()
+            self.put()
 
     def put(self, doing=None):
         """Print the line; on a terminal that is gone, this is what to hang up for."""
@@ -149,10 +144,8 @@ class Log:
         output.tell(line, **fields)
 
     def close(self):
-        """Write and show what was not, and leave the live line standing."""
+        """Write what was not, and leave the live line standing."""
         self.write()
-        if self.unseen:
-            self.show()
         if self.live:
             with contextlib.suppress(OSError):  # of a terminal that is gone
                 print()

@@ -83,19 +83,16 @@ def main(argv=None):
 
 def what_stopped(error):
     """What to say of a MemoryError, OSError or KeyboardInterrupt; a training's knows by which command that `goes_on`."""
-    goes_on = getattr(error, "goes_on", None)
     if isinstance(error, KeyboardInterrupt):
-        reason, advice = "stopped", None
+        reason = "stopped"
     elif isinstance(error, MemoryError):
-        reason, advice = "not enough memory for this", "close other programs, or begin something smaller"
+        reason = "not enough memory for this; close other programs"
     elif isinstance(error, BrokenPipeError):
-        reason, advice = "nobody reads the output any more", None
+        reason = "nobody reads the output any more"
     else:
         reason = f"{error.filename or 'writing'}: {error.strerror or error}; free some space"
-        advice = "or choose another --out"
-    if goes_on:
-        advice = f"go on from the last checkpoint with: {goes_on}"
-    return f"{reason}; {advice}" if advice else reason
+    goes_on = getattr(error, "goes_on", None)
+    return f"{reason}; go on from the last checkpoint with: {goes_on}" if goes_on else reason
 
 
 def console():

@@ -128,7 +128,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
                     files.sync(out / "log.csv")  # whose rows are not to be older than the checkpoint
                     checkpoints.save(trainer, out / CHECKPOINTS[0])
                     saved = now
-                log.tick()
+                log.tick(at_once=asked)
                 if step == 2 and (seconds := log.left()) > LONG:
                     long = f"this run will take about {output.clock(seconds)} here"
                     shorter = "--preset cifar10-laptop, or a run of fewer --steps, takes less"
@@ -278,14 +278,13 @@ def run(args, parser):
         with checkpoints.open_checkpoint(checkpoint) as file:
             if file.step >= chosen.steps:
                 raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {file.step}")
-    with checkpoints.owned(out):
-        return begin(args, parser, chosen, out, checkpoint, device, forms, load)
-
-
-def begin(args, parser, chosen, out, checkpoint, device, forms, load):
-    """Train in the folder `out`, from a checkpoint if there is one, with the pictures of load(): returns the exit code."""
     commands = options.commands(chosen, out, args, parser)
-    checkpoints.prepare_folder(out, args.resume, goes_on=commands[1])
+    with checkpoints.owned(out, args.resume, commands[1]):
+        return begin(args, chosen, out, checkpoint, device, forms, load, commands)
+
+
+def begin(args, chosen, out, checkpoint, device, forms, load, commands):
+    """Train in the folder `out`, from a checkpoint if there is one, with the pictures of load(): returns the exit code."""
     pictures = load()
     batch = max(chosen.batch_size, chosen.gen_batch_size if chosen.sr_weight else 0)
     if args.resume and len(pictures) < batch:  # which stays as it is
@@ -298,7 +297,7 @@ def begin(args, parser, chosen, out, checkpoint, device, forms, load):
         if checkpoint.name != CHECKPOINTS[0]:  # a damaged newest would become the previous with the next that is saved
             with contextlib.suppress(FileNotFoundError):
                 (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
-        if learnt_from not in (None, trainer.learns_from):
+        if learnt_from != trainer.learns_from:
             output.warn(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
                         f"{len(pictures):,}")  # fmt: skip
     threads = f", {trainer.update.threads} threads" if device == "cpu" else ""

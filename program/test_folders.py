@@ -64,7 +64,7 @@ def test_a_runs_folder_belongs_to_one_process_and_a_killed_ones_to_the_next(smal
     assert (out / ".lock").exists()
     assert run_main(*TRAIN, "--out", out) == 0
     assert not (out / ".lock").exists()
-    with checkpoints.owned(out):
+    with checkpoints.owned(out, resume=out):
         assert "another process trains" in fails(capsys, "--resume", out, "--steps", 6)
         assert run_main("--from", out, "--sample", 2) == 0  # whoever only looks may look
         assert run_main("--resume", out, "--out", tmp_path / "branch", "--steps", 5) == 0
