@@ -190,21 +190,16 @@ EITHER = (
     ("--threads", "--device gpu"),
 )  # fmt: skip
 
-# What --dataset decides where nothing else is said; a folder of pictures is like cifar10.
-DEFAULTS = {
-    "stl10": {"size": "XL", "image_size": 48},
-    "celeba": {"size": "XL", "image_size": 64},
-    "shapes": {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "batch_size": 16, "gen_batch_size": 16,
-               "diff_aug": "none"},
-}  # fmt: skip
-# What TransGAN's authors had on these where nothing else decides.
-COMMANDS = {
-    "stl10": {"batch_size": 16, "gen_batch_size": 32},
-    "celeba": {"batch_size": 16, "gen_batch_size": 32, "locality": presets.CELEBA},
+# What shapes decide where nothing else is said, also of peers.
+SHAPES = {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "batch_size": 16, "gen_batch_size": 16,
+          "diff_aug": "none"}  # fmt: skip
+# What the larger data sets decide, as TransGAN's authors had it, where nothing else does; a folder is like cifar10.
+LARGER = {
+    "stl10": {"size": "XL", "image_size": 48, "batch_size": 16, "gen_batch_size": 32},
+    "celeba": {"size": "XL", "image_size": 64, "batch_size": 16, "gen_batch_size": 32, "locality": presets.CELEBA},
 }
 # The peers of the paper's tables, as their authors trained them where there is an option for it; a mixed pair is trained as
-# its discriminator asks for.
-# What stays different is printed below their tables: DIFFERENCES of paper/tables.py.
+# its discriminator asks for. What stays different is printed below their tables: DIFFERENCES of paper/tables.py.
 PEER_DEFAULTS = {
     "autogan": {"loss": "hinge", "steps": 50_000, "batch_size": 64, "gen_batch_size": 128, "learning_rate": 2e-4,
                 "beta2": 0.9, "diff_aug": "none", "decay": "none"},
@@ -276,14 +271,14 @@ def fill_in(given, preset=None):
     dataset = given.get("dataset") or preset.get("dataset", "shapes")
     if preset.get("dataset") != dataset:  # whose epochs its windows count
         preset = {name: value for name, value in preset.items() if name != "locality"}
-    chosen = {"dataset": dataset} | DEFAULTS.get(dataset, {}) | preset | given
+    chosen = {"dataset": dataset} | (SHAPES if dataset == "shapes" else {}) | preset | given
     if chosen.get("generator", "transgan") != "transgan":
         chosen = {"sr_weight": 0.0, "locality": "none"} | chosen
     chosen = PEER_DEFAULTS.get(chosen.get("discriminator", "transgan"), {}) | chosen
     if chosen.get("size") == "tiny":
         chosen = TINY_DEFAULTS | chosen
-    patch_size = transgan.patch_side(chosen.get("image_size", Options.image_size))
-    return Options(**({"patch_size": patch_size} | COMMANDS.get(dataset, {}) | chosen))
+    chosen = {"image_size": Options.image_size} | LARGER.get(dataset, {}) | chosen
+    return Options(**({"patch_size": transgan.patch_side(chosen["image_size"])} | chosen))
 
 
 def choose_options(args, saved=None):
