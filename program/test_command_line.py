@@ -47,6 +47,7 @@ from program.support import (
     parsed,
     read_log,
     run_main,
+    same_arrays,
     small_trainer,
     state_of,
 )
@@ -255,9 +256,7 @@ def test_a_profile_is_printed_when_the_run_is_done(small, tmp_path, capsys):
         for operation in operations:
             assert re.search(rf"^{operation} +{direction} +\d", printed, re.M), (operation, direction)
     assert run_main(*TRAIN, "--out", tmp_path / "plain") == 0
-    with np.load(tmp_path / "run/checkpoint.npz") as a, np.load(tmp_path / "plain/checkpoint.npz") as b:
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
+    assert same_arrays(tmp_path / "run/checkpoint.npz", tmp_path / "plain/checkpoint.npz")
     assert "attention" not in capsys.readouterr().out
 
 
@@ -285,10 +284,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(loss, small, tmp_path,
     assert run_main(*arguments, "--out", tmp_path / "broken") == 130
     monkeypatch.setattr(transgan.Trainer, "train_step", train_step)
     assert run_main("--resume", tmp_path / "broken", "--steps", 4, "--loss", loss) == 0
-    with np.load(tmp_path / "unbroken/checkpoint.npz") as a, np.load(tmp_path / "broken/checkpoint.npz") as b:
-        assert set(a) == set(b)
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
+    assert same_arrays(tmp_path / "unbroken/checkpoint.npz", tmp_path / "broken/checkpoint.npz")
     columns = ("step", "disc_loss", "gen_loss", "penalty", "distance")
     logs = [[[row[c] for c in columns] for row in read_log(tmp_path / run)] for run in ("unbroken", "broken")]
     assert logs[0] == logs[1]
