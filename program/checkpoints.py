@@ -5,9 +5,7 @@ import dataclasses
 import datetime
 import itertools
 import json
-import math
 import os
-import re
 import zipfile
 from pathlib import Path
 
@@ -25,10 +23,6 @@ from store.arguments import NAMES
 from store.files import CHECKPOINTS
 from store.output import note, one_line, warn
 
-FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "sr_loss", "distance", "fid_own", "is_own", "pictures_per_second",
-          "seconds")  # fmt: skip
-EMPTY = (b"", ",".join(FIELDS).encode())  # what a log without a row holds
-
 
 class NotFinite(UserError):
     """A number of training, named by the message, has become infinite or NaN."""
@@ -45,15 +39,8 @@ def save(trainer, path):
             raise NotFinite(f"{name} is not finite after step {trainer.step}")
     options = json.dumps(dataclasses.asdict(trainer.options))
     with files.whole_file(path, path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
-        np.savez(file, options=options, step=trainer.step, rate_scale=trainer.update.rate_scale,
-                 pictures=np.uint64(int(pictures_of(trainer), 16)), **arrays)  # fmt: skip
-
-
-def pictures_of(trainer):
-    """The fingerprint of the pictures that a trainer learns from."""
-    if not hasattr(trainer, "learns_from"):  # it takes seconds for gigabytes
-        trainer.learns_from = files.fingerprint(trainer.batches.pictures)
-    return trainer.learns_from
+        np.savez(file, options=options, step=np.int64(trainer.step), rate_scale=np.float64(trainer.update.rate_scale),
+                 pictures=np.uint64(int(trainer.learns_from, 16)), **arrays)  # fmt: skip
 
 
 def load(trainer, path):
@@ -63,23 +50,18 @@ def load(trainer, path):
     """
     state = trainer.state()
     with open_checkpoint(path) as saved:
-        theirs = saved.options()
-        for name, own in dataclasses.asdict(trainer.options).items():
-            if name not in ("steps", "accumulate", "dataset") and getattr(theirs, name) != own:
-                raise UserError(f"{path} is of another run: its {name} is {getattr(theirs, name)!r}, not {own!r}")
         arrays = {name: saved.read(name, x) for name, x in state.items()}
         if more := saved.names - state.keys() - {"options", "step", "rate_scale", "pictures"}:
-            raise UserError(f"{path} does not fit: these networks have no {min(more)!r}")
-        step, scale = saved.step(), saved.read("rate_scale")
-        if scale.dtype != np.float64 or scale.shape or not 0 < scale <= 1:
+            raise ValueError(f"these networks have no {min(more)!r}")
+        scale = float(saved.read("rate_scale", np.float64()))
+        if not 0 < scale <= 1:
             raise ValueError("its rate_scale is no number above 0, up to 1")
-        pictures = saved.pictures()
     for name, x in state.items():  # in place, because parameters and moments are views of Adam's flat arrays
         x[...] = ag.xp.asarray(arrays[name])
-    trainer.step, trainer.update.rate_scale = step, float(scale)
-    trainer.gen_adam.t, trainer.disc_adam.t = step, step * trainer.options.disc_steps
+    trainer.step, trainer.update.rate_scale = saved.step, scale
+    trainer.gen_adam.t, trainer.disc_adam.t = saved.step, saved.step * trainer.options.disc_steps
     trainer.set_window()
-    return pictures
+    return saved.pictures
 
 
 def load_sampler(options, path, threads=None):
@@ -99,8 +81,8 @@ def load_sampler(options, path, threads=None):
                 wanted |= {f"{kind}/{name}": x for name, x in network.buffers().items()}
         for name, x in wanted.items():
             x[...] = ag.xp.asarray(saved.read(name, x))
-        digest = files.checksum(saved.file, "average/")
-        return Sampler(options, saved.step(), digest, generator, discriminator, threads, saved.pictures())
+        digest = files.checksum(saved.archive, "average/")
+        return Sampler(options, saved.step, digest, generator, discriminator, threads, saved.pictures)
 
 
 def export(sampler, path):
@@ -114,7 +96,7 @@ def export(sampler, path):
     if os.path.lexists(path):
         same, changeable = False, {"steps": options.steps, "accumulate": options.accumulate}
         with contextlib.suppress(UserError), open_checkpoint(path) as saved:
-            same = saved.exported and dataclasses.replace(saved.options(), **changeable) == options
+            same = saved.exported and dataclasses.replace(saved.options, **changeable) == options
         if not same:
             raise UserError(f"{path} is there, and is no earlier export of this run; choose another file for --export")
     arrays = {f"average/{name}": ag.to_numpy(p.data) for name, p in sampler.generator.parameters().items()}
@@ -129,79 +111,62 @@ def export(sampler, path):
     source = {"program": f"transgan-from-scratch {VERSION}", "step": sampler.step, "dataset": options.dataset,
               "command": f"python transgan.py {flags(needed(options))}".rstrip(),
               "exported": datetime.date.today().isoformat()}  # fmt: skip
-    files.save_arrays(path, "--export", options=json.dumps(dataclasses.asdict(options)), step=sampler.step,
+    files.save_arrays(path, "--export", options=json.dumps(dataclasses.asdict(options)), step=np.int64(sampler.step),
                       source=json.dumps(source), **arrays)  # fmt: skip
 
 
-class open_checkpoint:
-    """Within this context, the arrays of a checkpoint's zip file; whatever is wrong with it becomes a UserError.
+@contextlib.contextmanager
+def open_checkpoint(path):
+    """Within this context, the Checkpoint or export in a file; whatever is wrong with it becomes a UserError."""
+    try:
+        with zipfile.ZipFile(files.plain(path)) as archive:
+            yield Checkpoint(path, archive)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive can raise anything at all
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot read {path}: {reason}; name a run's folder") from None
 
-    names: what it holds; exported: whether `export` made it. What it says of itself is not trusted: nothing may be
-    compressed, all together may claim no more than the file's size, and an array is read only if its header says what it
-    should.
+
+class Checkpoint:
+    """The arrays of a checkpoint's zip file, or of an export's.
+
+    names: what it holds; exported: whether `export` made it; options, step: those of its run; pictures: the fingerprint
+    of those it learnt from, or None where it does not say it. What it says of itself is not trusted: nothing may be
+    compressed, and all together may claim no more than the file's size. Raises UserError and ValueError.
     """
 
-    SMALL = 1 << 16  # bytes of what is no array of the networks
-
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self):
-        try:
-            self.file = zipfile.ZipFile(files.plain(self.path))
-            members = self.file.infolist()
-            self.names = {member.filename.removesuffix(".npy") for member in members}
-            self.exported = "source" in self.names
-            if not {"options", "step"} <= self.names:
-                raise ValueError("it lacks options or step")
-            claimed = sum(max(member.file_size, member.compress_size) for member in members)
-            if any(member.compress_type for member in members) or claimed > self.path.stat().st_size:
-                raise ValueError("it claims more than its size")
-        except Exception as error:  # a damaged archive can raise anything at all
-            with contextlib.suppress(AttributeError):  # there is none if this is no zip file
-                self.file.close()
-            reason = getattr(error, "strerror", None) or first_line(error)
-            raise UserError(f"cannot read {self.path}: {reason}; name a run's folder") from None
-        return self
-
-    def __exit__(self, kind, error, _):
-        self.file.close()
-        if isinstance(error, Exception) and not isinstance(error, UserError):
-            raise UserError(f"{self.path} is damaged: {first_line(error)}; name another run's folder") from None
+    def __init__(self, path, archive):
+        self.archive, self.size = archive, path.stat().st_size
+        members = archive.infolist()
+        self.names = {member.filename.removesuffix(".npy") for member in members}
+        self.exported = "source" in self.names
+        claimed = sum(max(member.file_size, member.compress_size) for member in members)
+        if any(member.compress_type for member in members) or claimed > self.size:
+            raise ValueError("it claims more than its size")
+        self.options = read_options(str(self.read("options")), path)
+        self.step = int(self.read("step", np.int64()))
+        if self.step < 0:
+            raise ValueError("its step is below 0")
+        self.pictures = f"{int(self.read('pictures', np.uint64())):016x}" if "pictures" in self.names else None
 
     def read(self, name, like=None):
-        """The array of this name, read-only; of the shape and dtype of `like` and finite, or of at most SMALL bytes.
+        """The array of this name, read-only; if there is a `like`, of its shape and dtype, and finite.
 
         The weights in an export are of float16, and `like` those that they are to become.
         """
         if name not in self.names:
-            raise UserError(f"{self.path} does not fit: it has no {name}")
+            raise ValueError(f"it has no {name}")
+        array = files.read_array(self.archive, name, self.size)
         if like is None:
-            return files.read_array(self.file, name, self.SMALL)
-        with self.file.open(f"{name}.npy") as member:
-            shape, _, dtype = files.array_header(member)
+            return array
         expected = np.dtype(np.float16) if self.exported and name.startswith("average/") else like.dtype
-        if (shape, dtype) != (like.shape, expected):
-            found, wanted = f"{dtype} of shape {shape}", f"{expected} of shape {like.shape}"
-            raise UserError(f"{self.path} does not fit: {name} is {found}, not {wanted}")
-        if not np.isfinite(array := files.read_array(self.file, name, math.prod(shape) * dtype.itemsize)).all():
+        if (array.shape, array.dtype) != (like.shape, expected):
+            wanted = f"{expected} of shape {like.shape}"
+            raise ValueError(f"its {name} is {array.dtype} of shape {array.shape}, not {wanted}")
+        if not np.isfinite(array).all():
             raise ValueError(f"its {name} is not finite")
         return array
-
-    def step(self):
-        """The number of the generator step after which it was written."""
-        step = self.read("step")
-        if step.dtype.kind != "i" or step.shape or step < 0:
-            raise ValueError("its step is no whole number")
-        return int(step)
-
-    def pictures(self):
-        """The fingerprint of the pictures that its run learnt from, or None where it does not say it."""
-        return f"{int(self.read('pictures')):016x}" if "pictures" in self.names else None
-
-    def options(self):
-        """The Options of its run."""
-        return read_options(str(self.read("options")), self.path)
 
 
 def newest_checkpoint(begun):
@@ -214,37 +179,23 @@ def newest_checkpoint(begun):
         if reasons and not path.exists():
             break
         try:
-            options = whole_checkpoint(path)
+            with open_checkpoint(path) as saved:
+                if broken := saved.archive.testzip():
+                    raise ValueError(f"{broken} is not as it was written")
         except UserError as error:
             reasons.append(str(error).rpartition(";")[0])
             continue
         if reasons:
             warn(f"transgan: {one_line(reasons[0])}; going on from {path.name}")
-        return path, options
+        return path, saved.options
     advice = "start a new run, or name a run's folder" if folder else "name a run's folder, or a file that --export made"
     raise UserError(f"{', and '.join(reasons)}; {advice}")
 
 
-def whole_checkpoint(path):
-    """The Options of a checkpoint, if these can be had and its every byte is as written. Raises UserError."""
-    with open_checkpoint(path) as saved:
-        options = saved.options()
-        saved.step()
-        if broken := saved.file.testzip():
-            raise ValueError(f"{broken} is not as it was written")
-    return options
-
-
 def own_folder(out, dataset):
-    """Where a new run on this data set goes if nobody says: `out`, unless that holds a run on another one.
-
-    A folder of pictures has folders above it, whose names are put before until there is such a place.
-    """
-    above = [] if dataset in NAMES else [parent.name for parent in Path(dataset).parents if parent.name]
-    names = itertools.accumulate(above, lambda name, parent: files.portable(f"{parent}-{name}")[-100:], initial=out.name)
-    for place in map(out.with_name, itertools.chain(names, (f"{out.name}-{n}" for n in itertools.count(2)))):
-        if dataset_of(place) in (dataset, None):
-            break
+    """Where a new run on this data set goes if nobody says: `out`, or out-2, out-3, ... where that holds one on another."""
+    places = itertools.chain([out], (out.with_name(f"{out.name}-{n}") for n in itertools.count(2)))
+    place = next(place for place in places if dataset_of(place) in (dataset, None))
     if place != out and dataset_of(place) is None:
         note(f"{out} holds a run on {dataset_of(out)}; this one goes into {place}")
     return place
@@ -254,7 +205,7 @@ def dataset_of(folder):
     """The data set of the run in a folder, None if there is no run."""
     for name in CHECKPOINTS:
         with contextlib.suppress(UserError), open_checkpoint(folder / name) as saved:
-            return saved.options().dataset
+            return saved.options.dataset
     return None
 
 
@@ -274,28 +225,19 @@ def refuse_among_pictures(out, dataset, trains):
 
 
 @contextlib.contextmanager
-def owned(out):
-    """Within this context, the run's folder is there, and no other process trains in it. Raises UserError."""
-    files.need_folder(out, "--out")
-    refusal = f"another process trains in {out}; wait for its end, or choose another --out"
-    with files.belongs_to_one(out / ".lock", refusal):
-        yield
+def owned(out, resume=None, goes_on=""):
+    """Within this context, a run's folder `out` is there, holds its folder for samples, and no other process trains in it.
 
-
-def prepare_folder(out, resume, goes_on):
-    """Make ready a run's folder, and refuse one that holds another run, or anything else that this one would overwrite.
-
-    goes_on: the command that goes on with a run there.
+    resume: the folder of the run to go on with, if any; another one may not lie in `out`, nor anything else that this one
+    would overwrite. goes_on: the command that goes on with a run there. Raises UserError.
     """
-    samples, log = out / "samples", out / "log.csv"
+    samples = out / "samples"
     files.need_folder(samples, "--out")
-    if out == resume:
-        for part in (*out.glob("*.part"), *samples.glob("*.part")):
-            if re.search(r"\.(npz|csv|png|gif|html|json)\.\d+\.part$", part.name):
+    with files.belongs_to_one(out / ".lock", f"another process trains in {out}; wait for its end, or choose another --out"):
+        if out == resume:
+            for part in (*out.glob("*.*.[0-9]*.part"), *samples.glob("*.*.[0-9]*.part")):
                 part.unlink(missing_ok=True)  # what a killed process was writing
-        return
-    kept = files.plain(log).read_bytes().strip() if log.exists() else b""
-    if kept not in EMPTY or any((out / name).exists() for name in CHECKPOINTS):
-        raise UserError(f"{out} holds a run already; choose another --out, or go on with it: {goes_on}")
-    if any(samples.iterdir()):
-        raise UserError(f"{samples} is not empty; move what it holds away, or choose another --out")
+        elif found := [*out.glob("checkpoint*.npz"), *out.glob("log.csv"), *samples.iterdir()]:
+            raise UserError(f"{out} holds a run already, of which {found[0].name} is; choose another --out, or go on with "
+                            f"it: {goes_on}")  # fmt: skip
+        yield

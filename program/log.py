@@ -7,38 +7,21 @@ import shutil
 import sys
 import time
 
-import numpy as np
-
-import autograd as ag
 from data import UserError
 from look.report import LABELS
 from program import signals
-from program.checkpoints import FIELDS, NotFinite
+from program.checkpoints import NotFinite
 from store import files, output
 
-LONG = 2 * 86400  # seconds: a run that takes more is better thought over
-LAPTOP = "cifar10-laptop"  # the preset that takes less
-
-
-def long_run(size, seconds):
-    """What to say in the beginning of a run of this size that will take so many seconds here; None if it is not long."""
-    if seconds <= LONG:
-        return None
-    instead = "lower --steps" if size == "tiny" else f"--preset {LAPTOP} is made for a machine like this"
-    return f"this run will take about {output.clock(seconds)} here; {instead}"
-
-
-def fitted(parts, width):
-    """Parts of a line (rank, text) in order, those of the highest ranks left out until they fit a width."""
-    while len(line := "  ".join(text for _, text in parts)) > width and len(parts) > 1:
-        parts = [part for part in parts if part != max(parts, key=lambda part: part[0])]
-    return line[:width]
+FIELDS = ("step", "disc_loss", "gen_loss", "penalty", "sr_loss", "distance", "fid_own", "is_own", "pictures_per_second",
+          "seconds")  # fmt: skip
+# What the line says of a row, what is worth most before what a narrow terminal may cut off.
+SHOWN = {"disc_loss": "D", "gen_loss": "G"} | LABELS | {"penalty": "penalty", "sr_loss": "SR"}
 
 
 class Log:
     """Writes log.csv, a row a step, and shows progress: one live line on a terminal, now and then a line elsewhere.
 
-    Losses arrive as arrays on the device and are read a few at a time, so that a step need not wait for them.
     every: steps from one grid of samples to the next, which the time left is to take into account.
     """
 
@@ -56,36 +39,37 @@ class Log:
         self.writer = csv.DictWriter(self.file, FIELDS, extrasaction="ignore")
         self.live = output.mode == "lines" and output.is_live(sys.stdout)
         self.terminal = bool(sys.stdout and sys.stdout.isatty())
-        self.measured, self.event = {}, None  # the latter a GPU's, of the last step
-        self.row, self.speed = {"step": step}, 0.0  # as they were shown
-        self.waiting = []  # for the file
-        self.written = []  # those in it that were not shown
+        self.row, self.measured, self.unwritten = {"step": step}, {}, False  # the last is of the row
         self.start = self.shown = self.last = time.monotonic()
         self.took = self.working = self.besides = 0.0  # seconds: of the first step, of all after it, of what is no step
 
     def add(self, step, losses, pictures):
-        """Remember a step: its losses, and how many real pictures it used.
+        """Begin a step's row: its losses, for which a GPU has to finish it, and how many real pictures it used.
 
-        A GPU still works on it; but the step before is waited for, so that a row has the time of a step.
+        Raises NotFinite for a loss that is not.
         """
-        if ag.xp is not np:
-            before, self.event = self.event, ag.xp.cuda.get_current_stream().record()
-            if before:
-                before.synchronize()
+        losses = {name: float(x) for name, x in losses.items() if x is not None}
         now = time.monotonic()
         seconds = max(now - self.last, 1e-9)
-        row = {"step": step, "pictures_per_second": pictures / seconds}
-        self.waiting.append(row | losses | {"seconds": self.earlier + now - self.start})
-        self.last, self.step = now, step
+        self.row = {"step": step} | losses | {"pictures_per_second": pictures / seconds}
+        self.row["seconds"] = self.earlier + now - self.start
+        self.last, self.step, self.unwritten = now, step, True
         if step > self.first + 1:
             self.working += seconds
         elif step > self.first:
             self.took = seconds
+        self.check()
 
     def measure(self, measured):
-        """Add the distance or scores that were measured after the last step."""
-        self.waiting[-1] |= measured
+        """Add the distance or scores that were measured after the step. Raises NotFinite for one that is not."""
+        self.row |= measured
         self.measured |= measured
+        self.check()
+
+    def check(self):
+        for name, x in self.row.items():
+            if not math.isfinite(x):
+                raise NotFinite(f"{name} is {x} at step {self.step}")
 
     @contextlib.contextmanager
     def aside(self, what):
@@ -101,7 +85,7 @@ class Log:
         """Show what is being done within a step, or beside them, if that takes long."""
         now = time.monotonic()
         pause = self.PAUSES[0 if self.live else 2]
-        if now - self.shown > pause and (at_once or now - self.last > 4 * pause) and output.mode == "lines":
+        if now - self.shown > pause and (at_once or now - self.last > 4 * pause):
             self.shown = now
             self.put(what)
 
@@ -116,70 +100,42 @@ class Log:
         pace = self.working / (done - 1) if done > 1 else self.took
         return (pace + self.besides / max(done, self.every)) * (self.steps - self.step)
 
-    def check(self):
-        """Read the numbers that wait. Raises NotFinite at the first that is not."""
-        for row in self.waiting:
-            row |= numbers(row)
-            for name in FIELDS:
-                if not math.isfinite(row.get(name) or 0):
-                    raise NotFinite(f"{name} is {row[name]} at step {row['step']}")
-
     def write(self):
-        """Write the rows that wait."""
-        for row in map(numbers, self.waiting):
-            self.writer.writerow({name: x if name == "step" else f"{x:.6g}" for name, x in row.items()})
-            self.written.append(row)
-        self.file.flush()
-        self.waiting.clear()
+        """Write the row if it is not written, with --json to standard output, too."""
+        if self.unwritten:
+            self.unwritten = False
+            self.writer.writerow({name: x if name == "step" else f"{x:.6g}" for name, x in self.row.items()})
+            self.file.flush()
+            output.tell(None, event="step", **self.row)
 
-    def tick(self):
-        """Check and show what there is, if it is time to."""
-        due = time.monotonic() - self.shown > self.PAUSES[0 if self.live else 1]
-        if due or self.step in (self.first, self.first + 1, self.steps):
-            self.check()
-            self.show()
-
-    def show(self):
-        """Write the rows that wait and show the newest, or for --json each that was not shown."""
+    def tick(self, at_once=False):
+        """Write the row, and show it if it is time to."""
         self.write()
-        if not self.written:
-            return
-        self.shown, self.row = time.monotonic(), self.written[-1]
-        if self.row["step"] > self.first:
-            self.speed = sum(row["pictures_per_second"] for row in self.written) / len(self.written)
-        if output.mode == "json":
-            for row in self.written:
-                output.tell(None, event="step", **row)
-        else:
+        due = time.monotonic() - self.shown > self.PAUSES[0 if self.live else 1]
+        if due or at_once or self.step in (self.first, self.first + 1, self.steps):
+            self.shown = time.monotonic()
             self.put()
-        self.written.clear()
 
     def put(self, doing=None):
         """Print the line; on a terminal that is gone, this is what to hang up for."""
         try:
             if self.live:
-                print(f"\r\033[K{self.line(shutil.get_terminal_size().columns - 1, doing)}", end="", flush=True)
-            else:
-                output.tell(self.line(doing=doing))
+                print(f"\r\033[K{self.line(doing)[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+            elif output.mode == "lines":
+                output.tell(self.line(doing))
         except OSError:
             if not self.terminal:
                 raise
             signals.hang_up()
 
-    def line(self, width=10**6, doing=None):
-        """What is worth reading of the rows that were not shown before, in at most so many characters."""
-        row, left = self.row, self.left()
-        parts = [(0, f"step {row['step']}/{self.steps}")]
-        if doing:
-            parts.append((1, doing))
-        losses = (3, "disc_loss", "D"), (4, "gen_loss", "G"), (6, "penalty", "penalty"), (9, "sr_loss", "SR")
-        for rank, name, label in losses:
-            if name in row:
-                parts.append((rank, f"{label} {row[name]:.3f}"))
-        parts += [(5, f"{LABELS[name]} {value:.3f}") for name, value in self.measured.items()]
-        parts += [(8, f"{self.speed:.0f} pictures/s"), (7, f"{output.clock(self.shown - self.start)} elapsed")]
-        parts += [(2, f"{output.clock(left)} left")] if left is not None else []
-        return fitted(parts, width)
+    def line(self, doing=None):
+        """What is worth reading of the last row and of what was measured."""
+        left, found = self.left(), {"pictures_per_second": 0.0} | self.measured | self.row
+        parts = [f"step {found['step']}/{self.steps}", *([doing] if doing else [])]
+        parts += [f"{output.clock(left)} left"] if left is not None else []
+        parts += [f"{label} {found[name]:.3f}" for name, label in SHOWN.items() if name in found]
+        parts.append(f"{output.clock(self.shown - self.start)} elapsed")
+        return "  ".join([*parts, f"{found['pictures_per_second']:.0f} pictures/s"])
 
     def say(self, line, **fields):
         """Tell something that is not to be overwritten by the live line."""
@@ -188,17 +144,12 @@ class Log:
         output.tell(line, **fields)
 
     def close(self):
-        """Write what waits, and leave the live line standing."""
-        self.show()
+        """Write what was not, and leave the live line standing."""
+        self.write()
         if self.live:
             with contextlib.suppress(OSError):  # of a terminal that is gone
                 print()
         self.file.close()
-
-
-def numbers(row):
-    """A row of the log with what it has, in Python's numbers: for losses on a device, this waits for them."""
-    return {name: x if name == "step" else float(x) for name, x in row.items() if x is not None}
 
 
 def rows_until(step, path):

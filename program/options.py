@@ -1,12 +1,11 @@
 """What a run's options may be: on the command line, in a preset, in a checkpoint.
 
-OPTIONS says it of each once. `add_options` makes the command line of it, `read_options` checks what a checkpoint claims,
-`choose_options` fills in what the data set, a preset and the other options decide, `refuse_idle_options` knows what does
-nothing, and `commands` writes it all down as one can paste it.
+GROUPS says it of each once. `add_options` makes the command line of it, `read_options` checks what a checkpoint claims,
+`refuse_idle_options` knows what does nothing, `choose_options` fills in what the data set, a preset and the other options
+decide, and `commands` writes it all down as one can paste it.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -15,7 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import fast
@@ -26,7 +25,7 @@ from paper.networks import NAMES
 from program import presets
 from program.presets import PRESETS
 from store import arguments, datasets, files
-from store.arguments import number
+from store.arguments import folder, number
 
 
 @dataclasses.dataclass
@@ -56,25 +55,24 @@ def policy(text):
 
 def schedule(text):
     """An argument type: half_width:epoch pairs, separated by commas, both growing, or none."""
-    if text == "none":
-        return text
     try:
-        pairs = transgan.locality_pairs(text)
+        pairs = [(0, 0.0), *(transgan.locality_pairs(text) if text != "none" else ())]
+        growing = all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(pairs))
     except ValueError:
-        pairs = [(0, 0.0)]
-    growing = all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise([(0, 0.0), *pairs]))
-    if not growing or not pairs[-1][1] <= max(transgan.EPOCHS.values()):
-        raise argparse.ArgumentTypeError(f"{text!r} must be none, or pairs half_width:epoch like {Options.locality}, "
-                                         f"both growing, epochs up to {max(transgan.EPOCHS.values())}")  # fmt: skip
+        growing = False
+    if not growing:
+        example = f"pairs half_width:epoch like {Options.locality}, both growing"
+        raise argparse.ArgumentTypeError(f"{text!r} must be none, or {example}")
     return text
 
 
 class Option(NamedTuple):
-    """What a field of Options may be: `values` are choices, or an argument type that raises for others."""
+    """An option of the command line, a field of Options or another."""
 
-    values: Any
+    values: Any  # choices, or an argument type that raises for others, or bool: to say it is enough
     metavar: str | None
     help: str
+    default: Any = None  # for fields of Options, `fill_in` knows where that is
 
 
 WHOLE = number(int, 1)
@@ -89,8 +87,7 @@ NETWORKS = {
     "discriminator": Option(NAMES, None, "likewise (default: transgan)"),
     "image_size": Option(number(int, 8, 128), "N", "pixels a side, for a folder (default: 32) and for shapes (default: "
                          "16); cifar10 has 32, stl10 48, celeba 64, and what divides these is averaged"),
-    "patch_size": Option(number(int, 1, 128), "N", "pixels a side of the discriminator's patches (default: an 8x8 grid, at "
-                         "least 4)"),
+    "patch_size": Option(number(int, 1, 128), "N", "side of a discriminator's patch (default: an 8x8 grid, at least 4)"),
 }  # fmt: skip
 TRAINING = {
     "loss": Option(transgan.LOSSES, None, "the adversarial loss (default: wgangp-eps)"),
@@ -104,11 +101,9 @@ TRAINING = {
                              "discriminators; 32 for stl10 and celeba; 16 for shapes)"),
     "disc_steps": Option(WHOLE, "N", "discriminator steps a generator step (default: 5; for shapes 2)"),
     "learning_rate": Option(number(float, 0, 1), "R", "Adam's rate at the start (default: 1e-4; for tiny 5e-4)"),
-    "decay": Option(transgan.DECAYS, None, "of that rate: none, as in every published command of TransGAN and AutoGAN; "
-                    "linear, to 0 over the run, as WGAN-GP's authors had it (default: none; for the discriminator resnet "
-                    "linear)"),
-    "beta2": Option(number(float, 0, 1 - 1e-6), "R", "how long Adam remembers squares (default: 0.99; 0.9 for other "
-                    "discriminators)"),
+    "decay": Option(transgan.DECAYS, None, "of that rate: none; or linear, to 0 over the run, as WGAN-GP's authors had it "
+                    "(default: none; for the discriminator resnet linear)"),
+    "beta2": Option(number(float, 0, 1 - 1e-6), "R", "Adam's second decay (default: 0.99; 0.9 for other discriminators)"),
     "precision": Option(fast.PRECISIONS, None, "of matrix products: a GPU is faster with tf32 or bfloat16, a CPU rounds as "
                         "it would, slowly (default: float32)"),
     "ema_decay": Option(number(float, 0, 1), "R", "decay of the moving average of the generator that makes the samples "
@@ -123,27 +118,88 @@ TRAINING = {
                        f"{transgan.EPOCHS['celeba']}), scaled to the run, or none (default: {Options.locality}; for celeba "
                        f"{presets.CELEBA}; for tiny none)"),
     "locality_stages": Option(number(int, 1, 4), "N", "the last N stages are so limited (default: 1)"),
-    "locality_shape": Option(transgan.LOCALITY_SHAPES, None, "window: tokens near in rows and columns, in all blocks of a "
-                             "stage, as the paper's figure shows it; band: tokens near in number, row by row, in the last "
-                             "block alone, as in the authors' code (default: window)"),
+    "locality_shape": Option(transgan.LOCALITY_SHAPES, None, "window: tokens near in rows and columns, as the paper's "
+                             "figure has it; band: near in number, in the last block alone, as the authors' code (default: "
+                             "window)"),
 }  # fmt: skip
 OPTIONS = NETWORKS | TRAINING
-
-# What --dataset decides where nothing else is said; a folder of pictures is like cifar10.
-DEFAULTS = {
-    "stl10": {"size": "XL", "image_size": 48},
-    "celeba": {"size": "XL", "image_size": 64},
-    "shapes": {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "batch_size": 16, "gen_batch_size": 16,
-               "diff_aug": "none"},
+REWINDS = 5  # times that the learning rate may be halved
+GROUPS = {
+    "what to train": NETWORKS | {
+        "preset": Option(PRESETS, "NAME", "all options of one of the paper's runs, or of one for a laptop: "
+                         f"{', '.join(PRESETS)}; what else is given goes before; with --summary, what the paper's text, "
+                         "the authors' commands and we have where these differ"),
+    },
+    "how to train; the defaults follow the authors' code for CIFAR-10, and are smaller on a laptop": TRAINING | {
+        "on_nan": Option(("stop", "rewind"), None, "when a number is no longer finite: stop, or go on from the last "
+                         f"checkpoint at half the rate, up to {REWINDS} times (default: stop)", "stop"),
+    },
+    "where": {
+        "data_dir": Option(folder, "DIR", "where data sets are kept (default: data)", Path("data")),
+        "out": Option(folder, "DIR", "the run's folder (default: runs/DATASET-SIZE)"),
+        "resume": Option(folder, "DIR", "go on with the run in DIR, with its own options; only --steps, --accumulate and "
+                         "the path of a folder of pictures may change"),
+        "device": Option(("auto", "cpu", "gpu"), None, "gpu needs CuPy (default: auto, the GPU if there is one)", "auto"),
+        "gpus": Option(number(int, 1, 64), "N", "GPUs of this machine that share a batch (default: 1)", 1),
+        "threads": Option(number(int, 1, 1024), "N", "CPU threads that share a batch; another number gives the same run "
+                          "up to rounding (default: as many as pay)"),
+        "plain": Option(bool, None, "run on the definitions in autograd.py alone, without the faster forms of fast/; the "
+                        "same up to rounding, and practical for tiny: S wants 9 GB", False),
+    },
+    "how often to look": {
+        "sample_every": Option(WHOLE, "N", "steps between sample grids (default: 100, and every 10 minutes)", 100),
+        "save_every": Option(WHOLE, "N", "steps between checkpoints (default: 100, and every 10 minutes)", 100),
+        "evaluate_every": Option(WHOLE, "N", "steps between FID-own and IS-own in the log (default: never)"),
+        "profile": Option(bool, None, "print which operations took the time, when the run is done", False),
+        "summary": Option(bool, None, "print the networks as a table, and stop", False),
+        "quiet": Option(bool, None, "print nothing, but errors to standard error", False),
+        "json": Option(bool, None, "print JSON, an object a line with its event: start, step (as in log.csv), picture, "
+                       "...; the last is end, with the exit code and what went wrong", False),
+    },
+    "scores, see paper/scores.py": {
+        "evaluate": Option(folder, "RUN", "FID and Inception Score of the run in the folder RUN, or of an --export"),
+        "features": Option(("inception", "own"), None, "the network that looks: Inception-v3, as papers have it (96 MB, "
+                           "downloaded once), or a small classifier trained here on the data set, whose scores are named "
+                           "FID-own and IS-own (default: inception; for shapes own)"),
+        "num_images": Option(number(int, 10), "N", "generated pictures (default: 50000; for --evaluate-every 2000)"),
+        "inception": Option(folder, "PATH", "a file with Inception-v3's weights, as pytorch-fid publishes them"),
+        "fid_stats": Option(folder, "PATH", "a fid_stats_*.npz with mean and covariance of the real pictures (default: "
+                            "computed of the data set once, and kept)"),
+    },
 }  # fmt: skip
-# What TransGAN's authors had on these where nothing else decides.
-COMMANDS = {
-    "stl10": {"batch_size": 16, "gen_batch_size": 32},
-    "celeba": {"batch_size": 16, "gen_batch_size": 32, "locality": presets.CELEBA},
+
+# Where an option that is none of OPTIONS does something: in a training, with --summary, and so on. --quiet and --json do
+# anywhere.
+TRAINING_MODES = ("a training", "--resume")
+ACTS = {
+    **dict.fromkeys(("data_dir", "out", "device", "threads", "plain"), (*TRAINING_MODES, "--evaluate", "--from")),
+    **dict.fromkeys(("gpus", "on_nan", "sample_every", "save_every", "evaluate_every", "profile"), TRAINING_MODES),
+    "num_images": ("--evaluate", *TRAINING_MODES),
+    **dict.fromkeys(("features", "inception", "fid_stats"), ("--evaluate",)),
+    **dict.fromkeys((*KINDS, "query", "export"), ("--from",)),
+    "preset": ("a training", "--summary"),
+}
+# What a checkpoint does not know of the command that made it.
+KEPT = [name for name, modes in ACTS.items() if "--resume" in modes and name not in ("out", "profile")]
+# Of which an option needs one, or else does nothing.
+NEEDS = {"query": ("attention",), "num_images": ("evaluate", "evaluate_every")}
+# Two of which only one can have its way.
+EITHER = (
+    ("--resume", "--evaluate"), ("--resume", "--from"), ("--evaluate", "--from"), ("--summary", "--evaluate"),
+    ("--summary", "--from"), ("--quiet", "--json"), ("--inception", "--features own"), ("--gpus", "--on-nan"),
+    ("--threads", "--device gpu"),
+)  # fmt: skip
+
+# What shapes decide where nothing else is said, also of peers.
+SHAPES = {"size": "tiny", "image_size": 16, "steps": 1000, "disc_steps": 2, "batch_size": 16, "gen_batch_size": 16,
+          "diff_aug": "none"}  # fmt: skip
+# What the larger data sets decide, as TransGAN's authors had it, where nothing else does; a folder is like cifar10.
+LARGER = {
+    "stl10": {"size": "XL", "image_size": 48, "batch_size": 16, "gen_batch_size": 32},
+    "celeba": {"size": "XL", "image_size": 64, "batch_size": 16, "gen_batch_size": 32, "locality": presets.CELEBA},
 }
 # The peers of the paper's tables, as their authors trained them where there is an option for it; a mixed pair is trained as
-# its discriminator asks for.
-# What stays different is printed below their tables: DIFFERENCES of paper/tables.py.
+# its discriminator asks for. What stays different is printed below their tables: DIFFERENCES of paper/tables.py.
 PEER_DEFAULTS = {
     "autogan": {"loss": "hinge", "steps": 50_000, "batch_size": 64, "gen_batch_size": 128, "learning_rate": 2e-4,
                 "beta2": 0.9, "diff_aug": "none", "decay": "none"},
@@ -170,10 +226,11 @@ def flags(values):
 
 
 def add_options(group, options):
-    """Add those of OPTIONS to a group of the command line, without defaults: `choose_options` knows where theirs is."""
-    for name, (values, metavar, text) in options.items():
-        kind = {"type": values} if callable(values) else {"choices": values}
-        group.add_argument(flag(name), **kind, metavar=metavar, help=text)
+    """Add options, {name: Option}, to a group of the command line."""
+    for name, (values, metavar, text, default) in options.items():
+        kind = {"type" if callable(values) else "choices": values, "metavar": metavar}
+        kind = {"action": "store_true"} if values is bool else kind
+        group.add_argument(flag(name), **kind, default=default, help=text)
 
 
 def is_valid(name, value):
@@ -181,8 +238,7 @@ def is_valid(name, value):
     if type(value) is not type(getattr(Options, name)):
         return False
     if name == "dataset":  # a folder may have been moved, also from another kind of system
-        whole = any(kind(value).is_absolute() for kind in (PurePosixPath, PureWindowsPath))
-        return value in arguments.NAMES or ((whole or value == without_place(value)) and files.is_possible(value))
+        return value != "" and files.is_possible(value)
     values = OPTIONS[name].values
     try:
         return values(str(value)) == value if callable(values) else value in values
@@ -215,14 +271,14 @@ def fill_in(given, preset=None):
     dataset = given.get("dataset") or preset.get("dataset", "shapes")
     if preset.get("dataset") != dataset:  # whose epochs its windows count
         preset = {name: value for name, value in preset.items() if name != "locality"}
-    chosen = {"dataset": dataset} | DEFAULTS.get(dataset, {}) | preset | given
+    chosen = {"dataset": dataset} | (SHAPES if dataset == "shapes" else {}) | preset | given
     if chosen.get("generator", "transgan") != "transgan":
         chosen = {"sr_weight": 0.0, "locality": "none"} | chosen
     chosen = PEER_DEFAULTS.get(chosen.get("discriminator", "transgan"), {}) | chosen
     if chosen.get("size") == "tiny":
         chosen = TINY_DEFAULTS | chosen
-    patch_size = transgan.patch_side(chosen.get("image_size", Options.image_size))
-    return Options(**({"patch_size": patch_size} | COMMANDS.get(dataset, {}) | chosen))
+    chosen = {"image_size": Options.image_size} | LARGER.get(dataset, {}) | chosen
+    return Options(**({"patch_size": transgan.patch_side(chosen["image_size"])} | chosen))
 
 
 def choose_options(args, saved=None):
@@ -247,8 +303,6 @@ def choose_options(args, saved=None):
     options, out = check_options(dataclasses.replace(saved, **given)), begun / "look" if args.begun else begun
     if begun.is_file():
         out = Path("runs") / f"{files.portable(begun.stem)}-look"
-        if not args.out and any((out / name).exists() for name in files.CHECKPOINTS):
-            raise UserError(f"{out}, where what is made of {begun} goes, holds a run; choose another place with --out")
     return options, args.out or out
 
 
@@ -284,64 +338,36 @@ def check_options(options):
     return options
 
 
-# Where an option that is none of OPTIONS does something: in a training, with --summary, and so on. --quiet and --json do
-# anywhere.
-TRAINING_MODES = ("a training", "--resume")
-ACTS = {
-    **dict.fromkeys(("on_nan", "gpus", "sample_every", "save_every", "evaluate_every", "profile"), TRAINING_MODES),
-    **dict.fromkeys(("data_dir", "out", "device", "threads", "plain"), (*TRAINING_MODES, "--evaluate", "--from")),
-    **dict.fromkeys(("features", "inception", "fid_stats"), ("--evaluate",)),
-    **dict.fromkeys((*KINDS, "query", "export"), ("--from",)),
-    "num_images": ("--evaluate", *TRAINING_MODES),
-    "preset": ("a training", "--summary"),
-}
-# Of which an option needs one, or else does nothing.
-NEEDS = {"query": ("attention",), "num_images": ("evaluate", "evaluate_every")}
-# Two of which only one can have its way.
-EITHER = (
-    ("resume", "evaluate"), ("resume", "begun"), ("evaluate", "begun"), ("summary", "evaluate"), ("summary", "begun"),
-    ("inception", "features"), ("gpus", "on_nan"),
-)  # fmt: skip
-
-
 def refuse_idle_options(args, parser):
     """Raise UserError for an option, of those that `parser` made `args` of, that does nothing beside the others.
 
     What `choose_options` makes an Options of is its business. One that says no more than its default is no offence.
     """
-    names = {name: flag(name) for name in vars(args)} | {"begun": "--from"}
+    flags = {name: flag(name) for name in vars(args)} | {"begun": "--from"}
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    for one, other in EITHER:
-        if {one, other} <= given and not (other == "features" and args.features != "own"):
-            raise UserError(f"{names[one]} and {names[other]} do not go together; leave out one of them")
-    mode = next((names[name] for name in ("summary", "evaluate", "begun", "resume") if name in given), "a training")
+    said = {words for name in given for words in (flags[name], f"{flags[name]} {getattr(args, name)}")}
+    for pair in EITHER:
+        if said.issuperset(pair):
+            raise UserError(f"{' and '.join(pair)} do not go together; leave out one of them")
+    mode = next((flags[name] for name in ("summary", "evaluate", "begun", "resume") if name in given), "a training")
     for name in sorted(given & ACTS.keys()):
         if mode not in ACTS[name]:
             where = " or ".join(other for other in ACTS[name] if other != "--resume")
-            if (mode, where) == ("a training", "--from"):
-                raise UserError(f"{names[name]} is of a run that has begun; name its folder with --from")
-            raise UserError(f"{names[name]} does nothing here: it goes with {where}; leave it out")
+            raise UserError(f"{flags[name]} does nothing here: it goes with {where}; leave it out")
         if name in NEEDS and not given & {*NEEDS[name]}:
-            raise UserError(f"{names[name]} goes with {' or '.join(map(names.get, NEEDS[name]))}; leave it out")
-    pictures = given & {*KINDS}
-    if mode == "--from" and not pictures | given & {"export"}:
-        raise UserError("--from wants to know which pictures: --sample N, --interpolate N, --attention or --nearest N; or "
-                        "--export FILE")  # fmt: skip
-    if mode == "--from" and not pictures and (args.out or args.seed is not None):
-        raise UserError("--out and --seed are of pictures, which nothing here asks for; leave them out")
-    if args.threads and args.device == "gpu":
-        raise UserError("--threads are a CPU's, and do nothing with --device gpu; leave out one of them")
+            raise UserError(f"{flags[name]} goes with {' or '.join(map(flags.get, NEEDS[name]))}; leave it out")
+    if mode == "--from" and not given & {*KINDS}:
+        if "export" not in given:
+            raise UserError("--from wants to know what to make: --sample N, --interpolate N, --attention, --nearest N or "
+                            "--export FILE")  # fmt: skip
+        if given & {"out", "seed"}:
+            raise UserError("--out and --seed are of pictures, which nothing here asks for; leave them out")
 
 
 def program():
     """How this program is called, as one can paste it in the folder where it was."""
-    words = []
-    for path in (sys.executable or "python", transgan.__file__):
-        with contextlib.suppress(ValueError, OSError):  # the latter where that folder is gone
-            inside = Path(path).relative_to(Path.cwd())
-            path = inside if len(inside.parts) > 1 or inside.suffix == ".py" else Path(path)
-        words.append(quoted(path))
-    return " ".join(words)
+    here, paths = Path.cwd(), [Path(path) for path in (sys.executable or "python", transgan.__file__)]
+    return " ".join(quoted(path.relative_to(here) if path.is_relative_to(here) else path) for path in paths)
 
 
 def long_command(options):
@@ -361,11 +387,6 @@ def needed(options):
 def command(options):
     """The shortest command that gives these options."""
     return f"{program()} {flags(needed(options))}".rstrip()
-
-
-# What a checkpoint does not know of the command that made it.
-KEPT = ("data_dir", "device", "gpus", "threads", "plain", "on_nan", "sample_every", "save_every", "evaluate_every",
-        "num_images")  # fmt: skip
 
 
 def commands(options, out, args, parser):

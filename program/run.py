@@ -32,7 +32,8 @@ from paper import scores
 from paper.networks import NAMES
 from program import checkpoints, options, presets
 from program.checkpoints import NotFinite
-from program.log import Log, long_run
+from program.log import Log
+from program.options import REWINDS
 from program.profile import profile, tell_profile
 from program.signals import stop_signals
 from program.trainer import make_networks, make_trainer
@@ -45,6 +46,7 @@ from store.files import CHECKPOINTS
 GRID = 64  # pictures in a sample grid
 JUDGED = 512  # pictures on each side of the distance
 PATIENCE = 600  # seconds that training may go without a sample grid and a checkpoint
+LONG = 2 * 86400  # seconds: a run that takes more is better thought over
 
 
 def explain_locality(options, path):
@@ -94,7 +96,6 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
     looks_every = min(sample_every, evaluate_every or sample_every)
     log = Log(out / "log.csv", trainer.step, settings.steps, looks_every)
     report = Report(trainer, out, commands)
-    measured = (1 if ag.xp is np else 2) if trainer.step == 0 else None  # a GPU's first step compiles its kernels
     updates = itertools.count()
 
     def watch():
@@ -115,26 +116,24 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
                 last, now = step == settings.steps, time.monotonic()
                 log.add(step, losses, settings.batch_size * settings.disc_steps if step else 0)
                 if last or step % sample_every == 0 or now - sampled > PATIENCE:
-                    log.check()
                     with log.aside("drawing samples"):
                         log.measure(look(trainer, noise, real, out / "samples"))
                     sampled = now
                 if measure and (last or step % evaluate_every == 0):
-                    log.check()
                     with log.aside("scoring"):
                         log.measure(measure())
                 asked = stop.asked
                 if step and (last or asked or step % save_every == 0 or now - saved > PATIENCE):
-                    log.check()
                     log.write()
                     files.sync(out / "log.csv")  # whose rows are not to be older than the checkpoint
                     checkpoints.save(trainer, out / CHECKPOINTS[0])
                     saved = now
-                log.tick()
-                if step == measured and (line := long_run(settings.size, log.left())):
-                    log.say(line, event="long", seconds=log.left())
+                log.tick(at_once=asked)
+                if step == 2 and (seconds := log.left()) > LONG:
+                    long = f"this run will take about {output.clock(seconds)} here"
+                    shorter = "--preset cifar10-laptop, or a run of fewer --steps, takes less"
+                    log.say(f"{long}; {shorter}", event="long", seconds=seconds)
                 if sampled == now:  # in this step
-                    log.write()
                     with log.aside("drawing the report"):
                         report.update()
                 if asked and not last:
@@ -145,22 +144,21 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
     return None
 
 
-REWINDS = 5  # times that the learning rate may be halved
-
-
 def train_on(trainer, out, args, measure, commands):
     """`train` as the command line has it, and with --on-nan rewind again and again: from the last checkpoint, at half the
     learning rate, after NotFinite.
 
     How often it was halved is part of a checkpoint. Raises UserError, saying what to try, after REWINDS times or at once.
+    What else stops a run for a while is given the command that goes on, see program/main.py.
     """
+    options = trainer.options
     while True:
         try:
             return train(trainer, out, args.sample_every, args.save_every, args.evaluate_every, measure, commands)
         except NotFinite as error:
             scale = trainer.update.rate_scale / 2
             if args.on_nan != "rewind" or scale < 0.5**REWINDS:
-                advice = f"start a new run with less than --learning-rate {trainer.options.learning_rate}"
+                advice = f"start a new run with less than --learning-rate {options.learning_rate}"
                 if args.on_nan == "rewind":
                     advice = f"{REWINDS} times half the learning rate did not help: {advice}"
                 else:
@@ -169,6 +167,11 @@ def train_on(trainer, out, args, measure, commands):
             checkpoints.load(trainer, checkpoints.newest_checkpoint(out)[0])
             trainer.update.rate_scale = scale
             output.warn(f"transgan: {error}; back to step {trainer.step}, at {scale:g} of the learning rate")
+        except (MemoryError, OSError, KeyboardInterrupt) as error:
+            if any((out / name).exists() for name in CHECKPOINTS):
+                shared = isinstance(error, MemoryError) and options.generator == "transgan"
+                error.goes_on = commands[1] + shared * f" --accumulate {2 * options.accumulate}"
+            raise
 
 
 # --- 2. Several GPUs --------------------------------------------------------------------------------------------------
@@ -229,27 +232,6 @@ def choose_forms(args, options):
     return "plain forms"
 
 
-@contextlib.contextmanager
-def saying_how_to_go_on(chosen, out, goes_on):
-    """Within this context, what stops a run for a while says by which command it goes on, if it has a checkpoint."""
-    try:
-        yield
-    except (MemoryError, OSError, KeyboardInterrupt) as error:
-        if not any((out / name).exists() for name in CHECKPOINTS):
-            raise
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"stopped; go on from the last checkpoint with: {goes_on}") from None
-        if isinstance(error, BrokenPipeError):
-            reason = "nobody reads the output any more"
-        elif isinstance(error, OSError):
-            reason = f"{error.filename or 'writing'}: {error.strerror or error}; free some space"
-        elif chosen.generator == "transgan":
-            reason, goes_on = "not enough memory for this", f"{goes_on} --accumulate {2 * chosen.accumulate}"
-        else:
-            reason = "not enough memory for this; close other programs"
-        raise UserError(f"{reason}; go on from the last checkpoint with: {goes_on}") from None
-
-
 def look_back(args, sampler, load, out):
     """Make the export, the pictures or the scores that are asked for of a Sampler; load: gives its data set's pictures."""
     if args.export:
@@ -274,8 +256,9 @@ def run(args, parser):
         raise UserError(f"--resume goes on with the training in a run's folder, and {args.resume} is none; name another")
     checkpoint, saved = checkpoints.newest_checkpoint(begun) if begun else (None, None)
     chosen, out = options.choose_options(args, saved)
+    networks = make_networks(chosen, rng=summary.Zeros())  # which refuse what they cannot make before anything is written
     if args.summary:
-        tell_summary(chosen, args.preset)
+        tell_summary(chosen, *networks, args.preset)
         return 0
     if not saved and not args.out:
         out = checkpoints.own_folder(out, chosen.dataset)
@@ -289,34 +272,32 @@ def run(args, parser):
     if args.evaluate or args.begun:
         look_back(args, checkpoints.load_sampler(chosen, checkpoint, args.threads), load, out)
         return 0
-    pair = make_networks(chosen)  # before anything is written
     if args.gpus > 1:
         check_gpus(args, chosen)
     if args.resume:
         with checkpoints.open_checkpoint(checkpoint) as file:
-            if (step := file.step()) >= chosen.steps:
-                raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {step}")
-    with checkpoints.owned(out):
-        return begin(args, parser, chosen, out, checkpoint, device, forms, load, pair)
-
-
-def begin(args, parser, chosen, out, checkpoint, device, forms, load, pair):
-    """Train in the folder `out`, from a checkpoint if there is one, with the networks `pair` and the pictures of load()."""
+            if file.step >= chosen.steps:
+                raise UserError(f"the run in {args.resume} is finished; ask for more with --steps above {file.step}")
     commands = options.commands(chosen, out, args, parser)
-    checkpoints.prepare_folder(out, args.resume, goes_on=commands[1])
+    with checkpoints.owned(out, args.resume, commands[1]):
+        return begin(args, chosen, out, checkpoint, device, forms, load, commands)
+
+
+def begin(args, chosen, out, checkpoint, device, forms, load, commands):
+    """Train in the folder `out`, from a checkpoint if there is one, with the pictures of load(): returns the exit code."""
     pictures = load()
     batch = max(chosen.batch_size, chosen.gen_batch_size if chosen.sr_weight else 0)
     if args.resume and len(pictures) < batch:  # which stays as it is
         raise UserError(f"{chosen.dataset} holds {len(pictures)} pictures, and the run's batches are of {batch}; add some, "
                         "or name the folder where they are as --dataset")  # fmt: skip
     group = gather_gpus(args, chosen, checkpoint) if args.gpus > 1 else None
-    trainer = make_trainer(chosen, pictures, args.threads, group=group, pair=pair)
+    trainer = make_trainer(chosen, pictures, args.threads, group=group)
     if checkpoint:
         learnt_from = checkpoints.load(trainer, checkpoint)
         if checkpoint.name != CHECKPOINTS[0]:  # a damaged newest would become the previous with the next that is saved
             with contextlib.suppress(FileNotFoundError):
                 (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
-        if learnt_from not in (None, checkpoints.pictures_of(trainer)):
+        if learnt_from != trainer.learns_from:
             output.warn(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
                         f"{len(pictures):,}")  # fmt: skip
     threads = f", {trainer.update.threads} threads" if device == "cpu" else ""
@@ -326,7 +307,7 @@ def begin(args, parser, chosen, out, checkpoint, device, forms, load, pair):
                 threads=trainer.update.threads, forms=forms, out=str(out))  # fmt: skip
     start = time.monotonic()
     measure = scores.own_scores(trainer, args.num_images or 2000, args.data_dir) if args.evaluate_every else None
-    with saying_how_to_go_on(chosen, out, commands[1]), profile() if args.profile else contextlib.nullcontext() as times:
+    with profile() if args.profile else contextlib.nullcontext() as times:
         asked = train_on(trainer, out, args, measure, commands)
     if times is not None:
         tell_profile(times, trainer.inputs.waited, time.monotonic() - start)
@@ -335,16 +316,13 @@ def begin(args, parser, chosen, out, checkpoint, device, forms, load, pair):
         output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=commands[1])
         return 128 + asked
     picture, report = out / "samples" / f"step-{trainer.step:06d}.png", out / "report.html"
-    shown = f"; all about this run: {report}" if report.exists() else ""
-    output.tell(f"done: {picture}{shown}", event="picture", path=str(picture))
-    if shown:
-        output.tell(None, event="report", path=str(report))
+    output.tell(f"done: {picture}; all about this run: {report}", event="picture", path=str(picture))
+    output.tell(None, event="report", path=str(report))
     return 0
 
 
-def tell_summary(chosen, preset):
+def tell_summary(chosen, generator, discriminator, preset):
     """Print the networks of these options as a table, below the command line that gives them, above a preset's sources."""
-    generator, discriminator = make_networks(chosen, rng=summary.Zeros())
     rows = summary.summary_rows(generator, discriminator)
     named = [{name: x for name, x in zip(summary.COLUMNS, row, strict=True) if x} for row in rows]
     values, stated = dataclasses.asdict(chosen), presets.source_table(preset, chosen) if preset else []

@@ -39,18 +39,6 @@ def stop_signals():
         restore()
 
 
-@contextlib.contextmanager
-def interruptible():
-    """Within this context, Ctrl-C raises KeyboardInterrupt; before and after, in a program, it may end it at once."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def hang_up():
     """What is to be done when a terminal turns out to be gone: as if SIGHUP had come, which may be on its way."""
     forget_terminal()

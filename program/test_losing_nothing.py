@@ -70,17 +70,9 @@ def test_a_checkpoint_that_is_missing_or_damaged_gives_way_to_the_one_before(sma
         shutil.rmtree(out)
 
 
-def test_a_checkpoint_of_another_run_is_refused_by_what_differs(small, tmp_path, monkeypatch):
+def test_a_checkpoint_of_other_networks_is_refused_by_what_differs(small, tmp_path, monkeypatch):
     path = tmp_path / "x.npz"
     checkpoints.save(small_trainer(), path)
-    for changed, message in (
-        ({"image_size": 16}, "is of another run: its image_size is 8, not 16"),
-        ({"loss": "hinge"}, "its loss is 'wgangp-eps', not 'hinge'"),
-        ({"sr_weight": 0.0}, "its sr_weight is 2.0, not 0.0"),
-    ):
-        with pytest.raises(UserError, match=re.escape(message)):
-            checkpoints.load(small_trainer(**changed), path)
-    checkpoints.load(small_trainer(steps=9, accumulate=2), path)
     for size, message in (
         (
             transgan.Size(64, (1, 1, 1), 32, 2),
@@ -92,7 +84,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(small, tmp_path,
         monkeypatch.setitem(transgan.SIZES, "tiny", size)
         trainer = small_trainer()
         before = state_of(trainer)
-        with pytest.raises(UserError, match="does not fit: .*" + re.escape(message)):
+        with pytest.raises(UserError, match="cannot read .*" + re.escape(message)):
             checkpoints.load(trainer, path)
         assert_same_state(state_of(trainer), before)
 
@@ -201,13 +193,6 @@ def test_a_run_with_fewer_pictures_than_a_batch_is_told_what_it_can_do(small, tm
     assert "holds 3 pictures, and the run's batches are of 4; add some" in message
     (folder / "0.png").write_bytes(encoded(slope(9, 9)))
     assert run_main(*more, 6) == 0
-
-
-def test_a_run_killed_before_its_first_checkpoint_can_be_begun_again(small, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "log.csv").touch()
-    assert run_main(*TRAIN, "--out", tmp_path / "run") == 0
-    assert [row["step"] for row in read_log(tmp_path / "run")] == list("01234")
 
 
 def test_what_a_killed_run_was_writing_is_removed(small, tmp_path):
@@ -392,7 +377,7 @@ def test_rewinding_gives_up_when_it_does_not_help(small, tmp_path, capsys, monke
     at_step(1, break_it, monkeypatch)
     assert run_main(*TRAIN, "--out", tmp_path / "run", "--on-nan", "rewind") == 2
     error = capsys.readouterr().err
-    assert error.count("back to step 0") == run.REWINDS
+    assert error.count("back to step 0") == options.REWINDS
     assert re.search("gen_loss is nan at step 1; .* 5 times half the learning rate did not help", error.splitlines()[-1])
     assert step_of(tmp_path / "run") == 0
 

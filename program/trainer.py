@@ -10,6 +10,7 @@ from fast import cublas
 from paper import networks
 from paper.convolutions import Stateful
 from program.update import Ahead, Played, Update, threads_that_pay
+from store import files
 
 
 def make_networks(options, dtype=np.float32, rng=None):
@@ -31,12 +32,12 @@ def make_networks(options, dtype=np.float32, rng=None):
     return made
 
 
-def make_trainer(options, pictures, threads=None, dtype=np.float32, group=None, pair=None):
-    """The Trainer of a run, whose batches are shared among threads, or GPUs if there is a `group` of them.
+def make_trainer(options, pictures, threads=None, dtype=np.float32, group=None):
+    """The Trainer of a run, whose batches are shared among threads, or GPUs if there is a `group`.
 
-    pair: its networks, if they are made already. Raises UserError.
+    Its `learns_from` is the fingerprint of the pictures. Raises UserError.
     """
-    generator, discriminator = pair or make_networks(options, dtype)
+    generator, discriminator = make_networks(options, dtype)
     threads = min(threads or threads_that_pay(options), options.batch_size, options.gen_batch_size)
     kind = transgan.Trainer if options.generator == options.discriminator == "transgan" else PeerTrainer
     if cublas.records() and kind is transgan.Trainer and options.accumulate == 1 and not group:
@@ -46,7 +47,7 @@ def make_trainer(options, pictures, threads=None, dtype=np.float32, group=None, 
     trainer = kind(options, pictures, generator, discriminator, update, update.map)
     if isinstance(update, Played):
         update.phase = lambda: trainer.half_width
-    trainer.inputs = Ahead(trainer.inputs)
+    trainer.inputs, trainer.learns_from = Ahead(trainer.inputs), files.fingerprint(pictures)
     return trainer
 
 
@@ -60,10 +61,13 @@ class PeerTrainer(transgan.Trainer):
         super().__init__(*args)
         pairs = ("generator", self.generator), ("discriminator", self.discriminator)
         self.peers = {name: network for name, network in pairs if isinstance(network, Stateful)}
+        self.modules = {name: list(network.modules()) for name, network in self.peers.items()}
         self.whole = "generator" in self.peers and bool(self.generator.buffers())
+        if self.whole:
+            self.update.whole = self.gen_adam
 
     def discriminator_step(self, inputs, rate):
-        for module in self.discriminator.modules() if "discriminator" in self.peers else ():
+        for module in self.modules.get("discriminator", ()):
             module.prepare()
         if self.whole:  # the pictures take the place of their noise, before the batch is shared out
             real, noise, *rest = inputs
@@ -73,15 +77,8 @@ class PeerTrainer(transgan.Trainer):
     def generated(self, noise):
         return noise if self.whole else super().generated(noise)
 
-    def generator_step(self, inputs, rate):
-        threads, self.update.threads = self.update.threads, 1 if self.whole else self.update.threads
-        try:
-            return super().generator_step(inputs, rate)
-        finally:
-            self.update.threads = threads
-
     def averaged(self, function, inputs):
-        modules = list(self.generator.modules()) if "generator" in self.peers else []
+        modules = self.modules.get("generator", ())
         for module in modules:
             module.training = False
         try:

@@ -46,13 +46,13 @@ class Update:
     their scores, and add up their gradients.
 
     rate_scale: of the learning rate, halved by each rewind, see program/run.py. map: the threads', for other uses. watch:
-    called before each update, by whoever shows what is being done.
+    called before each update, by whoever shows what is being done. whole: the Adam of a network that wants whole batches.
     """
 
     def __init__(self, threads=1, accumulate=1, group=None):
         self.threads, self.accumulate, self.group, self.rate_scale = threads, accumulate, group, 1.0
         self.map = futures.ThreadPoolExecutor(threads).map if threads > 1 else map
-        self.watch = lambda: None
+        self.watch, self.whole = (lambda: None), None
 
     def __call__(self, *arguments):
         self.watch()
@@ -63,7 +63,7 @@ class Update:
         again, group = self.accumulate > 1, self.group
         if group:
             inputs = [split(x, group.size)[group.rank] for x in inputs]
-        count = min(self.threads * self.accumulate, len(inputs[0]))
+        count = 1 if adam is self.whole else min(self.threads * self.accumulate, len(inputs[0]))
         shares = list(zip(*(split(x, count) for x in inputs), strict=True))
 
         def forward(share):
