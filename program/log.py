@@ -7,6 +7,9 @@ import shutil
 import sys
 import time
 
+import numpy as np
+
+import autograd as ag
 from data import UserError
 from look.report import LABELS
 from program import signals
@@ -22,6 +25,8 @@ SHOWN = {"disc_loss": "D", "gen_loss": "G"} | LABELS | {"penalty": "penalty", "s
 class Log:
     """Writes log.csv, a row a step, and shows progress: one live line on a terminal, now and then a line elsewhere.
 
+    A GPU may still work on the last step, whose losses are read when the next is handed over, or when something is to be
+    done with them: so it always has something to do.
     every: steps from one grid of samples to the next, which the time left is to take into account.
     """
 
@@ -44,11 +49,9 @@ class Log:
         self.took = self.working = self.besides = 0.0  # seconds: of the first step, of all after it, of what is no step
 
     def add(self, step, losses, pictures):
-        """Begin a step's row: its losses, for which a GPU has to finish it, and how many real pictures it used.
-
-        Raises NotFinite for a loss that is not.
-        """
-        losses = {name: float(x) for name, x in losses.items() if x is not None}
+        """Write the row before, and begin a step's: its losses, and how many real pictures it used. Raises NotFinite."""
+        self.write()
+        losses = {name: x for name, x in losses.items() if x is not None}
         now = time.monotonic()
         seconds = max(now - self.last, 1e-9)
         self.row = {"step": step} | losses | {"pictures_per_second": pictures / seconds}
@@ -58,22 +61,26 @@ class Log:
             self.working += seconds
         elif step > self.first:
             self.took = seconds
-        self.check()
+        if ag.xp is np:
+            self.check()
 
     def measure(self, measured):
-        """Add the distance or scores that were measured after the step. Raises NotFinite for one that is not."""
+        """Add the distance or scores that were measured after the step. Raises NotFinite."""
         self.row |= measured
         self.measured |= measured
         self.check()
 
     def check(self):
+        """Read the row's numbers, for which a GPU has to finish the step. Raises NotFinite for the first that is not."""
+        self.row = {name: x if name == "step" else float(x) for name, x in self.row.items()}
         for name, x in self.row.items():
             if not math.isfinite(x):
                 raise NotFinite(f"{name} is {x} at step {self.step}")
 
     @contextlib.contextmanager
     def aside(self, what):
-        """Within this context is done what is no part of any step, `what` in a word or two."""
+        """Within this context is done what is no part of any step, `what` in a word or two. Raises NotFinite."""
+        self.check()
         begun = time.monotonic()
         self.busy(what, at_once=True)
         yield
@@ -101,18 +108,23 @@ class Log:
         return (pace + self.besides / max(done, self.every)) * (self.steps - self.step)
 
     def write(self):
-        """Write the row if it is not written, with --json to standard output, too."""
+        """Write the row if it is not written, with --json to standard output, too. Raises NotFinite, when it is written."""
         if self.unwritten:
             self.unwritten = False
-            self.writer.writerow({name: x if name == "step" else f"{x:.6g}" for name, x in self.row.items()})
-            self.file.flush()
-            output.tell(None, event="step", **self.row)
+            try:
+                self.check()
+            finally:
+                self.writer.writerow({name: x if name == "step" else f"{x:.6g}" for name, x in self.row.items()})
+                self.file.flush()
+                output.tell(None, event="step", **self.row)
 
     def tick(self, at_once=False):
-        """Write the row, and show it if it is time to."""
-        self.write()
+        """Show the row, and write it, if it is time to."""
         due = time.monotonic() - self.shown > self.PAUSES[0 if self.live else 1]
+        if ag.xp is np:
+            self.write()
         if due or at_once or self.step in (self.first, self.first + 1, self.steps):
+            self.write()
             self.shown = time.monotonic()
             self.put()
 
@@ -145,7 +157,8 @@ class Log:
 
     def close(self):
         """Write what was not, and leave the live line standing."""
-        self.write()
+        with contextlib.suppress(NotFinite):
+            self.write()
         if self.live:
             with contextlib.suppress(OSError):  # of a terminal that is gone
                 print()

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+import autograd as ag
 from look import report
 from program import log as logs
 from program import presets, run, signals
@@ -119,6 +120,27 @@ def test_the_time_left_is_that_of_steps_and_of_grids_when_they_come(every, tmp_p
         real = 60 - step + 50 * sum(later % every == 0 for later in range(step + 1, 61))
         assert real / 2 - 5 <= left[step] <= 2 * real + 5, step
     assert left[60] == 0
+
+
+def test_on_a_gpu_a_steps_losses_are_read_when_the_next_is_handed_over(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(ag, "xp", "not NumPy")
+    read, log = [], Log(tmp_path / "log.csv", 0, 60)
+
+    class Loss:
+        def __init__(self, step):
+            self.step = step
+
+        def __float__(self):
+            read.append(self.step)
+            return 0.5
+
+    for step in range(1, 6):
+        log.add(step, {"disc_loss": Loss(step)}, 1)
+        if step > 2:  # the first two are shown at once, and later steps now and then
+            assert read == list(range(1, step))
+        log.tick()
+    log.close()
+    assert read == [1, 2, 3, 4, 5]
 
 
 def test_days_are_days():
