@@ -221,7 +221,7 @@ def test_no_server_no_address_no_folder(name, tmp_path):
         with pytest.raises(UserError, match="cannot download .* by hand and save it as"):
             load(tmp_path, dataclasses.replace(published, url=url))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot (write in|keep)"):
+    with pytest.raises(UserError, match="cannot write in"):
         load(tmp_path / "file" / "data", of(published, b""))
     (tmp_path / published.name).mkdir()
     with pytest.raises(UserError, match="cannot read .* choose another --data-dir"):
