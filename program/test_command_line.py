@@ -146,7 +146,7 @@ def test_the_larger_data_sets_are_learnt(name, side, stages, tmp_path, monkeypat
     monkeypatch.setattr(run, "JUDGED", 8)
     pictures = np.stack([slope(side, side, i).transpose(2, 0, 1) for i in range(6)])
     cache = tmp_path / f"{name}-{side}-{'0' * 16}.pictures"
-    datasets.make(cache, side, tmp_path, len(pictures), lambda told, _: (picture for picture in pictures))
+    datasets.make(cache, side, tmp_path, len(pictures), ((str(i), x) for i, x in enumerate(pictures)))
     made, grow = [], transgan.Generator.grow
 
     def counted(self, x, first):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import errno
 import glob
 import hashlib
 import io
 import json
-import operator
+import multiprocessing
 import os
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent import futures
 from pathlib import Path
 from typing import IO
@@ -123,11 +123,9 @@ def load_cifar10(data_dir: str | Path, archive: Archive = CIFAR10) -> Bytes:
 def need_plain_batches(data_dir: str | Path) -> None:
     """Raise UserError where a pipe or a device lies in place of a file of CIFAR-10, which the book would wait for."""
     folder = Path(data_dir) / data.CIFAR10_FOLDER
-    try:
+    with data.reading(folder):
         for name in data.CIFAR10_TRAIN:
             plain(folder / name)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}; move {folder} away to fetch it again") from None
 
 
 def whole(name: str, pictures: Bytes, source: Path) -> Bytes:
@@ -138,120 +136,107 @@ def whole(name: str, pictures: Bytes, source: Path) -> Bytes:
     return pictures
 
 
-# What is decoded once is kept in a file: the pictures, byte after byte, and then what there is to tell of them.
+# What is decoded once is kept in a file: the pictures, byte after byte, what is to be told of them, and how long that is.
 
 CACHE = ".pictures"  # how the name of a cache ends
 READING = 2  # to be raised when pictures are read in another way, so that no cache of the old way is used
 
-
-@dataclasses.dataclass
-class Told:
-    """What there is to tell of the pictures in a cache."""
-
-    pictures: int = 0
-    skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # what is not among them, and why
-    again: list[str] = dataclasses.field(default_factory=list)  # of that, what is worth another try: see is_passing
+Results = Generator[tuple[str, "Bytes | Exception"], None, None]  # names, each with a picture or what is wrong with it
+Cache = tuple[Bytes, dict[str, str]]  # pictures, on disk until they are used (a memory map); what was skipped, and why
 
 
-Read = Callable[[Told, "list[str] | None"], Iterator[Bytes]]
-
-
-def cached(
-    data_dir: Path, stem: str, state: str, side: int, source: Path, count: int, read: Read, unread: dict[str, str]
-) -> Bytes:
+def cached(data_dir: Path, stem: str, state: str, side: int, source: Path, count: int, results: Results) -> Bytes:
     """The pictures of `source`, kept in a file of data_dir: bytes, (N, 3, side, side), on disk until used (a memory map).
 
     The file goes by `stem`, the source's `state` and how pictures are read; older ones of that stem are removed. A source
-    that is no longer there has what was made of it, in whatever state it was. Where the file is missing or damaged, or a
-    picture can be read that could not be before, it is made of read(told, None), which yields the `count` pictures
-    (3, side, side) but for those that it puts into `told`; read(told, names) yields only those of these names. What was
-    skipped is named, as is `unread`, which is to be named beside it. Raises UserError.
+    that is no longer there has what was made of it, in whatever state it was. Where the file is missing or damaged, or
+    lacks a picture for a reason that may have passed, it is made of `results`, at most `count` pictures; if it only lacks
+    some and cannot be made now, it is used as it is. What was skipped is named. Raises UserError.
     """
     sweep(data_dir)
     path = data_dir / f"{stem}-{_digest(f'{state} {READING} {PIL.__version__}')}{CACHE}"
     caches = sorted(data_dir.glob(f"{glob.escape(stem)}-{'[0-9a-f]' * 16}{CACHE}"))
     if caches and path not in caches and not source.exists():
         path = caches[0]
-    try:
-        if not (told := kept(path, side, source, read)):
+    retry = source.exists() and not multiprocessing.parent_process()  # of processes that share a run, the first alone
+    if not (cache := kept(path, side, retry)):
+        try:
             with being_made(path):
-                told = kept(path, side, source, read) or make(path, side, source, count, read)
-        name_skipped(path.with_suffix(".skipped.txt"), source, told.skipped | unread)
-        for old in {*caches} - {path}:
-            with contextlib.suppress(OSError):  # one that another run is reading may stay, where the system says so
-                old.unlink()
-                old.with_suffix(".skipped.txt").unlink(missing_ok=True)
-        return np.memmap(path, np.uint8, "r", shape=(told.pictures, 3, side, side)).view(np.ndarray)
-    except OSError as error:
-        reason = f"{error.strerror or error}; free some space, or choose another --data-dir"
-        raise UserError(f"cannot keep the decoded pictures in {path}: {reason}") from None
+                cache = make(path, side, source, count, results)
+        except UserError:
+            if not (cache := kept(path, side, retry=False)):
+                raise
+    pictures, skipped = cache
+    name_skipped(path.with_suffix(".skipped.txt"), source, skipped)
+    for old in {*caches} - {path}:
+        with contextlib.suppress(OSError):  # one that another run is reading may stay, where the system says so
+            old.unlink()
+            old.with_suffix(".skipped.txt").unlink(missing_ok=True)
+    return pictures
 
 
-def kept(path: Path, side: int, source: Path, read: Read) -> Told | None:
-    """What a cache tells, or None if there is none, it is damaged, or what was worth another try can be read now."""
+def kept(path: Path, side: int, retry: bool) -> Cache | None:
+    """What a cache holds. None if there is none, it is damaged, or with `retry` lacks what is worth another try.
+
+    Raises UserError for one that cannot be read.
+    """
     try:
-        content = np.memmap(plain(path), np.uint8, "r")
+        content = np.memmap(plain(path), np.uint8, "r").view(np.ndarray)
         length = int.from_bytes(content[-8:].tobytes(), "little")
-        told = Told(**json.loads(content[-8 - length : -8].tobytes()))
-        told.skipped = {str(name): str(reason) for name, reason in told.skipped.items()}
-        again = [name for name in told.again if name in told.skipped]
-        if 3 * side**2 * operator.index(told.pictures) + length + 8 != len(content) or told.pictures < 1:
-            return None
-    except FileNotFoundError:
+        told = json.loads(content[-8 - length : -8].tobytes())
+        skipped = {str(name): str(reason) for name, reason in told["skipped"].items()}
+        pictures = content[: -8 - length].reshape(told["pictures"], 3, side, side)
+        return None if told["again"] and retry else (pictures, skipped)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError:
-        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; move it away, or choose another --data-dir") from None
     except Exception:  # a damaged file can raise anything at all
         return None
-    if again and source.exists():
-        with hushed(), contextlib.suppress(UserError), contextlib.closing(read(Told(), again)) as pictures:
-            return None if any(True for _ in pictures) else told
-    return told
 
 
-def make(path: Path, side: int, source: Path, count: int, read: Read) -> Told:
-    """Write a cache, and return what it tells. Raises UserError and OSError."""
+def make(path: Path, side: int, source: Path, count: int, results: Results) -> Cache:
+    """Write a cache, and return what it holds. Raises UserError and OSError."""
     need_space(path, count * 3 * side**2, "the decoded pictures need room")
-    told = Told()
-    with (
-        whole_file(path) as part,
-        part.open("wb") as file,
-        hushed(),
-        lean(),
-        contextlib.closing(read(told, None)) as pictures,
-    ):
-        for picture in pictures:
-            file.write(picture.tobytes())
-            told.pictures += 1
-        if not told.pictures:
-            example = "".join(f" ({name!r}: {reason})" for name, reason in [*told.skipped.items()][:1])
+    path.with_suffix(".skipped.txt").unlink(missing_ok=True)
+    skipped: dict[str, str] = {}
+    again, done = [], 0  # of what was skipped, the names of what is worth another try; and how many pictures there are
+    with whole_file(path) as part, part.open("wb") as file, hushed(), lean(), contextlib.closing(results):
+        for name, result in results:
+            if isinstance(result, Exception):
+                unknown = isinstance(result, PIL.UnidentifiedImageError)
+                reason = getattr(result, "strerror", None) or first_line(result)
+                skipped[name] = "it is no picture of a known kind" if unknown else one_line(reason)
+                again += [name] if is_passing(result) else []
+            else:
+                file.write(result.tobytes())
+                done += 1
+        if not done:
+            example = "".join(f" ({name!r}: {reason})" for name, reason in [*skipped.items()][:1])
             raise UserError(f"{source} holds no picture that can be read{example}; name a folder of pictures as --dataset")
-        record = json.dumps(dataclasses.asdict(told)).encode()
-        file.write(record + len(record).to_bytes(8, "little"))
-    return told
+        told = json.dumps({"pictures": done, "skipped": skipped, "again": again}).encode()
+        file.write(told + len(told).to_bytes(8, "little"))
+    return np.memmap(path, np.uint8, "r", shape=(done, 3, side, side)).view(np.ndarray), skipped
 
 
 def name_skipped(path: Path, source: Path, skipped: dict[str, str]) -> None:
-    """Name what was skipped: all of it in a file, the first ten on standard error."""
-    lines, shown = [f"skipped {name!r}: {reason}" for name, reason in skipped.items()], len(skipped)
-    with contextlib.suppress(OSError):  # where nothing can be written, all are shown
-        if lines:
-            text = "".join(f"{line}\n" for line in [f"of {source}:".encode("ascii", "backslashreplace").decode(), *lines])
-            if not path.exists() or plain(path).read_text("utf-8", "replace") != text:
-                with whole_file(path) as part:
-                    part.write_text(text, "utf-8", "backslashreplace")
-            shown = 10
-        else:
-            path.unlink(missing_ok=True)
+    """Name what was skipped: all of it in the file `path`, the first ten on standard error."""
+    lines, shown = [f"skipped {name!r}: {reason}" for name, reason in skipped.items()], 10
+    try:
+        if lines and not path.exists():
+            with whole_file(path) as part:
+                part.write_text("\n".join([f"of {source}:", *lines, ""]), "utf-8", "backslashreplace")
+    except OSError:  # where nothing can be written, all are shown
+        shown = len(lines)
     if lines[shown:]:
         lines[shown:] = [f"skipped {len(lines) - shown} more of {source}; all {len(lines)} are named in {path}"]
     for line in lines:
         warn(line)
 
 
-def decode(names: list[str], opened: Callable[[str], IO[bytes]], side: int, source: Path, told: Told) -> Iterator[Bytes]:
-    """Yield the pictures in the files `opened(name)`, bytes (3, side, side), in this order; and tell what was skipped."""
-    room, workers = Room(), min(16, (os.cpu_count() or 1) + 4)
+def decode(names: list[str], opened: Callable[[str], IO[bytes]], side: int, source: Path) -> Results:
+    """Yield each name, with the picture in the file `opened(name)`, bytes (3, side, side), or what is wrong with it."""
+    room = Room()
 
     def one(name: str) -> Bytes | Exception:
         try:
@@ -260,25 +245,12 @@ def decode(names: list[str], opened: Callable[[str], IO[bytes]], side: int, sour
         except Exception as error:  # Pillow's many readers raise anything at all on a damaged file
             return error
 
-    pool, done = futures.ThreadPoolExecutor(workers), 0
-    try:
-        with Progress() as progress:
-            for first in range(0, len(names), CHUNK // 8):  # a few at a time: results that wait take memory
-                some = names[first : first + CHUNK // 8]
-                for name, result in zip(some, pool.map(one, some), strict=True):
-                    if is_passing(result):
-                        result = one(name)
-                    if isinstance(result, Exception):
-                        unknown = isinstance(result, PIL.UnidentifiedImageError)
-                        reason = getattr(result, "strerror", None) or first_line(result)
-                        told.skipped[name] = "it is no picture of a known kind" if unknown else one_line(reason)
-                        told.again += [name] if is_passing(result) else []
-                    else:
-                        yield result
-                    done += 1
-                    progress(f"decoding {source}: {done:,} of {len(names):,} pictures")
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with futures.ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool, Progress() as progress:
+        for first in range(0, len(names), CHUNK // 8):  # a few at a time: results that wait take memory
+            some = names[first : first + CHUNK // 8]
+            for done, (name, result) in enumerate(zip(some, pool.map(one, some), strict=True), first + 1):
+                yield name, one(name) if is_passing(result) else result
+                progress(f"decoding {source}: {done:,} of {len(names):,} pictures")
 
 
 def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
@@ -290,22 +262,20 @@ def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
     folder = Path(folder).resolve()
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; say where the pictures are with --dataset")
-    with Progress() as progress:
-        files, unread = find_files(folder, progress)
-    if not files:
-        example = "".join(f" ({name!r}: {reason})" for name, reason in [*unread.items()][:1])
-        raise UserError(f"{folder} holds no files{example}; name a folder of pictures as --dataset")
-    names = sorted(files)
-    stem, state = f"{short_name(folder)}-{side}-{_digest(str(folder))}", repr([(name, files[name]) for name in names])
+    files, unread = find_files(folder)
+    if not files and not unread:
+        raise UserError(f"{folder} holds no files; name a folder of pictures as --dataset")
 
-    def read(told: Told, some: list[str] | None) -> Iterator[Bytes]:
-        return decode(some or names, lambda name: plain(folder / name).open("rb"), side, folder, told)
+    def results() -> Results:
+        yield from decode([*files], lambda name: plain(folder / name).open("rb"), side, folder)
+        yield from ((name, ValueError(reason)) for name, reason in unread.items())
 
-    return cached(Path(data_dir), stem, state, side, folder, len(names), read, unread)
+    stem, state = f"{short_name(folder)}-{side}-{_digest(str(folder))}", repr([*files.items(), *unread.items()])
+    return cached(Path(data_dir), stem, state, side, folder, len(files), results())
 
 
-def find_files(folder: Path, progress: Progress) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """The files in a folder and its subfolders, by name: size and time of each; and what is none and why, to be named.
+def find_files(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """The files in a folder and its subfolders, sorted by name: size and time of each; and what cannot be read, and why.
 
     Links are followed, to each folder once. Left out are hidden files, runs of this program, and what it keeps in a data
     directory.
@@ -313,29 +283,33 @@ def find_files(folder: Path, progress: Progress) -> tuple[dict[str, tuple[int, i
     files: dict[str, tuple[int, int]] = {}
     unread: dict[str, str] = {}
     seen, waiting = set(), [folder]
-    while waiting:
-        path = waiting.pop()
-        name = path.relative_to(folder).as_posix()
-        progress(f"looking through {folder}: {len(files):,} files")
-        try:
-            state = path.stat()
-            if stat.S_ISREG(state.st_mode):
-                files[name] = (state.st_size, state.st_mtime_ns)
-            elif not stat.S_ISDIR(state.st_mode):
-                unread[name] = "it is no file, but a pipe or a device"
-            elif (place := (state.st_dev, state.st_ino)) in seen:
-                unread[name] = "it leads to a folder that is read already"
-            else:
-                seen.add(place)
-                with os.scandir(path) as entries:  # links first, and read last: a folder goes by its own name if it has one
-                    inside = {entry.name: entry.is_symlink() for entry in entries if not entry.name.startswith(".")}
-                if not ({*CHECKPOINTS} & {*inside} and {"log.csv", "samples"} & {*inside}):  # no run of this program
-                    order = sorted(inside, key=lambda entry: (inside[entry], entry), reverse=True)
-                    waiting += [path / entry for entry in order if not MADE.fullmatch(entry)]
-        except OSError as error:
-            reason = error.strerror or str(error)
-            unread[name] = f"it is a link to nothing that can be read ({reason})" if path.is_symlink() else reason
-    return files, unread
+    with Progress() as progress:
+        while waiting:
+            path = waiting.pop()
+            name = path.relative_to(folder).as_posix()
+            progress(f"looking through {folder}: {len(files):,} files")
+            try:
+                state = path.stat()
+                if not os.access(path, os.R_OK):
+                    unread[name] = os.strerror(errno.EACCES)
+                elif stat.S_ISREG(state.st_mode):
+                    files[name] = (state.st_size, state.st_mtime_ns)
+                elif not stat.S_ISDIR(state.st_mode):
+                    unread[name] = "it is no file, but a pipe or a device"
+                elif (place := (state.st_dev, state.st_ino)) in seen:
+                    unread[name] = "it leads to a folder that is read already"
+                else:
+                    seen.add(place)
+                    with os.scandir(path) as entries:
+                        inside = {entry.name: entry.is_symlink() for entry in entries if not entry.name.startswith(".")}
+                    if not ({*CHECKPOINTS} & {*inside} and {"log.csv", "samples"} & {*inside}):  # no run of this program
+                        # links first, and read last: a folder goes by its own name if it has one
+                        order = sorted(inside, key=lambda entry: (inside[entry], entry), reverse=True)
+                        waiting += [path / entry for entry in order if not MADE.fullmatch(entry)]
+            except OSError as error:
+                reason = error.strerror or str(error)
+                unread[name] = f"it is a link to nothing that can be read ({reason})" if path.is_symlink() else reason
+    return dict(sorted(files.items())), dict(sorted(unread.items()))
 
 
 def _digest(text: str) -> str:
@@ -343,7 +317,6 @@ def _digest(text: str) -> str:
 
 
 STL10_FILE = "stl10_binary/unlabeled_X.bin"
-STL10_SIDE = 96  # pixels a side, as published
 
 
 def load_stl10(data_dir: str | Path, archive: Archive = STL10) -> Bytes:
@@ -352,14 +325,14 @@ def load_stl10(data_dir: str | Path, archive: Archive = STL10) -> Bytes:
     Read out of data_dir's archive, which is downloaded where it is missing, without extracting it; or out of
     data_dir/stl10_binary/unlabeled_X.bin if that lies there. Raises UserError.
     """
-    source, state = Path(data_dir) / archive.name, archive.digest
+    source, side, state = Path(data_dir) / archive.name, SIDES["stl10"], archive.digest
     if (extracted := Path(data_dir) / STL10_FILE).exists():
         source, state = extracted, repr((extracted.stat().st_size, extracted.stat().st_mtime_ns))
 
-    def read(told: Told, _: list[str] | None) -> Iterator[Bytes]:
+    def results() -> Results:
         if source != extracted:
             fetch(archive, data_dir)
-        size, count = 3 * STL10_SIDE**2, 0
+        size, count = 3 * 96 * 96, 0
         with data.reading(source), contextlib.ExitStack() as stack, Progress() as progress:
             if source == extracted:
                 file: IO[bytes] = stack.enter_context(plain(source).open("rb"))
@@ -368,16 +341,15 @@ def load_stl10(data_dir: str | Path, archive: Archive = STL10) -> Bytes:
                 file = next((tar.extractfile(member) for member in tar if member.name == STL10_FILE), None) or io.BytesIO()
             while block := file.read(CHUNK * size):
                 if len(block) % size:
-                    raise UserError(f"{source}: {STL10_FILE} ends within a picture; move it away and start again")
-                columns = np.frombuffer(block, np.uint8).reshape(-1, 3, STL10_SIDE, STL10_SIDE)  # (n, 3, W, H)
-                for x in columns.transpose(0, 3, 2, 1):
-                    yield fit(Image.fromarray(x), SIDES["stl10"])
+                    raise ValueError(f"{STL10_FILE} ends within a picture")
+                columns = np.frombuffer(block, np.uint8).reshape(-1, 3, 96, 96)  # (n, 3, W, H)
+                yield from (("", fit(Image.fromarray(x), side)) for x in columns.transpose(0, 3, 2, 1))
                 count += len(columns)
                 progress(f"decoding {source}: {count:,} pictures")
-        if not count:
-            raise UserError(f"{source} holds no pictures in {STL10_FILE}; move it away and start again")
+            if not count:
+                raise ValueError(f"it holds no pictures in {STL10_FILE}")
 
-    return published("stl10", source, state, Path(data_dir), read)
+    return whole("stl10", cached(Path(data_dir), f"stl10-{side}", state, side, source, COUNTS["stl10"], results()), source)
 
 
 def load_celeba(data_dir: str | Path, archive: Archive = CELEBA) -> Bytes:
@@ -386,13 +358,13 @@ def load_celeba(data_dir: str | Path, archive: Archive = CELEBA) -> Bytes:
     Read out of data_dir's archive, which is downloaded where it is missing, without extracting it; or out of the folder
     data_dir/img_align_celeba if that lies there. Raises UserError.
     """
-    folder = Path(data_dir) / "img_align_celeba"
-    if folder.is_dir():
-        return whole("celeba", load_folder(folder, data_dir, SIDES["celeba"]), folder)
+    source, side = Path(data_dir) / archive.name, SIDES["celeba"]
+    if (folder := Path(data_dir) / "img_align_celeba").is_dir():
+        return whole("celeba", load_folder(folder, data_dir, side), folder)
 
-    def read(told: Told, some: list[str] | None) -> Iterator[Bytes]:
-        path = fetch(archive, data_dir)
-        with data.reading(path), zipfile.ZipFile(path) as file:
+    def results() -> Results:
+        fetch(archive, data_dir)
+        with data.reading(source), zipfile.ZipFile(source) as file:
             faces = {face.filename: face for face in file.infolist() if face.filename.endswith(".jpg")}
 
             def opened(name: str) -> IO[bytes]:
@@ -400,13 +372,7 @@ def load_celeba(data_dir: str | Path, archive: Archive = CELEBA) -> Bytes:
                     raise ValueError("it is too large for a face of CelebA")
                 return io.BytesIO(file.read(name))
 
-            yield from decode(some or sorted(faces), opened, SIDES["celeba"], path, told)
+            yield from decode(sorted(faces), opened, side, source)
 
-    return published("celeba", Path(data_dir) / archive.name, archive.digest, Path(data_dir), read)
-
-
-def published(name: str, source: Path, state: str, data_dir: Path, read: Read) -> Bytes:
-    """The pictures of a published data set, from its cache, which goes by the file that it is made of; see `cached`."""
-    side, size = SIDES[name], source.stat().st_size if source.exists() else 0
-    count = min(COUNTS[name], size // 500)  # none has less than 500 bytes
-    return whole(name, cached(data_dir, f"{name}-{side}", state, side, source, count, read, {}), source)
+    pictures = cached(Path(data_dir), f"celeba-{side}", archive.digest, side, source, COUNTS["celeba"], results())
+    return whole("celeba", pictures, source)

@@ -69,6 +69,17 @@ def need_folder(folder: Path, option: str) -> None:
 
 
 @contextlib.contextmanager
+def writing(path: Path, option: str = "--data-dir") -> Iterator[None]:
+    """Make the folder of `path`; an OSError within this context becomes a UserError, which advises another `option`."""
+    need_folder(path.parent, option)
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror or error}; free some space, or choose another {option}"
+        raise UserError(f"cannot write {path}: {reason}") from None
+
+
+@contextlib.contextmanager
 def belongs_to_one(path: Path, refusal: str) -> Iterator[bool]:
     """Within this context, whatever the lock file `path` stands for belongs to this process alone.
 
@@ -110,14 +121,9 @@ def being_made(path: Path) -> Iterator[None]:
     Raises UserError, before there was any work, where another process makes it or nothing can be written there; and for
     an OSError within.
     """
-    need_folder(path.parent, "--data-dir")
     refusal = f"another process is making {path}; start again when it has finished"
-    try:
-        with belongs_to_one(path.with_name(f"{path.name}.lock"), refusal):
-            yield
-    except OSError as error:
-        reason = f"{error.strerror or error}; free some space, or choose another --data-dir"
-        raise UserError(f"cannot write {path}: {reason}") from None
+    with writing(path), belongs_to_one(path.with_name(f"{path.name}.lock"), refusal):
+        yield
 
 
 def need_space(path: Path, size: int, what: str) -> None:
@@ -224,16 +230,9 @@ def save_grid(pictures: Floats, path: str | Path, columns: int = 8) -> None:
 
 
 def save_arrays(path: Path, option: str = "--data-dir", /, **arrays: Any) -> None:
-    """Write arrays as an .npz file, which appears when it is whole.
-
-    Raises UserError, which advises another place by `option`, the command line's name for it.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as part, part.open("wb") as file:
-            np.savez(file, **arrays)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another {option}") from None
+    """Write arrays as an .npz file, which appears when it is whole. Raises UserError, see `writing`."""
+    with writing(path, option), whole_file(path) as part, part.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def array_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -17,7 +17,6 @@ from store import datasets, downloads, files
 from store.support import (  # noqa: F401 (a fixture)
     PUBLISHED,
     assert_pictures,
-    cifar10_archive,
     each_data_set,
     files_of_at_most,
     holds,
@@ -56,43 +55,39 @@ def test_an_archive_that_lies_there_is_used_and_what_was_made_of_it_too(name, tm
     assert_pictures(load(tmp_path, published), *expected)
 
 
-@each_data_set
+CONTENT = bytes(range(256)) * 40
+
+
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_that_broke_off_goes_on_where_it_did(name, ranges, tmp_path):
-    published, make, load = PUBLISHED[name]
-    content, *expected = make()
-    half, most = len(content) // 2, len(content) * 3 // 4
-    with server(content, cuts=[half, most - half if ranges else most], ranges=ranges) as (url, requests):
-        archive = of(published, content, url)
+def test_a_download_that_broke_off_goes_on_where_it_did(ranges, tmp_path):
+    half, most = len(CONTENT) // 2, len(CONTENT) * 3 // 4
+    with server(CONTENT, cuts=[half, most - half if ranges else most], ranges=ranges) as (url, requests):
+        archive = of(datasets.CIFAR10, CONTENT, url)
         for done in (half, most):
-            with pytest.raises(UserError, match=f"broke off after {done} of {len(content)} bytes; start again to go on"):
-                load(tmp_path, archive)
-            assert leftovers(tmp_path) == [published.name + ".part"]
-            assert holds(tmp_path / leftovers(tmp_path)[0], content[:done])
-        assert_pictures(load(tmp_path, archive), *expected)
+            with pytest.raises(UserError, match=f"broke off after {done} of {len(CONTENT)} bytes; start again to go on"):
+                downloads.fetch(archive, tmp_path)
+            assert leftovers(tmp_path) == [archive.name + ".part"]
+            assert holds(tmp_path / leftovers(tmp_path)[0], CONTENT[:done])
+        assert holds(downloads.fetch(archive, tmp_path), CONTENT)
     assert requests == [None, f"bytes={half}-", f"bytes={most}-"]
-    assert not list(tmp_path.glob("*.part"))
+    assert leftovers(tmp_path) == [archive.name]
 
 
-@each_data_set
-def test_a_part_that_is_the_whole_is_taken_and_a_wrong_one_thrown_away(name, tmp_path):
-    published, make, load = PUBLISHED[name]
-    content, *expected = make()
-    part = tmp_path / (published.name + ".part")
-    for kept, fits in ((content + b"more", False), (b"x" + content[1:-9], False), (content, True)):
+def test_a_part_that_is_the_whole_is_taken_and_a_wrong_one_thrown_away(tmp_path):
+    part = tmp_path / (datasets.CIFAR10.name + ".part")
+    for kept, fits in ((CONTENT + b"more", False), (b"x" + CONTENT[1:-9], False), (CONTENT, True)):
         part.write_bytes(kept)
-        with server(content) as (url, requests):
-            archive = of(published, content, url)
+        with server(CONTENT) as (url, requests):
+            archive = of(datasets.CIFAR10, CONTENT, url)
             if not fits:
                 with pytest.raises(UserError, match="is not the file expected"):
-                    load(tmp_path, archive)
+                    downloads.fetch(archive, tmp_path)
                 assert leftovers(tmp_path) == []
                 continue
-            assert_pictures(load(tmp_path, archive), *expected)
-            assert requests == [f"bytes={len(content)}-"]
+            assert holds(downloads.fetch(archive, tmp_path), CONTENT)
+            assert requests == [f"bytes={len(CONTENT)}-"]
 
 
-@each_data_set
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
@@ -103,54 +98,44 @@ def test_a_part_that_is_the_whole_is_taken_and_a_wrong_one_thrown_away(name, tmp
         (b"", {"status": 503}, "Service Unavailable"),
     ],
 )
-def test_a_bad_download_says_so_and_leaves_nothing(name, tmp_path, content, options, message):
-    published, _, load = PUBLISHED[name]
+def test_a_bad_download_says_so_and_leaves_nothing(tmp_path, content, options, message):
     with server(content, **options) as (url, _), pytest.raises(UserError, match=message) as caught:
-        load(tmp_path, of(published, b"another", url))
+        downloads.fetch(of(datasets.CIFAR10, CONTENT, url), tmp_path)
     assert "\n" not in str(caught.value)
-    assert "by hand" not in message or published.page in str(caught.value)
+    assert "by hand" not in message or datasets.CIFAR10.page in str(caught.value)
     assert leftovers(tmp_path) == []
 
 
 def test_a_web_page_does_not_cost_what_has_arrived(tmp_path):
-    content, *_ = cifar10_archive()
     part = tmp_path / (datasets.CIFAR10.name + ".part")
-    part.write_bytes(content[:1000])
+    part.write_bytes(CONTENT[:1000])
     with server(b"<!doctype html>", ranges=False) as (url, _), pytest.raises(UserError, match="web page"):
-        datasets.load_cifar10(tmp_path, of(datasets.CIFAR10, content, url))
-    assert holds(part, content[:1000])
+        downloads.fetch(of(datasets.CIFAR10, CONTENT, url), tmp_path)
+    assert holds(part, CONTENT[:1000])
 
 
-@each_data_set
-def test_a_disk_that_fills_up_during_a_download_costs_nothing(name, tmp_path):
-    published, make, load = PUBLISHED[name]
-    content, *expected = make()
-    with server(content) as (url, _):
-        archive = of(published, content, url)
-        with (
-            files_of_at_most(len(content) // 2),
-            pytest.raises(UserError, match="cannot download .* File too large; start"),
-        ):
-            load(tmp_path, archive)
-        assert leftovers(tmp_path) == [published.name + ".part"]
-        assert_pictures(load(tmp_path, archive), *expected)
+def test_a_disk_that_fills_up_during_a_download_costs_nothing(tmp_path):
+    with server(CONTENT) as (url, _):
+        archive = of(datasets.CIFAR10, CONTENT, url)
+        full = pytest.raises(UserError, match="cannot download .* File too large; start")
+        with files_of_at_most(len(CONTENT) // 2), full:
+            downloads.fetch(archive, tmp_path)
+        assert leftovers(tmp_path) == [archive.name + ".part"]
+        assert holds(downloads.fetch(archive, tmp_path), CONTENT)
 
 
 def test_a_disk_too_small_is_noticed_before_the_download(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5_000_000))
-    with (
-        server(b"x", announced=9_000_000) as (url, _),
-        pytest.raises(UserError, match="needs more room: 9 MB, and .* has 5; free"),
-    ):
-        datasets.load_cifar10(tmp_path, of(datasets.CIFAR10, b"x", url))
+    small = pytest.raises(UserError, match="needs more room: 9 MB, and .* has 5; free")
+    with server(b"x", announced=9_000_000) as (url, _), small:
+        downloads.fetch(of(datasets.CIFAR10, b"x", url), tmp_path)
     assert leftovers(tmp_path) == []
 
 
-@each_data_set
-def test_two_runs_do_not_make_the_same_file(name, tmp_path):
-    published, _, load = PUBLISHED[name]
-    with files.being_made(tmp_path / published.name), pytest.raises(UserError, match="another process is making"):
-        load(tmp_path, dataclasses.replace(published, url="http://127.0.0.1:9/x"))
+def test_two_runs_do_not_make_the_same_file(tmp_path):
+    archive = of(datasets.CIFAR10, CONTENT)
+    with files.being_made(tmp_path / archive.name), pytest.raises(UserError, match="another process is making"):
+        downloads.fetch(archive, tmp_path)
     assert leftovers(tmp_path) == []
 
 
@@ -187,7 +172,7 @@ def test_a_server_that_never_ends_is_given_up(first, block, pause, message, tmp_
         try:
             archive = of(datasets.CIFAR10, b"x", f"http://127.0.0.1:{endless.server_address[1]}/x")
             with pytest.raises(UserError, match=message) as caught:
-                datasets.load_cifar10(tmp_path, dataclasses.replace(archive, most=1 << 22))
+                downloads.fetch(dataclasses.replace(archive, most=1 << 22), tmp_path)
         finally:
             timer.cancel()
             ended.set()
@@ -220,8 +205,9 @@ def test_no_server_no_address_no_folder(name, tmp_path):
     for url in ("http://127.0.0.1:9/x", "http://[::1", "nonsense"):
         with pytest.raises(UserError, match="cannot download .* by hand and save it as"):
             load(tmp_path, dataclasses.replace(published, url=url))
+        assert leftovers(tmp_path) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot (write in|keep)"):
+    with pytest.raises(UserError, match="cannot write in"):
         load(tmp_path / "file" / "data", of(published, b""))
     (tmp_path / published.name).mkdir()
     with pytest.raises(UserError, match="cannot read .* choose another --data-dir"):
