@@ -187,8 +187,9 @@ class Report:
     def __init__(self, trainer, out, commands):
         self.trainer, self.out, self.commands, self.due = trainer, out, commands, 0.0
 
-    def update(self, stopped=False):
-        """Draw all; not again within a moment, while the run goes on. What goes wrong is said, and costs no run."""
+    def update(self, stopped=False, quiet=False):
+        """Draw all; not again within a moment, while the run goes on. What goes wrong costs no run; unless `quiet`, it is
+        said."""
         begun, options, path = time.monotonic(), self.trainer.options, self.out / "report.html"
         if begun < self.due and self.trainer.step < options.steps and not stopped:
             return
@@ -199,7 +200,7 @@ class Report:
             with files.whole_file(path) as part:
                 part.write_text(page(self.trainer, self.out, log, self.commands, stopped), "utf-8", "backslashreplace")
         except Exception as error:
-            if not stopped:
+            if not quiet:
                 warn(f"transgan: {path} could not be drawn: {one_line(first_line(error))}; the run goes on")
         now = time.monotonic()
         self.due = now + (now - begun) / self.SHARE

@@ -110,7 +110,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
             before = [(0, {})] if trainer.step == 0 else []  # all is looked at before the first step, too
             if not before:
                 with log.aside("drawing the report"):
-                    report.update()
+                    report.update(quiet=True)
             sampled = saved = time.monotonic()
             for step, losses in itertools.chain(before, transgan.train(trainer)):
                 last, now = step == settings.steps, time.monotonic()
@@ -140,7 +140,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
                     return asked
         finally:
             if trainer.step < settings.steps:
-                report.update(stopped=True)
+                report.update(stopped=True, quiet=True)
     return None
 
 
