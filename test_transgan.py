@@ -699,7 +699,7 @@ def test_translation_moves_each_picture_by_its_draw(drawn):
 @pytest.mark.parametrize("side", [7, 8, 16])
 @given(row=st.integers(0, 16), column=st.integers(0, 16))
 def test_cutout_clears_a_square_of_half_the_side(side, row, column):
-    assume(max(row, column) <= side)
+    row, column = row % (side + 1), column % (side + 1)
     draws = np.array([[0, 1, 1, 0, 0, row, column], [0, 1, 1, 0, 0, -2 * side, -2 * side]], float)
     cut, whole = augmented(np.ones((2, 3, side, side)), "cutout", draws)
     size = (side + 1) // 2
