@@ -60,12 +60,11 @@ class Sheet:
             side = factor * len(pictures[0][0])
             self.text(x, y + side / 2 + 14, label[0], 12, INK, "ls")
             self.text(x, y + side / 2 + 30, label[1], 12, MUTED, "ls")
-            for head, (pixels, below) in zip(heads, pictures, strict=True):
-                self.text(x + GUTTER + side / 2, y + 10, head, 12, MUTED, "ms")
-                self.picture(x + GUTTER, y + 16, pixels, factor)
-                self.text(x + GUTTER + side / 2, y + side + 30, below, 11, MUTED, "ms")
-                x += side + 8
-            x -= len(pictures) * (side + 8)
+            for column, (head, (pixels, below)) in enumerate(zip(heads, pictures, strict=True)):
+                left = x + GUTTER + column * (side + 8)
+                self.text(left + side / 2, y + 10, head, 12, MUTED, "ms")
+                self.picture(left, y + 16, pixels, factor)
+                self.text(left + side / 2, y + side + 30, below, 11, MUTED, "ms")
             y, heads = y + side + 24, len(heads) * [""]
         return y + 36
 

@@ -162,7 +162,7 @@ def cached(data_dir: Path, stem: str, state: str, side: int, source: Path, count
     if not (cache := kept(path, side, retry)):
         try:
             with being_made(path):
-                cache = make(path, side, source, count, results)
+                cache = kept(path, side, retry) or make(path, side, source, count, results)  # another may have made it
         except UserError:
             if not (cache := kept(path, side, retry=False)):
                 raise

@@ -475,6 +475,22 @@ def test_a_passing_trouble_is_no_property_of_a_picture(error, few, capsys, monke
     assert len(leftovers(few.parent / "data")) == 1
 
 
+def test_what_another_process_made_in_the_meantime_is_not_made_again(few, monkeypatch):
+    real, decoded = datasets.being_made, []
+
+    @contextlib.contextmanager
+    def late(path):
+        monkeypatch.setattr(datasets, "being_made", real)
+        brightness(few)  # as the other does
+        monkeypatch.setattr(datasets, "read_picture", lambda *_: decoded.append(path))
+        with real(path):
+            yield
+
+    monkeypatch.setattr(datasets, "being_made", late)
+    assert brightness(few) == [0, 1, 2, 3]
+    assert not decoded
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="about POSIX's files")
 def test_whatever_is_left_out_is_named_at_every_start(few, capsys):
     far = few.parent / "far" / "cats"
