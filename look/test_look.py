@@ -631,6 +631,8 @@ def test_an_export_is_looked_at_as_its_run_is(tmp_path, monkeypatch, capsys):
     assert f"{path} is the generator of step 4 of: {options.program()} --dataset" in told.err
     kinds, looked = ["attention", "interpolate", "interpolate", "nearest", "sample"], Path("runs", "birds-look")
     assert [file.stem.split("-")[0] for file in sorted(looked.iterdir())] == kinds
+    (looked / "checkpoint.npz").write_text("of a run of this name")
+    assert "holds a run; choose another place with --out" in fails(capsys, *asked)
     assert run_main(*asked, "--out", "here") == 0
     assert leftovers(path.parent) == ["birds.npz"]
     assert holds(path, content)

@@ -45,6 +45,14 @@ def _geometry(shape, kernel, stride, padding):
     return *pairs, ((height - kernel[0]) // stride[0] + 1, (width - kernel[1]) // stride[1] + 1)
 
 
+def _pool_geometry(shape, kernel, stride, padding):
+    """The same, of windows that all have a pixel of the picture in them."""
+    kernel, stride, padding, counts = _geometry(shape, kernel, stride, padding)
+    if padding[0] >= kernel[0] or padding[1] >= kernel[1]:
+        raise ValueError("the padding must be less than the kernel")
+    return kernel, stride, padding, counts
+
+
 def _padded(x, padding, fill):
     """An array (B, C, H, W) with `padding` rows and columns of `fill` around it; itself where there are none."""
     margins = ((0, 0), (0, 0), *((n, n) for n in padding))
@@ -129,7 +137,7 @@ def _over_windows(function, windows):
 @operation
 def max_pool2d(x, kernel, stride, padding=0):
     """The largest pixel of each window: (B, C, H, W) -> (B, C, H', W'). Equal ones share its gradient, which is folded."""
-    kernel, stride, padding, _ = _geometry(x.shape, kernel, stride, padding)
+    kernel, stride, padding, _ = _pool_geometry(x.shape, kernel, stride, padding)
     data = _over_windows(ag.xp.maximum, _windows(_padded(x.data, padding, -ag.xp.inf), kernel, stride))
 
     def vjp(g):
@@ -143,7 +151,7 @@ def max_pool2d(x, kernel, stride, padding=0):
 @operation
 def avg_pool2d(x, kernel, stride, padding=0):
     """The mean of each window's pixels in the picture: (B, C, H, W) -> (B, C, H', W')."""
-    kernel, stride, padding, _ = _geometry(x.shape, kernel, stride, padding)
+    kernel, stride, padding, _ = _pool_geometry(x.shape, kernel, stride, padding)
     data = _over_windows(ag.xp.add, _windows(_padded(x.data, padding, 0), kernel, stride))
     inside = _padded(ag.xp.ones((1, 1, *x.shape[2:]), x.dtype), padding, 0)
     share = 1 / _over_windows(ag.xp.add, _windows(inside, kernel, stride))  # (1, 1, H', W')

@@ -179,6 +179,8 @@ PICTURE = np.ones((1, 2, 4, 4))
         (lambda: conv2d(*tensors(PICTURE, np.ones((3, 2, 2, 2)), np.ones(1))), r"conv2d of .*, \(1,\): expected .* \(O,\)"),
         (lambda: conv2d(*tensors(PICTURE, np.ones((3, 2, 2, 0)))), "windows of 2x0 do not fit"),
         (lambda: max_pool2d(*tensors(PICTURE), 5, 1), "max_pool2d of shapes .* do not fit"),
+        (lambda: max_pool2d(*tensors(PICTURE), 2, 1, 2), "the padding must be less than the kernel"),
+        (lambda: avg_pool2d(*tensors(PICTURE), (3, 2), 1, (2, 2)), "the padding must be less than the kernel"),
         (lambda: max_pool2d(*tensors(PICTURE[0]), 2, 1), r"max_pool2d of .*: expected pictures \(B, C, H, W\)"),
         (lambda: upsample_nearest(*tensors(PICTURE[0]), 2), r"upsample_nearest of .*: expected pictures \(B, C, H, W\)"),
         (lambda: resize_bilinear(*tensors(PICTURE[0]), 2, 2), r"resize_bilinear of .*: expected pictures \(B, C, H, W\)"),

@@ -6,6 +6,7 @@ import datetime
 import itertools
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -235,8 +236,9 @@ def owned(out, resume=None, goes_on=""):
     files.need_folder(samples, "--out")
     with files.belongs_to_one(out / ".lock", f"another process trains in {out}; wait for its end, or choose another --out"):
         if out == resume:
-            for part in (*out.glob("*.*.[0-9]*.part"), *samples.glob("*.*.[0-9]*.part")):
-                part.unlink(missing_ok=True)  # what a killed process was writing
+            for part in (*out.glob("*.part"), *samples.glob("*.part")):
+                if re.search(r"\.(npz|csv|png|gif|html|json)\.\d+\.part$", part.name):
+                    part.unlink(missing_ok=True)  # what a killed process was writing
         elif found := [*out.glob("checkpoint*.npz"), *out.glob("log.csv"), *samples.iterdir()]:
             raise UserError(f"{out} holds a run already, of which {found[0].name} is; choose another --out, or go on with "
                             f"it: {goes_on}")  # fmt: skip

@@ -14,7 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 import fast
@@ -238,7 +238,8 @@ def is_valid(name, value):
     if type(value) is not type(getattr(Options, name)):
         return False
     if name == "dataset":  # a folder may have been moved, also from another kind of system
-        return value != "" and files.is_possible(value)
+        whole = any(kind(value).is_absolute() for kind in (PurePosixPath, PureWindowsPath))
+        return value in arguments.NAMES or ((whole or value == without_place(value)) and files.is_possible(value))
     values = OPTIONS[name].values
     try:
         return values(str(value)) == value if callable(values) else value in values
@@ -303,6 +304,8 @@ def choose_options(args, saved=None):
     options, out = check_options(dataclasses.replace(saved, **given)), begun / "look" if args.begun else begun
     if begun.is_file():
         out = Path("runs") / f"{files.portable(begun.stem)}-look"
+        if not args.out and any((out / name).exists() for name in files.CHECKPOINTS):
+            raise UserError(f"{out}, where what is made of {begun} goes, holds a run; choose another place with --out")
     return options, args.out or out
 
 

@@ -487,6 +487,7 @@ def nonsense_checkpoints(good, kind="generator"):
     yield "size of no text", options(size=["S"]), "its option size is ['S']"
     yield "data set of no text", options(dataset={}), "its option dataset is {}"
     yield "unknown network", options(generator="biggan"), "its option generator is 'biggan'"
+    yield "unknown data set", options(dataset="imagenet"), "its option dataset is 'imagenet'"
     yield "data set without a name", options(dataset=""), "its option dataset is ''"
     yield "unknown augmentation", options(diff_aug="blur"), "its option diff_aug is 'blur'"
     yield "augmentation of no text", options(diff_aug=3), "its option diff_aug is 3"

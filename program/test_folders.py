@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import transgan
-from program import checkpoints, main
+from program import checkpoints, main, options
 from program.support import TRAIN, fails, fork, objects, on_posix, read_log, run_main, step_of
 from store.support import encoded, files_of_at_most, leftovers, slope
 
@@ -103,6 +103,11 @@ def test_a_run_from_another_system_goes_on_when_told_where_its_pictures_are(else
     page = (moved / "report.html").read_text("utf-8")
     assert "--resume &#x27;moved run&#x27; --data-dir other" in page
     assert run_main("--resume", moved, "--data-dir", "other", "--steps", 6) == 0  # it knows where they are from then on
+
+
+@pytest.mark.parametrize("value", ["../pictures", "./x/y", "C:pictures/x", "..\\x", "", "\0"])
+def test_a_data_set_in_no_certain_place_is_none(value):
+    assert not options.is_valid("dataset", value)
 
 
 def test_nothing_is_written_among_the_pictures(begin, capsys):

@@ -198,10 +198,10 @@ def test_a_run_with_fewer_pictures_than_a_batch_is_told_what_it_can_do(small, tm
 def test_what_a_killed_run_was_writing_is_removed(small, tmp_path):
     out = tmp_path / "run"
     assert run_main(*TRAIN, "--out", out) == 0
-    for name in ("checkpoint.npz.1.part", "samples/step-000000.png.1.part", "mine.part"):
+    for name in ("checkpoint.npz.1.part", "samples/step-000000.png.1.part", "mine.part", "mine.mp4.1.part"):
         (out / name).write_text("half")
     assert run_main("--resume", out, "--steps", 5) == 0
-    assert [name for name in leftovers(out) if "part" in name] == ["mine.part"]
+    assert [name for name in leftovers(out) if "part" in name] == ["mine.mp4.1.part", "mine.part"]
 
 
 @pytest.mark.parametrize("call", range(3))
