@@ -62,8 +62,7 @@ def use_device(device: str = "auto") -> str:
     """Choose where arrays live, and return the choice in words: "cpu" or the GPU's name.
 
     device: "cpu" (NumPy), "gpu" (CuPy), or "auto", the GPU where CuPy is installed and finds one, else the CPU. Call it
-    before the first Tensor is made. Raises RuntimeError where "gpu" is asked for and there is none, ValueError for
-    any other word.
+    before the first Tensor is made. Raises RuntimeError where "gpu" is asked for and there is none, ValueError for others.
     """
     global xp
     if device not in ("auto", "cpu", "gpu"):
@@ -130,6 +129,9 @@ class Node:
     def __init__(self, edges: tuple[Edge, ...] = ()):
         self.edges: tuple[Edge, ...] | None = edges  # None once `grad` has let go of it
         self.order = next(_order)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Node, (self.edges,)  # a copy, also one that is read from a file, counts from where it is made
 
 
 class Tensor:
@@ -288,7 +290,7 @@ def operation(definition: Callable[P, R]) -> Callable[P, R]:
             if hook is None:
                 return form(*args, **kwargs)
             return hook(definition.__name__, "forward", form, *args, **kwargs)
-        except (ValueError, IndexError, TypeError, ArithmeticError) as error:  # the last: of shapes with a 0, huge numbers
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:  # the last: of shapes with a 0, huge numbers
             if getattr(error, "is_clear", False):
                 raise
             given = (x if isinstance(x, (list, tuple)) else (x,) for x in (*args, *kwargs.values()))
@@ -606,8 +608,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def normal_cdf(x: Tensor) -> Tensor:
     """Phi(x) = (1 + erf(x / sqrt 2)) / 2, elementwise: the probability that a standard normal number is below x.
 
-    d Phi(x) = phi(x) dx with the density phi(x) = exp(-x^2/2) / sqrt(2 pi). NumPy has no erf: Python's is asked for each
-    element.
+    d Phi(x) = phi(x) dx with the density phi(x) = exp(-x^2/2) / sqrt(2 pi). NumPy has no erf; each element asks Python's.
     """
     erf = np.vectorize(math.erf, otypes=[np.float64])(to_numpy(x) * math.sqrt(0.5))
     data = xp.asarray(0.5 + 0.5 * erf, dtype=x.dtype)
@@ -631,7 +632,7 @@ def softmax(x: Tensor, mask: Array | None = None) -> Tensor:
     if mask is not None:
         if np.broadcast_shapes(x.shape, mask.shape) != x.shape:
             raise ValueError(f"the mask, of shape {mask.shape}, must broadcast to x")
-        x = x + xp.where(mask, 0, -xp.inf).astype(x.dtype)
+        x = where(mask, x, -xp.inf)
     highest = x.data.max(axis=-1, keepdims=True) if x.size else x.data[..., :1]
     top = xp.maximum(highest, xp.finfo(x.dtype).min)  # finite in any row
     weights = exp(x - top)
@@ -779,7 +780,7 @@ def _first_order_error(
 
 
 class Module:
-    """A part of a network: its parameters are the Tensors, Modules and lists of Modules among its attributes."""
+    """A part of a network: its parameters are the Tensors, Modules and lists or tuples of Modules among its attributes."""
 
     def parameters(self) -> dict[str, Tensor]:
         """All parameters by name, in the order they were set: {"blocks.0.mlp.expand.weight": Tensor, ...}."""
@@ -788,7 +789,7 @@ class Module:
             if isinstance(value, Tensor):
                 found[name] = value
             # The parts of a list go by their numbers; anything else is one part, without a number.
-            for part, module in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            for part, module in enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]:
                 if isinstance(module, Module):
                     prefix = name if part is None else f"{name}.{part}"
                     found.update({f"{prefix}.{inner}": x for inner, x in module.parameters().items()})
@@ -822,8 +823,7 @@ class LayerNorm(Module):
 def clip_by_global_norm(gradient: Array, max_norm: float) -> tuple[Array, Array]:
     """The factor that scales an array to a Euclidean norm of at most max_norm, and that norm.
 
-    min(1, max_norm / (norm + 1e-6)), the form PyTorch uses. Both are 0-d arrays that stay on the device. The factor is
-    for `Adam.step` to apply, which reads the gradient anyway.
+    min(1, max_norm / (norm + 1e-6)), the form PyTorch uses. Both are 0-d arrays on the device, the factor for `Adam.step`.
     """
     norm = xp.sqrt(xp.vdot(gradient, gradient))
     return xp.minimum(1.0, max_norm / (norm + 1e-6)).astype(gradient.dtype), norm
@@ -834,8 +834,7 @@ class Adam:
 
     With b1 = 0, as TransGAN's authors have it, m is the gradient itself and is not kept; without a decay there is no
     average. All parameters lie in one flat array, of which their Tensors are views from now on; so do gradients,
-    moments and averages. A checkpoint needs p, v, average, and m if it is kept, which `parts` cuts up, and the step
-    count t.
+    moments and averages. A checkpoint needs p, v, average, m if it is kept (`parts` cuts them up), and the step count t.
     """
 
     def __init__(
@@ -867,10 +866,11 @@ class Adam:
 
     def add(self, gradients: Iterable[Tensor]) -> None:
         """Add gradients, Tensors in the parameters' order, to those of the next step."""
-        gradients = list(gradients)
+        gradients, parts = list(gradients), self.parts(self.p)
         check_arguments([("gradients", gradients)])
-        if [(g.shape, g.dtype) for g in gradients] != [(p.shape, p.dtype) for p in self.parameters]:
-            raise ValueError("Adam: expected a gradient for each parameter, of its shape and dtype")
+        views = [(p.shape, p.dtype, p.data.base is x.base) for p, x in zip(self.parameters, parts, strict=True)]
+        if [(g.shape, g.dtype, True) for g in gradients] != views:
+            raise ValueError("Adam: expected a gradient for each parameter, of its shape and dtype, and its data in adam.p")
         for total, gradient in zip(self.parts(self.gradient), gradients, strict=True):
             total += gradient.data
 

@@ -869,6 +869,8 @@ def test_sliced_wasserstein_distance(seed, n):
     moved = transgan.sliced_wasserstein(pictures, pictures + 1)  # by sqrt(12); of that a direction sees its mean |cos|
     assert moved == pytest.approx(12**0.5 * math.gamma(6) / math.gamma(6.5) / math.pi**0.5, rel=0.1)
     assert moved == transgan.sliced_wasserstein(pictures, pictures + 1)
+    with pytest.raises(ValueError, match="expected two arrays of one shape"):
+        transgan.sliced_wasserstein(a[:1], np.concatenate([a, a]))
 
 
 @given(side=st.integers(1, 6), half_width=st.integers(1, 6))

@@ -508,6 +508,8 @@ def diff_augment(x: Tensor, policy: str, draws: Array) -> Tensor:
     policy: names in AUGMENTATIONS, separated by commas, or "none". draws: (B, DRAWS) array of `draw_augmentation`. With its
     draws given this is a plain function, differentiable in the picture any number of times.
     """
+    if (len(draws), x.shape[2]) != (len(x), x.shape[3]):
+        raise ValueError(f"pictures must be square, and draws, of shape {draws.shape}, have a row for each")
     for name in policy.split(",") if policy != "none" else ():
         x = AUGMENTATIONS[name](x, draws)
     return x
@@ -809,6 +811,8 @@ def sliced_wasserstein(a: Floats, b: Floats, directions: int = 256, seed: int = 
     best match of two sets pairs them in order, so the distance there is mean |sort(a) - sort(b)|; averaged over
     `directions`. It sees colours, brightness and coarse layout, needs no other network, and says nothing about detail.
     """
+    if a.shape != b.shape:
+        raise ValueError(f"sliced_wasserstein: expected two arrays of one shape, not {a.shape} and {b.shape}")
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
     lines = np.random.default_rng(seed).standard_normal((a.shape[1], directions)).astype(np.float32)
     lines /= np.linalg.norm(lines, axis=0)

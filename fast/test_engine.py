@@ -3,9 +3,11 @@
 `examples` has arguments for every operation that there is; a test of a kind of fault goes over all of them.
 """
 
+import copy
 import inspect
 import math
 import operator
+import pickle
 import threading
 import tracemalloc
 import warnings
@@ -60,6 +62,11 @@ def forms(request):
         (lambda t: ag.layer_norm(t(2, 3), t(3), t(2, 3)), r"layer_norm of shapes \(2, 3\), \(3,\), \(2, 3\)"),
         (lambda t: ag.attention(t(1, 2, 9), 2), r"attention of shapes \(1, 2, 9\).*2 heads"),
         (lambda t: ag.attention(t(1, 2, 6), 2, ag.xp.ones((3, 3), bool)), r"attention .*\(3, 3\), must be \(2, 2\)"),
+        (
+            lambda t: transgan.diff_augment(t(2, 3, 4, 4), "color", np.ones((1, 7))),
+            r"diff_augment .*, \(1, 7\): .* a row for each",
+        ),
+        (lambda t: transgan.diff_augment(t(1, 3, 4, 5), "cutout", np.ones((1, 7))), "diff_augment .* must be square"),
         (lambda t: ag.pixel_shuffle(t(1, 6, 2, 2), 2), r"pixel_shuffle of shapes \(1, 6, 2, 2\).*6 channels"),
     ],
 )
@@ -258,6 +265,8 @@ def test_other_errors_are_clear_too():
     x = Tensor(ag.xp.ones((2, 3)), requires_grad=True)
     with pytest.raises(IndexError, match=r"getitem of shapes \(2, 3\)"):
         x[5]
+    with pytest.raises(ValueError, match="diff_augment of shapes .*: 'colour'"):
+        transgan.diff_augment(Tensor(np.ones((1, 3, 4, 4))), "colour", np.ones((1, 7)))
     with pytest.raises(TypeError, match=r"by .*ndarray of int64"):
         Tensor(ag.xp.ones(3, np.float32)) * ag.xp.ones(3, np.int64)
     with pytest.raises(ValueError, match="too large"):
@@ -453,6 +462,52 @@ def test_adam_refuses_what_is_not_one_gradient_for_each_parameter():
     assert not adam.gradient.any()  # nothing is added by halves
     adam.add(whole)
     close(adam.gradient, np.ones(5))
+
+
+def test_adam_refuses_parameters_that_have_left_its_arrays():
+    """Their steps would change numbers that nobody looks at."""
+
+    def replaced(adam):
+        adam.parameters[0].data = adam.parameters[0].data * 2
+        return adam
+
+    def in_two(adam):
+        ag.Adam(adam.parameters)
+        return adam
+
+    for leave in (copy.deepcopy, replaced, in_two):
+        (x,) = tensors(np.ones(3))
+        adam = leave(ag.Adam([x]))
+        with pytest.raises(ValueError, match=r"Adam: .* its data in adam.p"):
+            adam.add([Tensor(x.data)])
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_tensors_and_modules_have_gradients(made):
+    (x,), layer = tensors(np.array([1.0, 2.0])), transgan.MLP(2, transgan.Init(np.random.default_rng(0), "uniform", float))
+    x.node.order += 1_000_000
+    later = made(x)  # as from a file of another process, whose count of Nodes had come farther
+    x.node.order -= 1_000_000
+    close(grad((later * 3).sum(), [later])[0], np.full(2, 3.0))
+    y, twin = made(x), made(layer)
+    for g, value in zip(grad((x * y).sum(), [x, y]), [y, x], strict=True):
+        close(g, value)
+    ours, theirs = (list(part.parameters().values()) for part in (layer, twin))
+    gradients = grad((layer(x) * twin(x)).sum(), ours + theirs)
+    for g, other in zip(gradients[: len(ours)], gradients[len(ours) :], strict=True):
+        assert ag.to_numpy(g).any()
+        close(g, other)
+    close(grad((copy.copy(x) * 3).sum(), [x])[0], np.full(2, 3.0))  # the same leaf, in another Tensor
+
+
+@pytest.mark.parametrize("hidden", [np.inf, np.nan, -np.inf, 1e308])
+def test_softmax_does_not_see_what_is_masked(hidden):
+    mask = ag.xp.asarray([True, False, True])
+    x, seen = tensors(np.array([[1.0, hidden, 2.0]]), np.array([[1.0, 2.0]]))
+    y = ag.softmax(x, mask)
+    close(y, np.insert(ag.to_numpy(ag.softmax(seen)), 1, 0.0, axis=-1))
+    (g,), (expected,) = (grad((z * z).sum(), [of]) for z, of in ((y, x), (ag.softmax(seen), seen)))
+    close(g, np.insert(ag.to_numpy(expected), 1, 0.0, axis=-1))
 
 
 def test_gradient_check_sees_one_wrong_element_among_many():

@@ -24,7 +24,7 @@ PAIR = "{} must be a whole number, or a pair of them (for rows, for columns)"
 ag.KINDS |= dict.fromkeys(SIZES, ((int, np.integer), "", PAIR)) | dict.fromkeys(("height", "width"), ag.KINDS["factor"])
 ag.SEVERAL |= dict.fromkeys(SIZES, tuple)
 ag.LEAST |= {"kernel": 1, "stride": 1, "padding": 0, "height": 1, "width": 1}
-ag.KINDS |= dict.fromkeys(("mean", "variance"), ag.KINDS["x"])
+ag.KINDS |= dict.fromkeys(("mean", "variance"), ag.KINDS["x"]) | {"fill": (ag.NUMBER, "", "{} must be a number")}
 
 
 def _check_pictures(shape):
@@ -33,10 +33,17 @@ def _check_pictures(shape):
     return shape
 
 
+def _check_pixels(shape):
+    if 0 in _check_pictures(shape)[2:]:
+        raise ValueError("pictures without a pixel have no largest, no mean and nothing between")
+    return shape
+
+
 def _geometry(shape, kernel, stride, padding):
     """Kernel, stride and padding as pairs, and how many windows lie in pictures of `shape` that way, (H', W')."""
     _check_pictures(shape)
-    kernel, stride, padding = pairs = [n if isinstance(n, tuple) else (n, n) for n in (kernel, stride, padding)]
+    pairs = (n if isinstance(n, tuple) else (n, n) for n in (kernel, stride, padding))
+    kernel, stride, padding = pairs = [tuple(map(int, pair)) for pair in pairs]  # NumPy's small integers overflow
     if [len(pair) for pair in pairs] != [2, 2, 2]:
         raise ValueError("kernel, stride and padding must be a number each, or a pair (for rows, for columns)")
     height, width = (n + 2 * p for n, p in zip(shape[2:], padding, strict=True))
@@ -47,7 +54,7 @@ def _geometry(shape, kernel, stride, padding):
 
 def _pool_geometry(shape, kernel, stride, padding):
     """The same, of windows that all have a pixel of the picture in them."""
-    kernel, stride, padding, counts = _geometry(shape, kernel, stride, padding)
+    kernel, stride, padding, counts = _geometry(_check_pixels(shape), kernel, stride, padding)
     if padding[0] >= kernel[0] or padding[1] >= kernel[1]:
         raise ValueError("the padding must be less than the kernel")
     return kernel, stride, padding, counts
@@ -141,7 +148,7 @@ def max_pool2d(x, kernel, stride, padding=0):
     data = _over_windows(ag.xp.maximum, _windows(_padded(x.data, padding, -ag.xp.inf), kernel, stride))
 
     def vjp(g):
-        is_top = _windows(_padded(x.data, padding, -ag.xp.inf), kernel, stride) == data[:, :, None, None]
+        is_top = _windows(_padded(x.data, padding, ag.xp.nan), kernel, stride) == data[:, :, None, None]  # no margin is
         share = g / ag.xp.maximum(is_top.sum(axis=(2, 3)), 1).astype(x.dtype)
         return fold(ag.where(is_top, share[:, :, None, None], 0.0), x.shape, stride, padding)
 
@@ -180,7 +187,7 @@ def resize_bilinear(x, height, width):
     A product with a matrix from the left for the rows and from the right for the columns. As PyTorch's interpolate with
     align_corners=False has it, without smoothing where a picture shrinks.
     """
-    sides = zip((height, width), _check_pictures(x.shape)[2:], strict=True)
+    sides = zip((height, width), _check_pixels(x.shape)[2:], strict=True)
     rows, columns = (_interpolation(new, old, x.dtype) for new, old in sides)
     return ag.matmul(ag.matmul(Tensor(rows), x), Tensor(columns).T)
 
@@ -204,7 +211,7 @@ class Stateful(Module):
         """This module and all stateful ones that are part of it, each with what stands before its names: ("", self), ..."""
         yield prefix, self
         for name, value in vars(self).items():
-            for part, module in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            for part, module in enumerate(value) if isinstance(value, (list, tuple)) else [(None, value)]:
                 if isinstance(module, Stateful):
                     yield from module.named_modules(f"{prefix}{name}." if part is None else f"{prefix}{name}.{part}.")
 

@@ -111,6 +111,19 @@ def test_max_pooling_shares_its_gradient_among_equals():
     (x,) = tensors(np.zeros((1, 1, 2, 2)))  # and a margin has no part in it
     (g,) = grad(max_pool2d(x, 2, 1, 1).sum(), [x])
     close(g, np.full((1, 1, 2, 2), 1 + 0.5 + 0.5 + 0.25))
+    (x,) = tensors(np.array([[[[-np.inf, 1], [2, -np.inf]]]]))  # not even if nothing is smaller
+    (g,) = grad(max_pool2d(x, 2, 2, 1).sum(), [x])
+    close(g, np.ones((1, 1, 2, 2)))
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64])
+def test_sizes_may_be_numbers_of_numpy_and_do_not_overflow(kind):
+    (x,), (weight,) = tensors(normal(0, (1, 1, 6, 40))[0]), tensors(normal(1, (1, 1, 2, 2))[0])
+    two, one = kind(2), kind(1)
+    for function in (lambda *n: max_pool2d(x, *n), lambda *n: avg_pool2d(x, *n), lambda *n: unfold(x, *n),
+                     lambda n, *more: conv2d(x, weight, None, *more)):  # fmt: skip
+        close(function(two, two, one), function(2, 2, 1))
+        close(function((two, two), (two, one), (one, one)), function((2, 2), (2, 1), (1, 1)))
 
 
 @settings(max_examples=30)
@@ -181,6 +194,9 @@ PICTURE = np.ones((1, 2, 4, 4))
         (lambda: max_pool2d(*tensors(PICTURE), 5, 1), "max_pool2d of shapes .* do not fit"),
         (lambda: max_pool2d(*tensors(PICTURE), 2, 1, 2), "the padding must be less than the kernel"),
         (lambda: avg_pool2d(*tensors(PICTURE), (3, 2), 1, (2, 2)), "the padding must be less than the kernel"),
+        (lambda: max_pool2d(*tensors(PICTURE[:, :, :0]), 3, 1, 2), "max_pool2d of .*: pictures without a pixel"),
+        (lambda: avg_pool2d(*tensors(PICTURE[..., :0]), 3, 1, 2), "avg_pool2d of .*: pictures without a pixel"),
+        (lambda: resize_bilinear(*tensors(PICTURE[..., :0]), 2, 2), "resize_bilinear of .*: pictures without a pixel"),
         (lambda: max_pool2d(*tensors(PICTURE[0]), 2, 1), r"max_pool2d of .*: expected pictures \(B, C, H, W\)"),
         (lambda: upsample_nearest(*tensors(PICTURE[0]), 2), r"upsample_nearest of .*: expected pictures \(B, C, H, W\)"),
         (lambda: resize_bilinear(*tensors(PICTURE[0]), 2, 2), r"resize_bilinear of .*: expected pictures \(B, C, H, W\)"),
