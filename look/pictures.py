@@ -288,6 +288,8 @@ def make(args, sampler, load, out):
         pictures = load() if args.nearest else None
     except UserError as error:
         raise UserError(f"--nearest looks among the training pictures: {error}") from None
+    if args.nearest and sampler.pictures not in (None, files.fingerprint(pictures)):
+        output.warn("transgan: the pictures are not those that the run has learnt from; the nearest are of these")
     for name, draw in (
         ("sample", lambda path: files.save_grid(sampler.sample(noise(args.sample)), path, math.isqrt(args.sample - 1) + 1)),
         ("interpolate", lambda path: interpolate(sampler, noise(args.interpolate), path)),

@@ -619,6 +619,13 @@ def test_an_export_is_looked_at_as_its_run_is(tmp_path, monkeypatch, capsys):
     assert source == {"step": 4, "dataset": "./my birds"}
     assert chosen == checkpoints.newest_checkpoint(out)[1]
 
+    near = ("--from", out, "--nearest", 2, "--data-dir", tmp_path / "data")
+    assert run_main(*near) == 0
+    assert "not those" not in capsys.readouterr().err
+    (folder / "10.png").write_bytes(encoded(slope(20, 30)))
+    assert run_main(*near) == 0
+    assert "the pictures are not those that the run has learnt from; the nearest are of these" in capsys.readouterr().err
+
     shutil.rmtree(out)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -221,7 +221,8 @@ def refuse_among_pictures(out, dataset, trains):
     within = [out, *out.parents][: [out, *out.parents].index(folder)]
     if any((place / name).exists() for place in within for name in CHECKPOINTS):
         return
-    if out == folder or not trains or (out.is_dir() and any(path.is_file() for path in out.rglob("*"))):
+    made = (path for path in out.rglob("*") if path.name != ".lock" and path.suffix != ".part")  # by who was killed
+    if out == folder or not trains or (out.is_dir() and any(path.is_file() for path in made)):
         raise UserError(f"{out} is among the pictures of --dataset; choose another --out")
 
 
@@ -235,11 +236,11 @@ def owned(out, resume=None, goes_on=""):
     samples = out / "samples"
     files.need_folder(samples, "--out")
     with files.belongs_to_one(out / ".lock", f"another process trains in {out}; wait for its end, or choose another --out"):
-        if out == resume:
-            for part in (*out.glob("*.part"), *samples.glob("*.part")):
-                if re.search(r"\.(npz|csv|png|gif|html|json)\.\d+\.part$", part.name):
-                    part.unlink(missing_ok=True)  # what a killed process was writing
-        elif found := [*out.glob("checkpoint*.npz"), *out.glob("log.csv"), *samples.iterdir()]:
+        kinds = "npz|csv|png|gif|html|json" if out == resume else "npz"
+        for part in (*out.glob("*.part"), *samples.glob("*.part")):
+            if re.search(rf"\.({kinds})\.\d+\.part$", part.name):
+                part.unlink(missing_ok=True)  # what a killed process was writing
+        if out != resume and (found := [*out.glob("checkpoint*.npz"), *out.glob("log.csv"), *samples.iterdir()]):
             raise UserError(f"{out} holds a run already, of which {found[0].name} is; choose another --out, or go on with "
                             f"it: {goes_on}")  # fmt: skip
         yield

@@ -123,7 +123,11 @@ def test_nothing_is_written_among_the_pictures(begin, capsys):
             assert "is among the pictures" in fails(capsys, *words, "--out", place)
     assert leftovers(Path("pictures")) == before
     capsys.readouterr()
+    Path("pictures/runs/new/samples").mkdir(parents=True)
+    for name in (".lock", "checkpoint.npz.7.part"):  # what is left of a start that was killed is in nobody's way
+        Path("pictures/runs/new", name).touch()
     assert begin("pictures", "--out", "pictures/runs/new") == 0  # a folder of its own is known by its checkpoint
+    assert not [*Path("pictures/runs/new").glob("*.part")]
     Path("pictures/runs/new/checkpoint.npz").unlink()  # as a kill between the two renames of saving leaves it
     assert run_main("--resume", "pictures/runs/new", "--steps", 5) == 0
     assert run_main("--from", "pictures/runs/new", "--sample", 2) == 0

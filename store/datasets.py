@@ -142,29 +142,30 @@ CACHE = ".pictures"  # how the name of a cache ends
 READING = 2  # to be raised when pictures are read in another way, so that no cache of the old way is used
 
 Results = Generator[tuple[str, "Bytes | Exception"], None, None]  # names, each with a picture or what is wrong with it
+Reader = Callable[["list[str] | None"], Results]  # gives those of the names that are worth another try, or of all
 Cache = tuple[Bytes, dict[str, str]]  # pictures, on disk until they are used (a memory map); what was skipped, and why
 
 
-def cached(data_dir: Path, stem: str, state: str, side: int, source: Path, count: int, results: Results) -> Bytes:
+def cached(data_dir: Path, stem: str, state: str, side: int, source: Path, count: int, results: Reader) -> Bytes:
     """The pictures of `source`, kept in a file of data_dir: bytes, (N, 3, side, side), on disk until used (a memory map).
 
     The file goes by `stem`, the source's `state` and how pictures are read; older ones of that stem are removed. A source
-    that is no longer there has what was made of it, in whatever state it was. Where the file is missing or damaged, or
-    lacks a picture for a reason that may have passed, it is made of `results`, at most `count` pictures; if it only lacks
-    some and cannot be made now, it is used as it is. What was skipped is named. Raises UserError.
+    that is no longer there has what was made of all of it, in whatever state it was. Where the file is missing or damaged,
+    or lacks a picture that can be read now, it is made of `results`, at most `count` pictures; if it only lacks some and
+    cannot be made, it is used as it is. What was skipped is named. Raises UserError.
     """
     sweep(data_dir)
     path = data_dir / f"{stem}-{_digest(f'{state} {READING} {PIL.__version__}')}{CACHE}"
     caches = sorted(data_dir.glob(f"{glob.escape(stem)}-{'[0-9a-f]' * 16}{CACHE}"))
-    if caches and path not in caches and not source.exists():
-        path = caches[0]
+    if not source.exists() and path not in caches:
+        path = next((old for old in caches if old.stat().st_size > count * 3 * side**2), path)
     retry = source.exists() and not multiprocessing.parent_process()  # of processes that share a run, the first alone
-    if not (cache := kept(path, side, retry)):
+    if not (cache := kept(path, side, results if retry else None)):
         try:
             with being_made(path):
-                cache = kept(path, side, retry) or make(path, side, source, count, results)  # another may have made it
+                cache = kept(path, side, results if retry else None) or make(path, side, source, count, results(None))
         except UserError:
-            if not (cache := kept(path, side, retry=False)):
+            if not (cache := kept(path, side)):
                 raise
     pictures, skipped = cache
     name_skipped(path.with_suffix(".skipped.txt"), source, skipped)
@@ -175,8 +176,8 @@ def cached(data_dir: Path, stem: str, state: str, side: int, source: Path, count
     return pictures
 
 
-def kept(path: Path, side: int, retry: bool) -> Cache | None:
-    """What a cache holds. None if there is none, it is damaged, or with `retry` lacks what is worth another try.
+def kept(path: Path, side: int, results: Reader | None = None) -> Cache | None:
+    """What a cache holds. None if there is none, it is damaged, or lacks what `results`, if they are given, now have.
 
     Raises UserError for one that cannot be read.
     """
@@ -186,13 +187,18 @@ def kept(path: Path, side: int, retry: bool) -> Cache | None:
         told = json.loads(content[-8 - length : -8].tobytes())
         skipped = {str(name): str(reason) for name, reason in told["skipped"].items()}
         pictures = content[: -8 - length].reshape(told["pictures"], 3, side, side)
-        return None if told["again"] and retry else (pictures, skipped)
+        again = [str(name) for name in told["again"]]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; move it away, or choose another --data-dir") from None
     except Exception:  # a damaged file can raise anything at all
         return None
+    if again and results:
+        with hushed(), lean(), contextlib.closing(results(again)) as tried:
+            if any(not isinstance(result, Exception) for _, result in tried):
+                return None
+    return pictures, skipped
 
 
 def make(path: Path, side: int, source: Path, count: int, results: Results) -> Cache:
@@ -266,12 +272,12 @@ def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
     if not files and not unread:
         raise UserError(f"{folder} holds no files; name a folder of pictures as --dataset")
 
-    def results() -> Results:
-        yield from decode([*files], lambda name: plain(folder / name).open("rb"), side, folder)
+    def results(again: list[str] | None = None) -> Results:
+        yield from decode(again or [*files], lambda name: plain(folder / name).open("rb"), side, folder)
         yield from ((name, ValueError(reason)) for name, reason in unread.items())
 
     stem, state = f"{short_name(folder)}-{side}-{_digest(str(folder))}", repr([*files.items(), *unread.items()])
-    return cached(Path(data_dir), stem, state, side, folder, len(files), results())
+    return cached(Path(data_dir), stem, state, side, folder, len(files), results)
 
 
 def find_files(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
@@ -329,7 +335,7 @@ def load_stl10(data_dir: str | Path, archive: Archive = STL10) -> Bytes:
     if (extracted := Path(data_dir) / STL10_FILE).exists():
         source, state = extracted, repr((extracted.stat().st_size, extracted.stat().st_mtime_ns))
 
-    def results() -> Results:
+    def results(again: list[str] | None = None) -> Results:  # none of its pictures fails in a way that may pass
         if source != extracted:
             fetch(archive, data_dir)
         size, count = 3 * 96 * 96, 0
@@ -349,7 +355,7 @@ def load_stl10(data_dir: str | Path, archive: Archive = STL10) -> Bytes:
             if not count:
                 raise ValueError(f"it holds no pictures in {STL10_FILE}")
 
-    return whole("stl10", cached(Path(data_dir), f"stl10-{side}", state, side, source, COUNTS["stl10"], results()), source)
+    return whole("stl10", cached(Path(data_dir), f"stl10-{side}", state, side, source, COUNTS["stl10"], results), source)
 
 
 def load_celeba(data_dir: str | Path, archive: Archive = CELEBA) -> Bytes:
@@ -362,7 +368,7 @@ def load_celeba(data_dir: str | Path, archive: Archive = CELEBA) -> Bytes:
     if (folder := Path(data_dir) / "img_align_celeba").is_dir():
         return whole("celeba", load_folder(folder, data_dir, side), folder)
 
-    def results() -> Results:
+    def results(again: list[str] | None = None) -> Results:
         fetch(archive, data_dir)
         with data.reading(source), zipfile.ZipFile(source) as file:
             faces = {face.filename: face for face in file.infolist() if face.filename.endswith(".jpg")}
@@ -372,7 +378,7 @@ def load_celeba(data_dir: str | Path, archive: Archive = CELEBA) -> Bytes:
                     raise ValueError("it is too large for a face of CelebA")
                 return io.BytesIO(file.read(name))
 
-            yield from decode(sorted(faces), opened, side, source)
+            yield from decode(again or sorted(faces), opened, side, source)
 
-    pictures = cached(Path(data_dir), f"celeba-{side}", archive.digest, side, source, COUNTS["celeba"], results())
+    pictures = cached(Path(data_dir), f"celeba-{side}", archive.digest, side, source, COUNTS["celeba"], results)
     return whole("celeba", pictures, source)

@@ -75,8 +75,13 @@ def writing(path: Path, option: str = "--data-dir") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"{error.strerror or error}; free some space, or choose another {option}"
+        reason = f"{error.strerror or error}; {'free some space, or ' * is_full(error)}choose another {option}"
         raise UserError(f"cannot write {path}: {reason}") from None
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a file could not be written because there is no room for it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -89,7 +94,12 @@ def belongs_to_one(path: Path, refusal: str) -> Iterator[bool]:
     """
     posix = os.name == "posix"  # Windows removes no open file
     while True:
-        file = plain(path).open("ab")
+        try:
+            file = plain(path).open("ab")
+        except PermissionError:
+            if not path.exists():
+                raise
+            file = path.open("rb")  # another user's; it may be locked, and removed, without the right to write in it
         try:
             sure = lock(file)
         except BlockingIOError:
@@ -121,6 +131,7 @@ def being_made(path: Path) -> Iterator[None]:
     Raises UserError, before there was any work, where another process makes it or nothing can be written there; and for
     an OSError within.
     """
+    sweep(path.parent)
     refusal = f"another process is making {path}; start again when it has finished"
     with writing(path), belongs_to_one(path.with_name(f"{path.name}.lock"), refusal):
         yield

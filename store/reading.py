@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import io
 import logging
+import mmap
 import os
 import sys
 import threading
@@ -33,7 +35,7 @@ SAMPLES = {"1": 1, "L": 1, "P": 1, "LA": 4, "La": 4, "PA": 4, "RGB": 4, "RGBA": 
 GREY16 = {"PNG": ("I;16", "I;16B", "I"), "TIFF": ("I;16", "I;16B", "I;16L", "I;16N"), "JPEG2000": ("I;16",), "PPM": ("I",)}
 
 # Bytes for a pixel that decoders take beside the picture, as measured.
-DECODERS = {"PNG": 0, "BMP": 0, "DIB": 0, "GIF": 0, "PPM": 0, "TGA": 0, "PCX": 0, "WEBP": 13, "AVIF": 8}
+DECODERS = {"PNG": 0, "BMP": 2, "DIB": 2, "GIF": 0, "PPM": 0, "TGA": 0, "PCX": 0, "WEBP": 13, "AVIF": 8}
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 
@@ -78,42 +80,49 @@ def read_picture(file: IO[bytes], side: int, room: Room) -> Bytes:
     try:
         return _decode(file, side, room)
     except Exception as error:
-        file.seek(0)
-        if is_passing(error) or file.read(8) != PNG:
+        mmap.mmap(-1, MEMORY // 4).close()  # an OSError where little is left, for which decoders have words of their own
+        if is_passing(error):
             raise
-        with contextlib.suppress(Exception):  # what is said beside the pixels may be damaged, and they fine
+        try:  # what is said beside the pixels may be damaged, and they fine
+            file.seek(0)
             with room.take(2 * size):
-                bare = bare_png(file)
-            if len(bare) < size:
-                return _decode(io.BytesIO(bare), side, room)
-        raise
+                content = bare(file)
+            return _decode(io.BytesIO(content), side, room, size)
+        except Exception as second:
+            raise second if is_passing(second) else error from None
 
 
-def _decode(file: IO[bytes], side: int, room: Room) -> Bytes:
+def _decode(file: IO[bytes], side: int, room: Room, held: int = 0) -> Bytes:
     with Image.open(file) as picture:
         if picture.format in ("EPS", "WMF"):
             raise ValueError("it is a drawing that another program would have to make a picture of")
         extra, most = extra_memory(picture), 16 * BAND + 4 * min(min(picture.size), max(1 << 11, 8 * side)) ** 2
         picture.draft(None, (2 * side, 2 * side))  # a JPEG may come smaller, if not too small: that is faster
-        with room.take(extra + picture.width * picture.height * SAMPLES.get(picture.mode, 4) + most):
+        with room.take(held + extra + picture.width * picture.height * SAMPLES.get(picture.mode, 4) + most):
             return fit(picture, side)
 
 
-def bare_png(file: IO[bytes]) -> bytes:
-    """What a PNG, open behind its signature, has to have, and nothing else: no EXIF, no profile of colours, no text."""
-    parts = [PNG]
-    while len(head := file.read(8)) == 8:
+def bare(file: IO[bytes]) -> bytes:
+    """An open PNG or JPEG without what is said of its picture, such as EXIF, profiles or text; b"" if there is none."""
+    parts, size = [file.read(8)], file.seek(0, os.SEEK_END)
+    if parts[0].startswith(b"\xff\xd8"):
+        file.seek(0)
+        content = file.read()
+        named = functools.reduce(lambda x, name: x.replace(name, b"none"), (b"Exif", b"MPF\0", b"8BIM"), content)
+        return named if named != content else b""  # what has no name that is known goes unread
+    file.seek(8)
+    while parts[0] == PNG and len(head := file.read(8)) == 8:
         body = file.read(int.from_bytes(head[:4], "big") + 4)
         if head[4:] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
             parts += [head, body]
-    return b"".join(parts)
+    return b"".join(parts) if sum(map(len, parts)) < size else b""
 
 
 def extra_memory(picture: Image.Image) -> int:
     """About how many bytes its decoder takes beside an open picture's own, which has not been loaded."""
     pixels, channels = picture.width * picture.height, len(picture.getbands())
-    if picture.format in ("JPEG", "MPO"):  # a progressive one's coefficients are all there before its first pixel
-        return 2 * channels * pixels if picture.info.get("progressive") else 0
+    if picture.format in ("JPEG", "MPO"):  # if it has several passes, its coefficients are all there before its first pixel
+        return min(2 * channels * pixels, MEMORY if picture.info.get("progressive") else MEMORY // 2)  # rarely so, if large
     if picture.format == "TIFF":
         tags = picture.tag_v2
         rows = min(tags.get(323) or tags.get(278) or picture.height, picture.height)  # of a tile, or of a strip
@@ -141,10 +150,13 @@ def fit(picture: Image.Image, side: int) -> Bytes:
     (left, x), (top, y) = (divmod(length - square, 2) for length in picture.size)  # x and y: half a pixel more
     right, bottom = left + square + x, top + square + y
     small = Image.new("RGB", (-(-(square + x) // factor), -(-(square + y) // factor)))
-    step = max(1, BAND // square // factor) * factor
+    step, visible = max(1, BAND // square // factor) * factor, False
     for row in range(top, bottom, step):
-        band = to_rgb(picture.crop((left, row, right, min(row + step, bottom))), white, negative)
+        band, shows = to_rgb(picture.crop((left, row, right, min(row + step, bottom))), white, negative)
         small.paste(band.reduce(factor), (0, (row - top) // factor))
+        visible |= shows
+    if not visible and picture.format in ("TGA", "BMP", "DIB", "PSD"):  # for which a fourth channel may mean nothing
+        raise ValueError("all of it is transparent, if its fourth channel says so")
     box = x / 2 / factor, y / 2 / factor, (x / 2 + square) / factor, (y / 2 + square) / factor
     small = small.resize((side, side), Image.Resampling.BICUBIC, box)
     if orientation in UPRIGHT:
@@ -163,6 +175,8 @@ def meaning(picture: Image.Image) -> tuple[int, bool]:
         raise ValueError("its numbers are floats or have a sign: which of them is white is not known")
     if picture.mode not in SAMPLES and picture.mode not in GREY16.get(picture.format or "", ()):
         raise ValueError(f"its numbers, {picture.mode} to Pillow, are no bytes: which of them is white is not known")
+    if picture.mode == "P" and 0 < max(tags.get(320, (0,))) < 256:  # ColorMap
+        raise ValueError("its colours are of 8 bits, where such a file has 16")
     transparent = picture.info.get("transparency")
     if picture.format == "PNG" and isinstance(transparent, (int, tuple)) and picture.mode != "P" and picture.tile:
         stored = picture.tile[0][3]
@@ -173,17 +187,18 @@ def meaning(picture: Image.Image) -> tuple[int, bool]:
     return (1 << int(bits)) - 1, tags.get(262) == 0
 
 
-def to_rgb(picture: Image.Image, white: int, negative: bool) -> Image.Image:
-    """A picture of any mode that `meaning` takes, in RGB and without transparency."""
+def to_rgb(picture: Image.Image, white: int, negative: bool) -> tuple[Image.Image, bool]:
+    """A picture of any mode that `meaning` takes, in RGB and without transparency; and whether any of it was visible."""
     if picture.mode.startswith("I"):
         grey = np.clip(np.asarray(picture).astype(np.int64), 0, white)
         hidden = grey == picture.info.get("transparency", -1)
         grey = (white - grey if negative else grey) * 255 // white
-        return Image.fromarray(np.where(hidden, 255, grey).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        ground = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
-    return picture.convert("RGB")
+        return Image.fromarray(np.where(hidden, 255, grey).astype(np.uint8)).convert("RGB"), not hidden.all()
+    if not picture.has_transparency_data:
+        return picture.convert("RGB"), True
+    picture = picture.convert("RGBA")
+    ground = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(ground, picture).convert("RGB"), picture.getextrema()[3] != (0, 0)
 
 
 when_decoded: Callable[[], object] = int  # called when `lean` ends; for who wants freed memory kept. int does nothing

@@ -1,5 +1,6 @@
 """The promises of store/files.py: whole files, and arrays that claim no more than there is."""
 
+import errno
 import io
 import json
 import os
@@ -84,6 +85,29 @@ def test_only_files_are_opened_to_be_read(tmp_path):
         for name in ("pipe", "link"):
             with pytest.raises(OSError, match="a pipe or a device"):
                 files.plain(tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs another user")
+def test_the_lock_of_another_users_killed_process_is_in_nobodys_way(tmp_path, monkeypatch):
+    path, real = tmp_path / "x.lock", Path.open
+
+    def opened(self, mode="r", *rest):
+        if mode == "ab" and self.exists():
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, mode, *rest)
+
+    path.touch()
+    monkeypatch.setattr(Path, "open", opened)
+    with files.belongs_to_one(path, "taken"), pytest.raises(UserError, match="taken"), files.belongs_to_one(path, "taken"):
+        pass
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(("number", "advised"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)])
+def test_space_is_to_be_freed_where_it_is_lacking(number, advised, tmp_path):
+    with pytest.raises(UserError, match="choose another --data-dir") as caught, files.writing(tmp_path / "file"):
+        raise OSError(number, os.strerror(number))
+    assert ("free some space" in str(caught.value)) == advised
 
 
 def test_a_lock_that_its_owner_removes_in_between_is_taken_anew(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The promises of store/reading.py: a picture of any kind is read right, or refused with a reason, in bounded memory."""
 
+import errno
 import io
 import os
 import struct
@@ -136,6 +137,65 @@ def test_what_is_damaged_beside_the_pixels_costs_nothing():
     for name, content in files.items():
         read = reading.read_picture(io.BytesIO(content), SIDE, reading.Room())
         np.testing.assert_array_equal(read, picture.transpose(2, 0, 1), err_msg=name)
+
+
+def test_a_jpegs_damaged_exif_costs_nothing(tmp_path):
+    """Pillow asks it for the resolution, and falls over a text in its place."""
+    entries = struct.pack("<HHHI4sHHIHH", 2, 0x11A, 2, 1, bytes(4), 0x128, 3, 1, 2, 0)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + entries + bytes(4)
+    plain = encoded(slope(SIDE, SIDE), "JPEG", quality=95)
+    without_density = plain[:2] + plain[2 + 2 + int.from_bytes(plain[4:6], "big") :]  # its first segment, JFIF
+    content = without_density[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + without_density[2:]
+    read = (reading.read_picture(io.BytesIO(x), SIDE, reading.Room()) for x in (content, plain))
+    np.testing.assert_array_equal(*read)
+
+
+def test_trouble_that_passes_is_not_hidden_by_a_second_try(monkeypatch):
+    damaged = png([row.tobytes() for row in slope(SIDE, SIDE)], 8, 2, chunk(b"tEXt", b"a", right=False))
+    for error in (MemoryError(), OSError(errno.EIO, "Input/output error")):
+        monkeypatch.setattr(reading, "fit", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)) as caught:
+            reading.read_picture(io.BytesIO(damaged), SIDE, reading.Room())
+        assert reading.is_passing(caught.value)
+
+
+def test_memory_that_ran_out_is_known_whatever_a_decoder_calls_it(monkeypatch):
+    monkeypatch.setattr(reading, "fit", lambda *_: (_ for _ in ()).throw(ValueError("broken data stream")))
+    content = encoded(slope(SIDE, SIDE))
+    with pytest.raises(ValueError, match="broken data stream"):
+        reading.read_picture(io.BytesIO(content), SIDE, reading.Room())
+    monkeypatch.setattr(reading, "MEMORY", 1 << 50)
+    with pytest.raises(OSError, match="[Mm]emory") as caught:
+        reading.read_picture(io.BytesIO(content), SIDE, reading.Room())
+    assert reading.is_passing(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["TGA", "BMP"])
+def test_a_fourth_channel_that_hides_all_means_nothing_for_sure(kind):
+    picture = Image.fromarray(np.dstack([slope(SIDE, SIDE), np.zeros((SIDE, SIDE), np.uint8)]))
+    content = bytearray(encoded(picture, kind))
+    if kind == "BMP":  # Pillow writes none of those that have a mask for it
+        head = struct.pack("<IiiHHIIiiII4I", 108, SIDE, SIDE, 1, 32, 3, 0, 0, 0, 0, 0, 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+        content = (
+            b"BM"
+            + struct.pack("<IHHI", 14 + 108 + 4 * SIDE**2, 0, 0, 14 + 108)
+            + head.ljust(108, b"\0")
+            + bytes(4 * SIDE**2)
+        )
+    with pytest.raises(ValueError, match="all of it is transparent"):
+        reading.read_picture(io.BytesIO(content), SIDE, reading.Room())
+
+
+def test_colours_of_8_bits_where_there_should_be_16_are_refused():
+    palette = Image.fromarray((RAMP * 255).astype(np.uint8))
+    palette.putpalette([x for i in range(256) for x in (i, i, i)])
+    content = encoded(palette, "TIFF")
+    np.testing.assert_array_equal(reading.read_picture(io.BytesIO(content), SIDE, reading.Room())[0], np.asarray(palette))
+    colours = struct.pack("<768H", *[i * 256 for _ in range(3) for i in range(256)])
+    assert content.count(colours) == 1
+    eight = content.replace(colours, struct.pack("<768H", *[i for _ in range(3) for i in range(256)]))
+    with pytest.raises(ValueError, match="its colours are of 8 bits"):
+        reading.read_picture(io.BytesIO(eight), SIDE, reading.Room())
 
 
 @pytest.mark.parametrize("orientation", range(10))
