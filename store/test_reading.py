@@ -251,7 +251,7 @@ def test_memory_is_shared_and_what_needs_more_than_there_is_is_refused(monkeypat
 
 @pytest.mark.parametrize(("kind", "least"), [("BMP", 2), ("JPEG", 6)])
 def test_what_a_picture_may_take_is_counted_before_it_is_known(kind, least):
-    """A BMP may be packed, which Pillow keeps twice; a JPEG of several passes, which its head does not say, keeps numbers."""
+    """A BMP may be packed, which Pillow keeps twice; a JPEG may have several passes, between which it keeps numbers."""
     with Image.open(io.BytesIO(encoded(slope(20, 20), kind))) as picture:
         assert reading.extra_memory(picture) >= least * 400
 
