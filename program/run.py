@@ -293,11 +293,13 @@ def begin(args, chosen, out, checkpoint, device, forms, load, commands):
     group = gather_gpus(args, chosen, checkpoint) if args.gpus > 1 else None
     trainer = make_trainer(chosen, pictures, args.threads, group=group)
     if checkpoint:
-        learnt_from = checkpoints.load(trainer, checkpoint)
+        saved = checkpoints.load(trainer, checkpoint)
         if checkpoint.name != CHECKPOINTS[0]:  # a damaged newest would become the previous with the next that is saved
             with contextlib.suppress(FileNotFoundError):
                 (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
-        if learnt_from != trainer.learns_from:
+        if saved.options != chosen:  # first, so that whatever stops the run, it goes on with what was asked for now
+            checkpoints.save(trainer, out / CHECKPOINTS[0], keep=False)
+        if saved.pictures != trainer.learns_from:
             output.warn(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
                         f"{len(pictures):,}")  # fmt: skip
     threads = f", {trainer.update.threads} threads" if device == "cpu" else ""
