@@ -93,8 +93,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
     noise = trainer.noise(JUDGED, rng)
     pictures = trainer.batches.pictures
     real = data.scale(pictures[rng.choice(len(pictures), JUDGED, replace=len(pictures) < JUDGED)])
-    looks_every = min(sample_every, evaluate_every or sample_every)
-    log = Log(out / "log.csv", trainer.step, settings.steps, looks_every)
+    log = Log(out / "log.csv", trainer.step, settings.steps, sample_every)
     report = Report(trainer, out, commands)
     updates = itertools.count()
 
@@ -105,6 +104,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
     trainer.update.watch = watch
     if settings.locality != "none":
         explain_locality(settings, out / "locality.png")
+    done = False  # and saved
     with contextlib.closing(log), stop_signals() as stop:
         try:
             before = [(0, {})] if trainer.step == 0 else []  # all is looked at before the first step, too
@@ -120,27 +120,26 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
                         log.measure(look(trainer, noise, real, out / "samples"))
                     sampled = now
                 if measure and (last or step % evaluate_every == 0):
-                    with log.aside("scoring"):
+                    with log.aside("scoring", evaluate_every):
                         log.measure(measure())
                 asked = stop.asked
                 if step and (last or asked or step % save_every == 0 or now - saved > PATIENCE):
                     log.write()
                     files.sync(out / "log.csv")  # whose rows are not to be older than the checkpoint
                     checkpoints.save(trainer, out / CHECKPOINTS[0])
-                    saved = now
+                    saved, done = now, last
                 log.tick(at_once=asked)
                 if step == 2 and (seconds := log.left()) > LONG:
                     long = f"this run will take about {output.clock(seconds)} here"
                     shorter = "--preset cifar10-laptop, or a run of fewer --steps, takes less"
                     log.say(f"{long}; {shorter}", event="long", seconds=seconds)
-                if sampled == now:  # in this step
+                if sampled == now and not last:  # in this step; the last one's report is drawn below
                     with log.aside("drawing the report"):
                         report.update()
                 if asked and not last:
                     return asked
         finally:
-            if trainer.step < settings.steps:
-                report.update(stopped=True, quiet=True)
+            report.update(stopped=not done, quiet=not done)
     return None
 
 
