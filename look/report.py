@@ -30,7 +30,7 @@ from look.drawing import BLUE, GREEN, ORANGE, RED
 from look.plot import plot
 from look.summary import size
 from store import files
-from store.output import clock, one_line, warn
+from store.output import clock, warn
 
 # --- 1. Curves --------------------------------------------------------------------------------------------------------
 
@@ -213,6 +213,6 @@ class Report:
         except Exception as error:
             if not quiet:
                 goes_on = "; the run goes on" * (self.trainer.step < options.steps)
-                warn(f"transgan: {path} could not be drawn: {one_line(first_line(error))}{goes_on}")
+                warn(f"transgan: {path} could not be drawn: {first_line(error)}{goes_on}")
         now = time.monotonic()
         self.due = now + (now - begun) / self.SHARE

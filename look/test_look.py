@@ -336,7 +336,9 @@ def test_a_drawing_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(
         checkpoints, "save", lambda trainer, *rest: done.append(("save", trainer.step)) or save(trainer, *rest)
     )
-    monkeypatch.setattr(report.Report, "update", lambda self, **how: done.append(("draw", self.trainer.step)) or update(self, **how))
+    monkeypatch.setattr(
+        report.Report, "update", lambda self, **how: done.append(("draw", self.trainer.step)) or update(self, **how)
+    )
     out = tmp_path / "run"
     assert run_main(*support.TRAIN, "--out", out, "--sample-every", 2, "--save-every", 2) == 0
     message = r"transgan: .*report.html could not be drawn: .*No space left.*; the run goes on\n"

@@ -22,7 +22,7 @@ from program.trainer import make_networks
 from store import files
 from store.arguments import NAMES
 from store.files import CHECKPOINTS
-from store.output import note, one_line, warn
+from store.output import note, warn
 
 
 class NotFinite(UserError):
@@ -189,7 +189,7 @@ def newest_checkpoint(begun):
             reasons.append(str(error).rpartition(";")[0])
             continue
         if reasons:
-            warn(f"transgan: {one_line(reasons[0])}; going on from {path.name}")
+            warn(f"transgan: {reasons[0]}; going on from {path.name}")
         return path, saved.options
     advice = "start a new run, or name a run's folder" if folder else "name a run's folder, or a file that --export made"
     raise UserError(f"{', and '.join(reasons)}; {advice}")
@@ -242,6 +242,7 @@ def owned(out, resume=None, goes_on=""):
                 if re.search(r"\.(npz|csv|png|gif|html|json)\.\d+\.part$", part.name):
                     part.unlink(missing_ok=True)  # what a killed process was writing
         elif found := [*out.glob("checkpoint*.npz"), *out.glob("log.csv"), *samples.iterdir()]:
-            raise UserError(f"{out} holds a run already, of which {found[0].name} is; choose another --out, or go on with "
-                            f"it: {goes_on}")  # fmt: skip
+            if dataset_of(out):
+                raise UserError(f"{out} holds a run already; choose another --out, or go on with it: {goes_on}")
+            raise UserError(f"{out} holds {found[0].relative_to(out)} already; choose another --out")
         yield

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 
 import numpy as np
@@ -241,7 +240,7 @@ def look_back(args, sampler, load, out):
     if args.begun:
         if not args.begun.is_dir():
             command = options.command(sampler.options)
-            output.note(output.one_line(f"{args.begun} is the generator of step {sampler.step} of: {command}"))
+            output.note(f"{args.begun} is the generator of step {sampler.step} of: {command}")
         return
     features = args.features or ("own" if sampler.options.dataset == "shapes" and not args.inception else "inception")
     scores.evaluate(out, sampler, load, features, args.num_images or 50_000, args.data_dir, args.inception, args.fid_stats)
@@ -302,8 +301,8 @@ def begin(args, chosen, out, checkpoint, device, forms, load, commands):
             output.warn(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
                         f"{len(pictures):,}")  # fmt: skip
     threads = f", {trainer.update.threads} threads" if device == "cpu" else ""
-    output.tell(f"{NAMES[chosen.generator]}-{chosen.size} on {chosen.dataset} {chosen.image_size}x{chosen.image_size}, "
-                f"{len(pictures):,} pictures, {device}{threads}, {forms}, into {out}",
+    begun = f"{NAMES[chosen.generator]}-{chosen.size} on {chosen.dataset} {chosen.image_size}x{chosen.image_size}"
+    output.tell(output.one_line(f"{begun}, {len(pictures):,} pictures, {device}{threads}, {forms}, into {out}"),
                 event="start", options=dataclasses.asdict(chosen), step=trainer.step, pictures=len(pictures), device=device,
                 threads=trainer.update.threads, forms=forms, out=str(out))  # fmt: skip
     start = time.monotonic()
@@ -313,11 +312,11 @@ def begin(args, chosen, out, checkpoint, device, forms, load, commands):
     if times is not None:
         tell_profile(times, trainer.inputs.waited, time.monotonic() - start)
     if asked:
-        print(f"stopped after step {trainer.step}, and saved; go on with: {commands[1]}", file=sys.stderr)
+        output.warn(f"stopped after step {trainer.step}, and saved; go on with: {commands[1]}")
         output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=commands[1])
         return 128 + asked
     picture, report = out / "samples" / f"step-{trainer.step:06d}.png", out / "report.html"
-    output.tell(f"done: {picture}; all about this run: {report}", event="picture", path=str(picture))
+    output.tell(output.one_line(f"done: {picture}; all about this run: {report}"), event="picture", path=str(picture))
     output.tell(None, event="report", path=str(report))
     return 0
 

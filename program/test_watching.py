@@ -10,8 +10,8 @@ import pytest
 
 import autograd as ag
 from look import report
-from program import log as logs
 from program import checkpoints, presets, run, signals
+from program import log as logs
 from program.log import Log
 from program.support import TRAIN, at_step, on_posix, run_main, small_trainer
 from store import output

@@ -51,6 +51,11 @@ def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
             remove(part)
 
 
+def is_full(error: OSError) -> bool:
+    """Whether it was space, or what there may be of it, that a write lacked."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def remove(path: Path) -> None:
     """Remove a file, or a folder and all that is in it. Raises OSError."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
