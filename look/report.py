@@ -14,8 +14,6 @@ import contextlib
 import csv
 import datetime
 import html
-import math
-import statistics
 import string
 import time
 from pathlib import Path
@@ -51,7 +49,7 @@ def number(text):
     try:
         return float(text)
     except ValueError:
-        return math.nan
+        return float("nan")
 
 
 def read_log(path):
@@ -99,13 +97,13 @@ def progress(samples, image_size, path):
     most = min(FRAMES, max(8, PIXELS // side**2))
     grids = [grids[i] for i in np.unique(np.linspace(0, len(grids) - 1, most).round().astype(int))] if grids else []
     cut = slice(0, side * factor, factor)
-    found = []
+    by_size = {}
     for grid in grids:
         with contextlib.suppress(Exception), Image.open(grid) as image:  # a damaged one can raise anything at all
-            found.append((f"step {int(grid.stem[5:]):,}", image.size, np.asarray(image.convert("RGB"))[cut, cut]))
-    if found:
-        usual = statistics.mode(size for _, size, _ in found)
-        captions, frames = zip(*((caption, frame) for caption, size, frame in found if size == usual), strict=True)
+            frame = np.asarray(image.convert("RGB"))[cut, cut]
+            by_size.setdefault(image.size, []).append((f"step {int(grid.stem[5:]):,}", frame))
+    if by_size:
+        captions, frames = zip(*max(by_size.values(), key=len), strict=True)
         durations = [*(len(frames) - 1) * [max(60, min(400, 6000 // len(frames)))], 2500]
         drawing.save_animation(np.stack(frames), path, max(1, 300 // side), durations, captions)
 

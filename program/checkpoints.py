@@ -40,8 +40,7 @@ def save(trainer, path, keep=True):
         if not np.isfinite(x).all():
             raise NotFinite(f"{name} is not finite after step {trainer.step}")
     options = json.dumps(dataclasses.asdict(trainer.options))
-    previous = path.with_stem(f"{path.stem}-previous") if keep else None
-    with files.whole_file(path, previous) as part, part.open("wb") as file:
+    with files.whole_file(path, keep and path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
         np.savez(file, options=options, step=np.int64(trainer.step), rate_scale=np.float64(trainer.update.rate_scale),
                  pictures=np.uint64(int(trainer.learns_from, 16)), **arrays)  # fmt: skip
 

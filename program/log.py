@@ -80,10 +80,8 @@ class Log:
 
     @contextlib.contextmanager
     def aside(self, what, every=None):
-        """Within this context is done what is no part of any step, `what` in a word or two. Raises NotFinite.
-
-        every: steps until it is done again (default: as of this log).
-        """
+        """Within this context is done what is no part of any step, `what` in a word or two, and again after `every` steps
+        (default: as this log has it). Raises NotFinite."""
         self.check()
         begun = time.monotonic()
         self.busy(what, at_once=True)
@@ -137,9 +135,8 @@ class Log:
         """Print the line; on a terminal that is gone, this is what to hang up for."""
         try:
             if self.live:
-                line, width = self.line(doing), shutil.get_terminal_size().columns - 1
-                if len(line) > width:  # as many parts as fit, of which the first is cut if need be
-                    line = line[: width + 2].rpartition("  ")[0] or line[:width]
+                room = shutil.get_terminal_size().columns + 1  # for as many parts as fit, and the two spaces after them
+                line = f"{self.line(doing)}  "[:room].rpartition("  ")[0]
                 print(f"\r\033[K{line}", end="", flush=True)
             elif output.mode == "lines":
                 output.tell(self.line(doing))

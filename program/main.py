@@ -14,7 +14,7 @@ from program import options
 from program.run import run
 from store import output
 from store.arguments import Parser
-from store.files import is_full
+from store.files import FULL
 from store.output import one_line
 
 
@@ -91,7 +91,7 @@ def what_stopped(error):
     elif isinstance(error, BrokenPipeError):
         reason = "nobody reads the output any more"
     else:
-        advice = "free some space" if is_full(error) else "put that right first"
+        advice = "free some space" if error.errno in FULL else "put that right first"
         reason = f"{error.filename2 or error.filename or 'writing'}: {error.strerror or error}; {advice}"
     goes_on = getattr(error, "goes_on", None)
     return f"{reason}; go on from the last checkpoint with: {goes_on}" if goes_on else reason

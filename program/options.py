@@ -217,10 +217,8 @@ def flag(name):
 def quoted(path):
     """A word, such as a path, as one writes it in a command; bytes that no terminal shows as bash and zsh have them."""
     text = f"./{path}" if isinstance(path, Path) and str(path)[0] in "-~" else str(path)  # no option, nobody's home
-    if os.name == "nt":
-        return subprocess.list2cmdline([text])
-    if text.isprintable():
-        return shlex.quote(text)
+    if os.name == "nt" or text.isprintable():
+        return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
     odd = {c: "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in text if not c.isprintable() or c in "\\'"}
     return "$'" + "".join(odd.get(c, c) for c in text) + "'"
 

@@ -26,6 +26,7 @@ from data import Floats, UserError
 
 CHECKPOINTS = ("checkpoint.npz", "checkpoint-previous.npz")  # of a run's folder, the newest first
 CHUNK = 1024  # pictures that are decoded or hashed at once
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError for which it helps to free some space
 
 
 @contextlib.contextmanager
@@ -49,11 +50,6 @@ def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             remove(part)
-
-
-def is_full(error: OSError) -> bool:
-    """Whether it was space, or what there may be of it, that a write lacked."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def remove(path: Path) -> None:
