@@ -813,6 +813,17 @@ def test_quiet_says_nothing_but_errors(small, hasty, tmp_path, capsys, monkeypat
     assert "do not go together" in fails(capsys, "--quiet", "--json")
 
 
+@pytest.mark.parametrize("words", ["--steps -1", "--summary --evaluate x", "--resume x", "--summary"])
+def test_where_standard_error_is_closed_nothing_goes_astray(words, tmp_path, monkeypatch, capsys):
+    """To print on None is to print on standard output, among the objects of --json."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_main(*words.split(), "--json") == (0 if words == "--summary" else 2)
+    output.warn("a warning")
+    output.note("a note")
+    assert objects(capsys.readouterr().out)[-1]["event"] == "end"
+
+
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
 def test_who_wants_no_escape_sequences_gets_none(name, value, small, tmp_path, capsys, monkeypatch):
     for stream in (sys.stdout, sys.stderr):
