@@ -129,7 +129,9 @@ def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds after three that are not (default 7)")
-    measured, failed = turns.take_turns({name: (make, name) for name in ENGINES}, 2, parser.parse_args().rounds, untimed=3)
+    if (rounds := parser.parse_args().rounds) < 1:
+        parser.error("--rounds must be from 1")
+    measured, failed = turns.take_turns({name: (make, name) for name in ENGINES}, 2, rounds, untimed=3)
     print(f"{'':16}{'first':>22}{'second':>22}   (in brackets: times as long as this project)")
     for name in ENGINES:
         if name in failed:

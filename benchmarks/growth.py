@@ -20,7 +20,7 @@ import statistics
 import timeit
 import tracemalloc
 
-from start import fast  # isort: skip
+from start import device, fast, number  # isort: skip
 
 import numpy as np
 
@@ -71,21 +71,21 @@ def measure(batch, tokens, width, rounds):
 def main():
     """Print the table as it is measured, and at last the same as one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="timed passes (default 5)")
-    parser.add_argument("--largest", type=int, default=10**9, metavar="N", help="leave out numbers above N")
-    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
+    parser.add_argument("--rounds", type=number(int, 1), default=5, help="timed passes (default 5)")
+    parser.add_argument("--largest", type=number(int, 1), default=10**9, metavar="N", help="leave out numbers above N")
+    parser.add_argument("--device", type=device, default="auto", metavar="{auto,cpu,gpu}")
     args = parser.parse_args()
-    device = ag.use_device(args.device)
+    used = ag.use_device(args.device)
     fast.install()
     rows = []
-    print(f"{device}, medians of {args.rounds}")
+    print(f"{used}, medians of {args.rounds}")
     print("".join(f"{name:{form.partition('.')[0]}}" for name, form in COLUMNS.items()))
     for name, values in SWEEPS.items():
         for value in (v for v in values if v <= args.largest):
             row = {"grows": name} | measure(**(BASE | {name: value}), rounds=args.rounds)
             rows.append(row)
             print("".join(f"{row[column]:{form}}" for column, form in COLUMNS.items() if column in row), flush=True)
-    print(json.dumps({"device": device, "rows": rows}))
+    print(json.dumps({"device": used, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ ours against.
 
 import argparse
 
-from start import fast  # isort: skip
+from start import fast, number  # isort: skip
 
 import numpy as np
 
@@ -36,8 +36,8 @@ def tasks(name, count):
 def main():
     """Print both medians, their ratio, and how far the features lie apart."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pictures", type=int, default=16, help="pictures a call (default 16)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
+    parser.add_argument("--pictures", type=number(int, 1), default=16, help="pictures a call (default 16)")
+    parser.add_argument("--rounds", type=number(int, 1), default=7, help="timed rounds (default 7)")
     args = parser.parse_args()
     sides = {name: (tasks, name, args.pictures) for name in ("ours", "PyTorch")}
     measured, failed = turns.take_turns(sides, 1, args.rounds)

@@ -10,6 +10,7 @@ import argparse
 import functools
 
 import step
+from start import number
 
 import autograd as ag
 import fast
@@ -47,14 +48,16 @@ def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="S", choices=transgan.SIZES)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds after one that is not (default 7)")
+    parser.add_argument("--batch-size", type=number(int, 1), default=16)
+    parser.add_argument("--rounds", type=number(int, 1), default=7, help="timed rounds after one that is not (default 7)")
     args = parser.parse_args()
     print(f"size {args.size}, batch {args.batch_size}, {fast.CORES} cores, medians of {args.rounds} rounds")
     print(f"{'without':32}" + "".join(f"{name:>22}" for name in step.STEPS))
     for name in WITHOUT:
         sides = {side: (tasks, side, args.size, args.batch_size) for side in ("everything", name)}
-        measured, _ = turns.take_turns(sides, len(step.STEPS), args.rounds)
+        measured, failed = turns.take_turns(sides, len(step.STEPS), args.rounds)
+        if failed:
+            parser.error(f"{name}: {'; '.join(failed.values())}")
         pairs = zip(measured[name], measured["everything"], strict=True)
         ratios = [alone / everything for (alone, _), (everything, _) in pairs]
         print(f"{name:32}" + "".join(f"{ratio:>22.2f}" for ratio in ratios), flush=True)

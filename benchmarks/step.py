@@ -19,7 +19,7 @@ import json
 import sys
 from pathlib import Path
 
-from start import fast  # isort: skip
+from start import device, fast, number  # isort: skip
 
 import numpy as np
 
@@ -118,25 +118,26 @@ def main():
     """Print the table as it is measured, and at last the same as one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="S", help="of the networks, separated by commas (default S)")
-    parser.add_argument("--batch-sizes", default="16", help="separated by commas (default 16)")
+    parser.add_argument("--batch-sizes", type=lambda text: [number(int, 1)(word) for word in text.split(",")], default="16",
+                        help="separated by commas (default 16)")  # fmt: skip
     parser.add_argument("--sides", default="ours,eager,fused", help=f"of {','.join(SIDES)} (default ours,eager,fused)")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds after one that is not (default 7)")
-    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
+    parser.add_argument("--rounds", type=number(int, 1), default=7, help="timed rounds after one that is not (default 7)")
+    parser.add_argument("--device", type=device, default="auto", metavar="{auto,cpu,gpu}")
     parser.add_argument("--precision", choices=("float32", "tf32"), default="float32", help="of matrix products")
     args = parser.parse_args()
     sides, sizes = args.sides.split(","), args.sizes.split(",")
     if not set(sides) <= set(SIDES) or not set(sizes) <= set(transgan.SIZES):
         parser.error(f"sides are {', '.join(SIDES)}, sizes {', '.join(transgan.SIZES)}")
-    device = ag.use_device(args.device)
-    print(f"{device}, {fast.CORES} cores, {args.precision}, medians of {args.rounds}; in brackets ours divided by theirs")
+    name = ag.use_device(args.device)
+    print(f"{name}, {fast.CORES} cores, {args.precision}, medians of {args.rounds}; in brackets ours divided by theirs")
     print(f"{'size':5}{'batch':>5}  {'':20}" + "".join(f"{side:>18}" for side in SIDES))
     results = []
     for size in sizes:
-        for batch_size in map(int, args.batch_sizes.split(",")):
+        for batch_size in args.batch_sizes:
             rows = measure(sides, size, batch_size, args.device, args.precision, rounds=args.rounds)
             for what, row in rows.items():
                 print(line(size, batch_size, what, row), flush=True)
-            results.append({"size": size, "batch_size": batch_size, "device": device, "precision": args.precision} | rows)
+            results.append({"size": size, "batch_size": batch_size, "device": name, "precision": args.precision} | rows)
     print(json.dumps(results))
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from benchmarks import gpu, turns
 from program.support import on_posix
-from test_transgan import on_cpu
+from test_transgan import DEVICE, on_cpu
 
 
 def run(script, *arguments):
@@ -45,6 +46,28 @@ def test_the_benchmark_runs():
             assert min(result[what].values()) > 0
     with pytest.raises(AssertionError, match="sides are ours"):
         run("step.py", "--sides", "theirs")
+
+
+MISTAKES = [
+    *(("step.py", "--batch-sizes", wrong) for wrong in ("x", "", "0", "2,-1")),
+    *((script, "--rounds", wrong) for script in ("step.py", "speedups.py", "engines.py", "growth.py", "inception.py")
+      for wrong in ("0", "-1", "x")),
+    *((script, "--device", "tpu") for script in ("step.py", "growth.py")),
+    *((script, "--device", "gpu") for script in ("step.py", "growth.py") if DEVICE == "cpu"),
+    ("speedups.py", "--batch-size", "0"), ("inception.py", "--pictures", "0"), ("growth.py", "--largest", "0"),
+    ("training.py", "--dataset", "shapes", "--image-size", "9"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
+def test_what_a_person_gets_wrong_is_said_at_once_in_one_line(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
+    monkeypatch.setattr(sys, "argv", list(words))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(Path(__file__).with_name(words[0])), run_name="__main__")
+    printed = capsys.readouterr()
+    assert (stop.value.code, printed.out, "Traceback" in printed.err) == (2, "", False)
+    assert re.search("(error|transgan): .*\n$", printed.err)
 
 
 @on_posix

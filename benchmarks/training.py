@@ -102,6 +102,7 @@ def main():
         lengths = [args.short] * (len(args.seeds) - 1) + [args.steps or 2000]
         runs = [options.check_options(options.fill_in(given | {"seed": seed, "steps": steps}, args.preset))
                 for seed, steps in zip(args.seeds, lengths, strict=True)]  # fmt: skip
+        make_networks(runs[0])  # which refuse what they cannot make
         pictures = datasets.load_pictures(runs[0].dataset, args.data_dir, runs[0].image_size)
         args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, UserError) as error:

@@ -10,6 +10,7 @@ Contents
 """
 
 import base64
+import contextlib
 import csv
 import datetime
 import html
@@ -27,7 +28,7 @@ from look.drawing import BLUE, GREEN, ORANGE, RED
 from look.plot import plot
 from look.summary import size
 from store import files
-from store.output import clock, one_line, warn
+from store.output import clock, warn
 
 # --- 1. Curves --------------------------------------------------------------------------------------------------------
 
@@ -43,12 +44,20 @@ PANELS = (
 LABELS = {"distance": "distance", "fid_own": "FID-own", "is_own": "IS-own"}  # what is measured, in few rows: all are shown
 
 
+def number(text):
+    """What a cell of a log says, NaN where that is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
 def read_log(path):
     """The finite numbers in a run's log.csv by column: {"disc_loss": (steps, values), ...}, float arrays of one length."""
-    with files.plain(path).open(newline="") as file:
+    with files.plain(path).open(newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.reader(file)
         names = next(reader)
-        rows = np.fromiter((float(x or "nan") for row in reader for x in row), float).reshape(-1, len(names))
+        rows = np.fromiter((number(x) for row in reader for x in row), float).reshape(-1, len(names))
     return {name: rows[np.isfinite(rows[:, i])][:, [0, i]].T for i, name in enumerate(names)}
 
 
@@ -75,28 +84,28 @@ PIXELS = 300_000  # of all its frames before they are enlarged: less than a mega
 
 def by_step(samples, kind):
     """The grids samples/KIND-STEP.png in order of their steps, of which some have more digits than others."""
-    grids = [path for path in samples.glob(f"{kind}-*.png") if path.stem[len(kind) + 1 :].isdecimal()]
+    grids = [path for path in samples.glob(f"{kind}-*.png") if path.stem[len(kind) + 1 :].isdecimal() and path.is_file()]
     return sorted(grids, key=lambda path: int(path.stem[len(kind) + 1 :]))
 
 
 def progress(samples, image_size, path):
     """Animate the grids samples/step-*.png, evenly thinned, the last one held; nothing without any. Shows their first 4
-    rows and columns of small pictures, fewer of larger ones."""
+    rows and columns of small pictures, fewer of larger ones; passes over what is no picture, or not of most grids' size."""
     grids = by_step(samples, "step")
-    if not grids:
-        return
     across, factor = min(4, max(2, 100 // image_size)), max(1, 96 // image_size)
     side = across * (image_size + 1) + 1
     most = min(FRAMES, max(8, PIXELS // side**2))
-    grids = [grids[i] for i in np.unique(np.linspace(0, len(grids) - 1, most).round().astype(int))]
+    grids = [grids[i] for i in np.unique(np.linspace(0, len(grids) - 1, most).round().astype(int))] if grids else []
     cut = slice(0, side * factor, factor)
-    frames = []
+    by_size = {}
     for grid in grids:
-        with Image.open(files.plain(grid)) as image:
-            frames.append(np.asarray(image.convert("RGB"))[cut, cut])
-    durations = [*(len(grids) - 1) * [max(60, min(400, 6000 // len(grids)))], 2500]
-    captions = [f"step {int(grid.stem[5:]):,}" for grid in grids]
-    drawing.save_animation(np.stack(frames), path, max(1, 300 // side), durations, captions)
+        with contextlib.suppress(Exception), Image.open(grid) as image:  # a damaged one can raise anything at all
+            frame = np.asarray(image.convert("RGB"))[cut, cut]
+            by_size.setdefault(image.size, []).append((f"step {int(grid.stem[5:]):,}", frame))
+    if by_size:
+        captions, frames = zip(*max(by_size.values(), key=len), strict=True)
+        durations = [*(len(frames) - 1) * [max(60, min(400, 6000 // len(frames)))], 2500]
+        drawing.save_animation(np.stack(frames), path, max(1, 300 // side), durations, captions)
 
 
 # --- 3. The page ------------------------------------------------------------------------------------------------------
@@ -147,7 +156,7 @@ def page(trainer, out, log, commands, stopped=False):
     While training goes on, a browser loads it anew now and then.
     """
     options, step, threads = trainer.options, trainer.step, trainer.update.threads
-    state = "finished" if step >= options.steps else "stopped" if stopped else "training"
+    state = "stopped" if stopped else "finished" if step >= options.steps else "training"
     grids = {kind: next(reversed(by_step(out / "samples", kind)), None) for kind in ("step", "restored")}
     pictures = embedded(out / "progress.gif", "The same noise, over time", "pixels")
     if grids["step"]:
@@ -201,6 +210,7 @@ class Report:
                 part.write_text(page(self.trainer, self.out, log, self.commands, stopped), "utf-8", "backslashreplace")
         except Exception as error:
             if not quiet:
-                warn(f"transgan: {path} could not be drawn: {one_line(first_line(error))}; the run goes on")
+                goes_on = "; the run goes on" * (self.trainer.step < options.steps)
+                warn(f"transgan: {path} could not be drawn: {first_line(error)}{goes_on}")
         now = time.monotonic()
         self.due = now + (now - begun) / self.SHARE

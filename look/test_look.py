@@ -186,11 +186,13 @@ def colour_rows(path, colour, left, right, near=30):
     return 36 + np.flatnonzero((np.abs(part - colour).max(axis=-1) < near).any(axis=1))
 
 
-@pytest.mark.parametrize("strange", [{}, {7: "nan", 60: "inf"}, {9: "1e30", 70: "-1e35"}, {9: ""}])
+@pytest.mark.parametrize("strange", [{}, {7: "nan", 60: "inf"}, {9: "1e30", 70: "-1e35"}, {9: ""},
+                                     {9: "abc", 70: "\0"}, {9: "\xff"}])  # fmt: skip
 def test_curves_rise_where_the_log_does_and_bear_strange_numbers(strange, tmp_path):
     """100 steps at a loss of 0, then 100 at 10: the line is low, then high, whatever single numbers do."""
     rows = [{"step": i, "disc_loss": strange.get(i, 10 * (i > 100)), "gen_loss": 5, "seconds": i} for i in range(1, 201)]
     write_log(tmp_path / "log.csv", rows)
+    (tmp_path / "log.csv").write_bytes((tmp_path / "log.csv").read_text("utf-8").encode("latin-1"))
     log = report.read_log(tmp_path / "log.csv")
     assert all(np.isfinite(values).all() for values in log.values())
     report.curves(log, tmp_path / "curves.png")
@@ -283,6 +285,29 @@ def test_progress_shows_the_same_pictures_over_time(tmp_path, monkeypatch):
     assert len(np.unique(captions, axis=0)) == 11
 
 
+@pytest.mark.parametrize("step", [0, 1, 3])
+@pytest.mark.parametrize("damage", ["text", "folder", "pipe", "smaller", "larger"])
+def test_a_grid_that_is_damaged_is_passed_over(damage, step, tmp_path):
+    """Of an animation's; and a run's page is drawn, for which the newest grid is read again."""
+    for i in range(4):
+        data.save_grid(np.zeros((64, 3, 16, 16)), tmp_path / f"step-{i:06d}.png")
+    bad = tmp_path / f"step-{step:06d}.png"
+    bad.unlink()
+    if damage == "pipe":
+        getattr(os, "mkfifo", Path.touch)(bad)
+    elif damage == "folder":
+        bad.mkdir()
+    elif damage == "text":
+        bad.write_text("no picture")
+    else:
+        Image.new("RGB", (90, 90) if damage == "smaller" else (2000, 1000)).save(bad)
+    report.progress(tmp_path, 16, tmp_path / "progress.gif")
+    with Image.open(tmp_path / "progress.gif") as image:
+        assert image.n_frames == 3
+    assert (bad in report.by_step(tmp_path, "step")) == (damage not in ("pipe", "folder") or bad.is_file())
+    assert report.embedded(report.by_step(tmp_path, "step")[-1], "the newest")
+
+
 @pytest.mark.parametrize("side", [8, 32, 128])
 def test_pictures_of_every_size_make_a_small_animation(side, tmp_path):
     """Of noise, which compresses worst."""
@@ -311,11 +336,15 @@ def test_a_drawing_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(
         checkpoints, "save", lambda trainer, *rest: done.append(("save", trainer.step)) or save(trainer, *rest)
     )
-    monkeypatch.setattr(report.Report, "update", lambda self: done.append(("draw", self.trainer.step)) or update(self))
+    monkeypatch.setattr(
+        report.Report, "update", lambda self, **how: done.append(("draw", self.trainer.step)) or update(self, **how)
+    )
     out = tmp_path / "run"
     assert run_main(*support.TRAIN, "--out", out, "--sample-every", 2, "--save-every", 2) == 0
     message = r"transgan: .*report.html could not be drawn: .*No space left.*; the run goes on\n"
-    assert re.match(message, capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.match(message, said)
+    assert said.count("could not be drawn") == said.count("; the run goes on") + 1  # but for the last
     assert done == [(kind, step) for step in (0, 2, 4) for kind in ("save", "draw")]  # the checkpoint is safe by then
     assert [row["step"] for row in support.read_log(out)] == list("01234")
     assert "report.html" not in leftovers(out)

@@ -22,30 +22,31 @@ from program.trainer import make_networks
 from store import files
 from store.arguments import NAMES
 from store.files import CHECKPOINTS
-from store.output import note, one_line, warn
+from store.output import note, warn
 
 
 class NotFinite(UserError):
     """A number of training, named by the message, has become infinite or NaN."""
 
 
-def save(trainer, path):
+def save(trainer, path, keep=True):
     """Write a checkpoint: all arrays of training, the step and the options, from which the random state follows.
 
-    The one that lies there is kept as NAME-previous.npz. Raises NotFinite, and writes nothing, for a state that is not.
+    The one that lies there is kept as NAME-previous.npz; or replaced at once, without `keep`, where it is of the same step.
+    Raises NotFinite, and writes nothing, for a state that is not.
     """
     arrays = {name: ag.to_numpy(x) for name, x in trainer.state().items()}
     for name, x in arrays.items():
         if not np.isfinite(x).all():
             raise NotFinite(f"{name} is not finite after step {trainer.step}")
     options = json.dumps(dataclasses.asdict(trainer.options))
-    with files.whole_file(path, path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
+    with files.whole_file(path, keep and path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
         np.savez(file, options=options, step=np.int64(trainer.step), rate_scale=np.float64(trainer.update.rate_scale),
                  pictures=np.uint64(int(trainer.learns_from, 16)), **arrays)  # fmt: skip
 
 
 def load(trainer, path):
-    """Take a checkpoint's arrays and step; returns the fingerprint of the pictures of its run, or None where it has none.
+    """Take a checkpoint's arrays and step; returns the Checkpoint, closed.
 
     Raises UserError, and takes nothing, if it does not fit these networks.
     """
@@ -62,7 +63,7 @@ def load(trainer, path):
     trainer.step, trainer.update.rate_scale = saved.step, scale
     trainer.gen_adam.t, trainer.disc_adam.t = saved.step, saved.step * trainer.options.disc_steps
     trainer.set_window()
-    return saved.pictures
+    return saved
 
 
 def load_sampler(options, path, threads=None):
@@ -187,7 +188,7 @@ def newest_checkpoint(begun):
             reasons.append(str(error).rpartition(";")[0])
             continue
         if reasons:
-            warn(f"transgan: {one_line(reasons[0])}; going on from {path.name}")
+            warn(f"transgan: {reasons[0]}; going on from {path.name}")
         return path, saved.options
     advice = "start a new run, or name a run's folder" if folder else "name a run's folder, or a file that --export made"
     raise UserError(f"{', and '.join(reasons)}; {advice}")
@@ -241,6 +242,7 @@ def owned(out, resume=None, goes_on=""):
             if re.search(rf"\.({kinds})\.\d+\.part$", part.name):
                 part.unlink(missing_ok=True)  # what a killed process was writing
         if out != resume and (found := [*out.glob("checkpoint*.npz"), *out.glob("log.csv"), *samples.iterdir()]):
-            raise UserError(f"{out} holds a run already, of which {found[0].name} is; choose another --out, or go on with "
-                            f"it: {goes_on}")  # fmt: skip
+            if dataset_of(out):
+                raise UserError(f"{out} holds a run already; choose another --out, or go on with it: {goes_on}")
+            raise UserError(f"{out} holds {found[0].relative_to(out)} already; choose another --out")
         yield

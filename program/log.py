@@ -27,7 +27,7 @@ class Log:
 
     A GPU may still work on the last step, whose losses are read when the next is handed over, or when something is to be
     done with them: so it always has something to do.
-    every: steps from one grid of samples to the next, which the time left is to take into account.
+    every: steps from one to the next of what is done `aside`, which the time left is to take into account.
     """
 
     PAUSES = 0.5, 10, 60  # seconds from line to line: live, elsewhere, and elsewhere within a step
@@ -46,7 +46,8 @@ class Log:
         self.terminal = bool(sys.stdout and sys.stdout.isatty())
         self.row, self.measured, self.unwritten = {"step": step}, {}, False  # the last is of the row
         self.start = self.shown = self.last = time.monotonic()
-        self.took = self.working = self.besides = 0.0  # seconds: of the first step, of all after it, of what is no step
+        self.took = self.working = 0.0  # seconds: of the first step, of all after it
+        self.besides = {}  # {what is no step: (seconds that it took, steps from one to the next)}
 
     def add(self, step, losses, pictures):
         """Write the row before, and begin a step's: its losses, and how many real pictures it used. Raises NotFinite."""
@@ -78,15 +79,16 @@ class Log:
                 raise NotFinite(f"{name} is {x} at step {self.step}")
 
     @contextlib.contextmanager
-    def aside(self, what):
-        """Within this context is done what is no part of any step, `what` in a word or two. Raises NotFinite."""
+    def aside(self, what, every=None):
+        """Within this context is done what is no part of any step, `what` in a word or two, and again after `every` steps
+        (default: as this log has it). Raises NotFinite."""
         self.check()
         begun = time.monotonic()
         self.busy(what, at_once=True)
         yield
         took = time.monotonic() - begun
         self.last += took
-        self.besides += took
+        self.besides[what] = self.besides.get(what, (0.0,))[0] + took, every or self.every
 
     def busy(self, what, at_once=False):
         """Show what is being done within a step, or beside them, if that takes long."""
@@ -105,7 +107,8 @@ class Log:
         if not done:
             return None
         pace = self.working / (done - 1) if done > 1 else self.took
-        return (pace + self.besides / max(done, self.every)) * (self.steps - self.step)
+        besides = sum(seconds / max(done, every) for seconds, every in self.besides.values())
+        return (pace + besides) * (self.steps - self.step)
 
     def write(self):
         """Write the row if it is not written, with --json to standard output, too. Raises NotFinite, when it is written."""
@@ -132,7 +135,9 @@ class Log:
         """Print the line; on a terminal that is gone, this is what to hang up for."""
         try:
             if self.live:
-                print(f"\r\033[K{self.line(doing)[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+                room = shutil.get_terminal_size().columns + 1  # for as many parts as fit, and the two spaces after them
+                line = f"{self.line(doing)}  "[:room].rpartition("  ")[0]
+                print(f"\r\033[K{line}", end="", flush=True)
             elif output.mode == "lines":
                 output.tell(self.line(doing))
         except OSError:

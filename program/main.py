@@ -14,6 +14,7 @@ from program import options
 from program.run import run
 from store import output
 from store.arguments import Parser
+from store.files import FULL
 from store.output import one_line
 
 
@@ -50,7 +51,8 @@ def main(argv=None):
     Raises SystemExit for a command line that is wrong, or asks for help.
     """
     parser, code = make_parser(), 2
-    output.mode = "lines"
+    words = sys.argv[1:] if argv is None else argv
+    output.mode = "json" if any("--json".startswith(word) and len(word) > 2 for word in words) else "lines"
     try:
         try:
             Path.cwd()
@@ -62,10 +64,9 @@ def main(argv=None):
         output.tell(None, event="end", exit_code=code, error=None)
         return code
     except SystemExit as stop:
-        words = sys.argv[1:] if argv is None else argv
-        if stop.code and any("--json".startswith(word) and len(word) > 2 for word in words):
-            output.mode = "json"
-            output.tell(None, event="end", exit_code=stop.code, error=parser.mistake)
+        with contextlib.suppress(OSError):  # of an output that is full
+            if stop.code:
+                output.tell(None, event="end", exit_code=stop.code, error=parser.mistake)
         raise
     except UserError as error:
         message = str(error)
@@ -74,9 +75,9 @@ def main(argv=None):
         if isinstance(error, KeyboardInterrupt):
             code = 130
             with contextlib.suppress(OSError):
-                print(file=sys.stderr)  # so that it stands below the terminal's ^C
+                output.warn("")  # so that it stands below the terminal's ^C
     with contextlib.suppress(OSError):  # of a terminal that is gone, of an output that nobody reads
-        print(f"transgan: {one_line(message)}", file=sys.stderr)
+        output.warn(f"transgan: {message}")
         output.tell(None, event="end", exit_code=code, error=one_line(message))
     return code
 
@@ -90,7 +91,8 @@ def what_stopped(error):
     elif isinstance(error, BrokenPipeError):
         reason = "nobody reads the output any more"
     else:
-        reason = f"{error.filename or 'writing'}: {error.strerror or error}; free some space"
+        advice = "free some space" if error.errno in FULL else "put that right first"
+        reason = f"{error.filename2 or error.filename or 'writing'}: {error.strerror or error}; {advice}"
     goes_on = getattr(error, "goes_on", None)
     return f"{reason}; go on from the last checkpoint with: {goes_on}" if goes_on else reason
 

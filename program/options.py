@@ -168,8 +168,7 @@ GROUPS = {
     },
 }  # fmt: skip
 
-# Where an option that is none of OPTIONS does something: in a training, with --summary, and so on. --quiet and --json do
-# anywhere.
+# Where an option that is none of OPTIONS does something: in a training, with --summary, and so on. --json does anywhere.
 TRAINING_MODES = ("a training", "--resume")
 ACTS = {
     **dict.fromkeys(("data_dir", "out", "device", "threads", "plain"), (*TRAINING_MODES, "--evaluate", "--from")),
@@ -186,8 +185,8 @@ NEEDS = {"query": ("attention",), "num_images": ("evaluate", "evaluate_every")}
 # Two of which only one can have its way.
 EITHER = (
     ("--resume", "--evaluate"), ("--resume", "--from"), ("--evaluate", "--from"), ("--summary", "--evaluate"),
-    ("--summary", "--from"), ("--quiet", "--json"), ("--inception", "--features own"), ("--gpus", "--on-nan"),
-    ("--threads", "--device gpu"),
+    ("--summary", "--from"), ("--quiet", "--json"), ("--quiet", "--summary"), ("--quiet", "--profile"),
+    ("--inception", "--features own"), ("--gpus", "--on-nan"), ("--threads", "--device gpu"),
 )  # fmt: skip
 
 # What shapes decide where nothing else is said, also of peers.
@@ -216,8 +215,12 @@ def flag(name):
 
 
 def quoted(path):
-    """A word, such as a path, as one writes it in a command."""
-    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
+    """A word, such as a path, as one writes it in a command; bytes that no terminal shows as bash and zsh have them."""
+    text = f"./{path}" if isinstance(path, Path) and str(path)[0] in "-~" else str(path)  # no option, nobody's home
+    if os.name == "nt" or text.isprintable():
+        return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
+    odd = {c: "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in text if not c.isprintable() or c in "\\'"}
+    return "$'" + "".join(odd.get(c, c) for c in text) + "'"
 
 
 def flags(values):
@@ -297,6 +300,7 @@ def choose_options(args, saved=None):
     if args.begun:
         given.pop("seed", None)  # of the pictures, not of the run
     moved = saved.dataset not in arguments.NAMES and given.get("dataset") not in arguments.NAMES
+    moved = moved and (not args.begun or (args.nearest and not args.export))  # what else is made needs no pictures
     changeable = ({"steps", "accumulate"} if args.resume else set()) | ({"dataset"} if moved else set())
     for name, value in given.items():
         if name not in changeable and value != getattr(saved, name):

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 
 import numpy as np
@@ -93,8 +92,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
     noise = trainer.noise(JUDGED, rng)
     pictures = trainer.batches.pictures
     real = data.scale(pictures[rng.choice(len(pictures), JUDGED, replace=len(pictures) < JUDGED)])
-    looks_every = min(sample_every, evaluate_every or sample_every)
-    log = Log(out / "log.csv", trainer.step, settings.steps, looks_every)
+    log = Log(out / "log.csv", trainer.step, settings.steps, sample_every)
     report = Report(trainer, out, commands)
     updates = itertools.count()
 
@@ -105,6 +103,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
     trainer.update.watch = watch
     if settings.locality != "none":
         explain_locality(settings, out / "locality.png")
+    done = False  # and saved
     with contextlib.closing(log), stop_signals() as stop:
         try:
             before = [(0, {})] if trainer.step == 0 else []  # all is looked at before the first step, too
@@ -120,27 +119,26 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
                         log.measure(look(trainer, noise, real, out / "samples"))
                     sampled = now
                 if measure and (last or step % evaluate_every == 0):
-                    with log.aside("scoring"):
+                    with log.aside("scoring", evaluate_every):
                         log.measure(measure())
                 asked = stop.asked
                 if step and (last or asked or step % save_every == 0 or now - saved > PATIENCE):
                     log.write()
                     files.sync(out / "log.csv")  # whose rows are not to be older than the checkpoint
                     checkpoints.save(trainer, out / CHECKPOINTS[0])
-                    saved = now
+                    saved, done = now, last
                 log.tick(at_once=asked)
                 if step == 2 and (seconds := log.left()) > LONG:
                     long = f"this run will take about {output.clock(seconds)} here"
                     shorter = "--preset cifar10-laptop, or a run of fewer --steps, takes less"
                     log.say(f"{long}; {shorter}", event="long", seconds=seconds)
-                if sampled == now:  # in this step
+                if sampled == now and not last:  # in this step; the last one's report is drawn below
                     with log.aside("drawing the report"):
                         report.update()
                 if asked and not last:
                     return asked
         finally:
-            if trainer.step < settings.steps:
-                report.update(stopped=True, quiet=True)
+            report.update(stopped=not done, quiet=not done)
     return None
 
 
@@ -242,7 +240,7 @@ def look_back(args, sampler, load, out):
     if args.begun:
         if not args.begun.is_dir():
             command = options.command(sampler.options)
-            output.note(output.one_line(f"{args.begun} is the generator of step {sampler.step} of: {command}"))
+            output.note(f"{args.begun} is the generator of step {sampler.step} of: {command}")
         return
     features = args.features or ("own" if sampler.options.dataset == "shapes" and not args.inception else "inception")
     scores.evaluate(out, sampler, load, features, args.num_images or 50_000, args.data_dir, args.inception, args.fid_stats)
@@ -293,16 +291,18 @@ def begin(args, chosen, out, checkpoint, device, forms, load, commands):
     group = gather_gpus(args, chosen, checkpoint) if args.gpus > 1 else None
     trainer = make_trainer(chosen, pictures, args.threads, group=group)
     if checkpoint:
-        learnt_from = checkpoints.load(trainer, checkpoint)
+        saved = checkpoints.load(trainer, checkpoint)
         if checkpoint.name != CHECKPOINTS[0]:  # a damaged newest would become the previous with the next that is saved
             with contextlib.suppress(FileNotFoundError):
                 (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
-        if learnt_from != trainer.learns_from:
+        if saved.options != chosen:  # first, so that whatever stops the run, it goes on with what was asked for now
+            checkpoints.save(trainer, out / CHECKPOINTS[0], keep=False)
+        if saved.pictures != trainer.learns_from:
             output.warn(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
                         f"{len(pictures):,}")  # fmt: skip
     threads = f", {trainer.update.threads} threads" if device == "cpu" else ""
-    output.tell(f"{NAMES[chosen.generator]}-{chosen.size} on {chosen.dataset} {chosen.image_size}x{chosen.image_size}, "
-                f"{len(pictures):,} pictures, {device}{threads}, {forms}, into {out}",
+    begun = f"{NAMES[chosen.generator]}-{chosen.size} on {chosen.dataset} {chosen.image_size}x{chosen.image_size}"
+    output.tell(output.one_line(f"{begun}, {len(pictures):,} pictures, {device}{threads}, {forms}, into {out}"),
                 event="start", options=dataclasses.asdict(chosen), step=trainer.step, pictures=len(pictures), device=device,
                 threads=trainer.update.threads, forms=forms, out=str(out))  # fmt: skip
     start = time.monotonic()
@@ -312,11 +312,11 @@ def begin(args, chosen, out, checkpoint, device, forms, load, commands):
     if times is not None:
         tell_profile(times, trainer.inputs.waited, time.monotonic() - start)
     if asked:
-        print(f"stopped after step {trainer.step}, and saved; go on with: {commands[1]}", file=sys.stderr)
+        output.warn(f"stopped after step {trainer.step}, and saved; go on with: {commands[1]}")
         output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=commands[1])
         return 128 + asked
     picture, report = out / "samples" / f"step-{trainer.step:06d}.png", out / "report.html"
-    output.tell(f"done: {picture}; all about this run: {report}", event="picture", path=str(picture))
+    output.tell(output.one_line(f"done: {picture}; all about this run: {report}"), event="picture", path=str(picture))
     output.tell(None, event="report", path=str(report))
     return 0
 

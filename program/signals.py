@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import types
 
@@ -26,8 +27,8 @@ def stop_signals():
         if number == getattr(signal, "SIGHUP", None):
             signal.signal(number, signal.SIG_IGN)  # a terminal that goes says so once for each process before this one
             forget_terminal()
-        with contextlib.suppress(OSError):  # print may be at work in what this interrupts
-            os.write(2, b"\nfinishing the step, to save it; Ctrl-C again stops at once\n")
+        with contextlib.suppress(OSError):  # print may be at work in what this interrupts; and a closed 2 be the log by now
+            os.write(2 if sys.stderr else -1, b"\nfinishing the step, to save it; Ctrl-C again stops at once\n")
 
     if threading.current_thread() is threading.main_thread():
         for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")):

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,7 +317,7 @@ ACTING = {
     "--inception x": "--evaluate", "--fid-stats x": "--evaluate", "--num-images 20": "--evaluate",
     "--interpolate 2": "--from", "--attention": "--from", "--nearest 2": "--from", "--sample 3": "--from",
     "--query 1,1": "", "--export x": "--from", "--resume x": "--summary", "--evaluate x": "", "--from x": "",
-    "--summary": "--resume", "--quiet": ANY, "--json": ANY,
+    "--summary": "--resume", "--quiet": RUNS, "--json": ANY,
 }  # fmt: skip
 OTHERS = {
     "dataset": "cifar10", "size": "S", "generator": "resnet", "discriminator": "resnet", "image_size": 24, "patch_size": 2,
@@ -376,6 +377,8 @@ def test_options_that_need_another_are_refused_without_it():
         ("--from x", "--from wants to know what to make"),
         ("--device gpu --threads 2", "--threads and --device gpu do not go together"),
         ("--quiet --json", "--quiet and --json do not go together"),
+        ("--quiet --summary", "--quiet and --summary do not go together"),
+        ("--quiet --profile", "--quiet and --profile do not go together"),
         ("--profile --summary", "--profile does nothing here: it goes with a training; leave it out"),
         ("--sample 2", "--sample does nothing here: it goes with --from; leave it out"),
     ):
@@ -618,11 +621,11 @@ def test_no_file_is_replaced_while_it_is_open(small, hasty, tmp_path, monkeypatc
 
 
 def test_what_lies_in_a_folder_is_not_overwritten(small, tmp_path, capsys):
-    for name in ("log.csv", "samples/step-000000.png", "checkpoint.npz"):
+    for name in ("log.csv", "samples/step-000000.png", "samples/note.txt", "checkpoint.npz"):
         out = tmp_path / name.replace("/", "-")
         (out / name).parent.mkdir(parents=True)
         (out / name).write_text("precious")
-        assert "choose another --out" in fails(capsys, *TRAIN, "--out", out)
+        assert fails(capsys, *TRAIN, "--out", out).endswith(f"{out} holds {name} already; choose another --out\n")
         assert (out / name).read_text() == "precious"
     run, other = tmp_path / "run", tmp_path / "other"
     assert run_main(*TRAIN, "--out", run) == run_main(*TRAIN, "--out", other) == 0
@@ -800,14 +803,25 @@ def test_quiet_says_nothing_but_errors(small, hasty, tmp_path, capsys, monkeypat
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     out = tmp_path / "run"
-    assert run_main(*TRAIN, "--out", out, "--quiet", "--profile") == 0
+    assert run_main(*TRAIN, "--out", out, "--quiet") == 0
     assert run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path, "--quiet") == 0
-    assert run_main("--from", out, "--sample", 2, "--quiet") == run_main("--summary", "--quiet") == 0
+    assert run_main("--from", out, "--sample", 2, "--quiet") == 0
     assert capsys.readouterr() == ("", "")
     assert "is finished" in fails(capsys, "--resume", out, "--quiet")
     assert run_main(*TRAIN, "--out", tmp_path / "loud") == 0  # the next run speaks again
     assert "done: " in capsys.readouterr().out
     assert "do not go together" in fails(capsys, "--quiet", "--json")
+
+
+@pytest.mark.parametrize("words", ["--steps -1", "--summary --evaluate x", "--resume x", "--summary"])
+def test_where_standard_error_is_closed_nothing_goes_astray(words, tmp_path, monkeypatch, capsys):
+    """To print on None is to print on standard output, among the objects of --json."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_main(*words.split(), "--json") == (0 if words == "--summary" else 2)
+    output.warn("a warning")
+    output.note("a note")
+    assert objects(capsys.readouterr().out)[-1]["event"] == "end"
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
@@ -873,6 +887,23 @@ def test_every_command_that_is_printed_can_be_pasted(small, tmp_path, capsys, mo
         ]  # fmt: skip
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="asks a shell")
+@pytest.mark.parametrize(
+    "name", ["-dash", "~", "~root", "p\udcff", "a\nb", "it's \\ \x85", "\u00e9 \u00a0", "plain"], ids=ascii
+)
+@pytest.mark.parametrize("below", ["", "r"])
+def test_folders_of_any_name_are_named_as_a_shell_reads_them(name, below):
+    """In one line, and to the byte: what is pasted names the same folder."""
+    parser = main.make_parser()
+    args = parser.parse_args([f"--out=./{name}/{below}", f"--data-dir=./{name}"])
+    for command in commands(parsed(), args.out, args, parser):
+        words = f"printf '%s\\0' {command.partition('.py ')[2]}"
+        assert words.isprintable()
+        told = subprocess.run(["bash", "-c", words], capture_output=True, check=True).stdout
+        again = parser.parse_args([os.fsdecode(word) for word in told.split(b"\0")[:-1]])
+        assert (again.out or again.resume or again.begun, again.data_dir) == (args.out, args.data_dir)
+
+
 def test_a_runs_folder_and_its_cache_are_named_so(tmp_path, monkeypatch):
     folder = tmp_path / "aux.1"
     folder.mkdir()
@@ -909,7 +940,8 @@ def test_packages_of_the_same_names_do_no_harm(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="about a POSIX shell")
-@pytest.mark.parametrize("shell", ['exec "$@" --out "$0/caf\xe9" >"$0/out"', 'exec "$@" --out "$0/run" >&-'])
+@pytest.mark.parametrize("shell", ['exec "$@" --out "$0/caf\xe9" >"$0/out"', 'exec "$@" --out "$0/run" >&-',
+                                   'exec "$@" --out "$0/run" 2>&-'])  # fmt: skip
 def test_as_a_program_in_odd_surroundings(shell, tmp_path):
     """A name that the terminal cannot show, and an output that is closed, are no reason to stop."""
     program = [sys.executable, str(Path(transgan.__file__)), "--image-size", "8", "--steps", "1",

@@ -105,9 +105,34 @@ def test_a_run_from_another_system_goes_on_when_told_where_its_pictures_are(else
     assert run_main("--resume", moved, "--data-dir", "other", "--steps", 6) == 0  # it knows where they are from then on
 
 
+@pytest.mark.parametrize("change", [(), ("--accumulate", 2), ("--dataset", "photos"), ("--out", "branch")], ids=str)
+def test_what_a_resume_is_given_holds_from_then_on(change, begin, monkeypatch, capsys):
+    """Also if it is stopped in its first step, and goes on by the command that it prints then."""
+    assert begin("pictures", "--out", "run", "--save-every", 2) == 0
+    before = Path("run/checkpoint-previous.npz").read_bytes()
+    if "photos" in change:
+        Path("pictures").rename("photos")
+    with monkeypatch.context() as patch:
+        patch.setattr(transgan.Trainer, "train_step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_main("--resume", "run", "--steps", 6, *change) == 130
+    assert Path("run/checkpoint-previous.npz").read_bytes() == before
+    command = re.search("with: (.*)", capsys.readouterr().err)[1]
+    assert run_main(*shlex.split(command)[2:]) == 0, command
+    assert step_of(Path("branch" if "branch" in change else "run")) == 6
+
+
 @pytest.mark.parametrize("value", ["../pictures", "./x/y", "C:pictures/x", "..\\x", "", "\0"])
 def test_a_data_set_in_no_certain_place_is_none(value):
     assert not options.is_valid("dataset", value)
+
+
+@pytest.mark.parametrize("look", [("--sample", 2), ("--export", "x.npz"), ("--nearest", 2, "--export", "x.npz")], ids=str)
+def test_pictures_that_are_not_looked_at_are_not_named(look, begin, capsys):
+    """An export says which its generator has learnt."""
+    assert begin("pictures", "--out", "run") == begin("other", "--out", "another") == 0
+    assert "leave out --dataset" in fails(capsys, "--from", "run", *look, "--dataset", "other")
+    assert not Path("x.npz").exists()
+    assert run_main("--from", "run", "--nearest", 2, "--dataset", "other") == 0
 
 
 def test_nothing_is_written_among_the_pictures(begin, capsys):
@@ -156,10 +181,39 @@ def test_every_mistake_has_its_end_object(mistake, json_flag, small, tmp_path, m
 def test_a_folder_that_is_gone_is_said_in_one_line(words, tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
-    program = [sys.executable, transgan.__file__, *map(str, words)]
+    program = [sys.executable, transgan.__file__, *map(str, words), "--json"]
     done = subprocess.run(program, capture_output=True, text=True, cwd=gone, preexec_fn=gone.rmdir)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "the folder that this was started in" in done.stderr
+    assert objects(done.stdout) == [{"event": "end", "exit_code": 2, "error": done.stderr[len("transgan: ") : -1]}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to a disk that is always full")
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("words", ["--steps -1", "--nosuch", "--summary --evaluate x", "--resume x", "--summary"])
+def test_a_mistake_told_to_a_full_disk_is_one_all_the_same(words, stream):
+    with open("/dev/full", "wb") as full:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: full}
+        done = subprocess.run([sys.executable, transgan.__file__, *words.split(), "--json"], **streams, text=True)
+    assert done.returncode == (0 if (words, stream) == ("--summary", "stderr") else 2)
+    assert stream == "stderr" or re.fullmatch("transgan: .*\n", done.stderr)
+
+
+@on_posix
+@pytest.mark.parametrize(
+    "name", [".lock", "log.csv", "samples/step-000005.png", "locality.png", "checkpoint.npz.{pid}.part"]
+)
+@pytest.mark.parametrize("thing", ["folder", "pipe", "dead link"])
+def test_what_is_no_file_of_a_run_is_said_to_be_none(name, thing, small, tmp_path, capsys):
+    """It lacks no space; or it stops nothing."""
+    out, path = tmp_path / "run", tmp_path / "run" / name.format(pid=os.getpid())
+    assert run_main(*TRAIN, "--out", out, "--locality", "2:800") == 0
+    path.unlink(missing_ok=True)
+    {"folder": Path.mkdir, "pipe": os.mkfifo, "dead link": lambda path: path.symlink_to("no/where")}[thing](path)
+    capsys.readouterr()
+    code, said = run_main("--resume", out, "--steps", 5, "--sample-every", 1), capsys.readouterr().err
+    assert (code, "free some space" in said) == (2 if said else 0, False)
+    assert not said or (path.name in said and said.count("\n") == 1)
 
 
 @on_posix

@@ -10,8 +10,8 @@ import pytest
 
 import autograd as ag
 from look import report
+from program import checkpoints, presets, run, signals
 from program import log as logs
-from program import presets, run, signals
 from program.log import Log
 from program.support import TRAIN, at_step, on_posix, run_main, small_trainer
 from store import output
@@ -67,11 +67,13 @@ def test_the_live_line_fits_its_terminal(columns, doing, tmp_path, clock, termin
         log.busy(doing, at_once=True)
     *_, line = lines(capsys)
     assert len(line) < columns
-    assert line.startswith("step 1/1000000"[: columns - 1])
+    assert line.startswith("step 1/1000000")
     assert not doing or columns < 40 or doing in line
     assert columns < 40 or doing or "1,157.4 days left" in line
     assert columns < 80 or ("D -123.456" in line and "1,157.4 days left" in line)
     assert columns < 200 or "SR 0.123" in line
+    assert log.line(doing).startswith(line)
+    assert log.line(doing)[len(line) :][:2] in ("", "  ")  # no word, nor number, is cut
     log.close()
 
 
@@ -120,6 +122,20 @@ def test_the_time_left_is_that_of_steps_and_of_grids_when_they_come(every, tmp_p
         real = 60 - step + 50 * sum(later % every == 0 for later in range(step + 1, 61))
         assert real / 2 - 5 <= left[step] <= 2 * real + 5, step
     assert left[60] == 0
+
+
+def test_what_is_done_more_seldom_is_spread_over_more_steps(tmp_path, clock):
+    """A step takes 1 s, a grid every 10 steps 2 s, a score every 2000 steps 1000 s."""
+    log = Log(tmp_path / "log.csv", 0, 2000, every=10)
+    for step in range(11):
+        clock.append(1.0)
+        log.add(step, {}, 0)
+        for what, took, every in (("drawing", 2.0, None), ("scoring", 1000.0, 2000)):
+            if step % (every or 10) == 0:
+                with log.aside(what, every):
+                    clock.append(took)
+    assert log.left() == pytest.approx(1990 * (1 + 4 / 10 + 1000 / 2000))
+    log.close()
 
 
 def test_on_a_gpu_a_steps_losses_are_read_when_the_next_is_handed_over(tmp_path, clock, monkeypatch):
@@ -226,6 +242,18 @@ def test_the_page_says_how_its_run_is_and_reloads_while_that_goes_on(small, tmp_
         at_step(3, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")), patch)
         assert run_main("--resume", out) == 2
     assert states == [(("2", "training"), True), (("3", "stopped"), False)]
+    states.clear()
+    with monkeypatch.context() as patch:  # of its last step, before that is saved
+        save = checkpoints.save
+
+        def full(trainer, path):
+            if trainer.step == 4:
+                raise OSError(28, "No space left on device")
+            save(trainer, path)
+
+        patch.setattr(checkpoints, "save", full)
+        assert run_main("--resume", out, "--sample-every", 1) == 2
+    assert states[-1] == (("4", "stopped"), False)
     states.clear()
     assert run_main("--resume", out) == 0
     assert states == [(("2", "training"), True), (("4", "finished"), False)]

@@ -26,6 +26,7 @@ from data import Floats, UserError
 
 CHECKPOINTS = ("checkpoint.npz", "checkpoint-previous.npz")  # of a run's folder, the newest first
 CHUNK = 1024  # pictures that are decoded or hashed at once
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError for which it helps to free some space
 
 
 @contextlib.contextmanager
@@ -75,13 +76,8 @@ def writing(path: Path, option: str = "--data-dir") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"{error.strerror or error}; {'free some space, or ' * is_full(error)}choose another {option}"
+        reason = f"{error.strerror or error}; {'free some space, or ' * (error.errno in FULL)}choose another {option}"
         raise UserError(f"cannot write {path}: {reason}") from None
-
-
-def is_full(error: OSError) -> bool:
-    """Whether a file could not be written because there is no room for it."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager

@@ -29,13 +29,13 @@ def tell(line: str | None, **fields: object) -> None:
 def note(line: str) -> None:
     """Say on standard error what is going on, unless --quiet wants to hear of errors alone."""
     if mode != "quiet":
-        print(line, file=sys.stderr, flush=True)
+        warn(line)
 
 
 def warn(line: str) -> None:
     """Say on standard error what is not as it should be, though it stops nothing; once, where processes share a run."""
-    if not multiprocessing.parent_process():
-        print(line, file=sys.stderr, flush=True)
+    if sys.stderr and not multiprocessing.parent_process():  # where a shell closed it, print would take standard output
+        print(one_line(line), file=sys.stderr, flush=True)
 
 
 def is_live(stream: TextIO | None) -> bool:
