@@ -28,7 +28,7 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         train = classifier.train_classifier
-        patch.setattr(classifier, "train_classifier", lambda pictures, labels: train(pictures, labels, steps=1))
+        patch.setattr(classifier, "train_classifier", lambda *given: train(*given, steps=1))
         classifier.load_classifier(datasets.load_pictures("shapes", folder, 16), "shapes", folder)
     return folder
 
