@@ -21,7 +21,7 @@ from autograd import Tensor
 from data import UserError
 from paper import classifier, scores
 from program import support
-from store import datasets, files
+from store import datasets, files, output
 from store.files import CHECKPOINTS
 from store.support import encoded, fuzz, fuzzed, holds, one_line_at_most, slope
 
@@ -434,6 +434,23 @@ def test_a_score_that_cannot_be_written_is_printed(quick, tmp_path, monkeypatch,
     assert capsys.readouterr().out.startswith("FID-own ")
 
 
+def test_a_score_that_cannot_be_printed_is_written(quick, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert support.run_main(*support.TRAIN, "--out", out) == 0
+    tell = output.tell
+
+    def full(line, **fields):
+        if fields["event"] == "scores":
+            raise OSError(28, "No space left on device")
+        tell(line, **fields)
+
+    monkeypatch.setattr(output, "tell", full)
+    assert support.run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path / "data") == 2
+    assert "No space left" in capsys.readouterr().err
+    (entry,) = scores.read_scores(out / "scores.json")
+    assert entry["images"] == 20
+
+
 def test_evaluating_a_run(quick, tmp_path, capsys):
     out, where = tmp_path / "run", ("--data-dir", tmp_path / "data")
     assert support.run_main(*support.TRAIN, "--out", out) == 0
@@ -537,12 +554,15 @@ def test_what_is_wrong_is_said_before_the_work(quick, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     entry = '[{"step": 1, "images": 2, "weights": "", "fid": %s}]'
     odd = ("{", '{"a": 1}', '[{"step": 1}]', "[1]", "null", '["step"]', "1", "", "[" * 99_999, '[{"a":' * 99_999, "\x00",
-           f"[{'9' * 9999}]", '[{"step": 1, "images": "2", "weights": ""}]', '{"step": 1, "images": 2, "weights": ""}',
+           "{}", '""', '"x"', "0", "false", f"[{'9' * 9999}]", '[{"step": -1, "images": 2, "weights": ""}]',
+           entry % "-5.0", (entry % "7.0").replace("2", "-2"),
+           '[{"step": 1, "images": "2", "weights": ""}]', '{"step": 1, "images": 2, "weights": ""}',
            *(entry % x for x in ("NaN", "Infinity", "-Infinity", "1e999", "null", "true", '"7"', "[7.0]")))  # fmt: skip
     for content in (*(text.encode() for text in odd), b"\xff\xfe[]", (entry % "7.0").encode("utf-16")):
         (tmp_path / "other" / "scores.json").write_bytes(content)
         message = support.fails(capsys, "--evaluate", out, "--out", tmp_path / "other", *where)
         assert re.search("is not a list .*; move it away, or choose another --out", message), content[:60]
+        assert holds(tmp_path / "other" / "scores.json", content)
     assert quick == []
     folder = tmp_path / "one"
     folder.mkdir()
