@@ -13,6 +13,7 @@ import data
 import transgan
 from look import summary
 from look.drawing import BLUE, FAINT, GREEN, INK, MUTED, PAPER, RED, Sheet
+from store import files
 from store.arguments import Parser, folder, number
 
 WIDTH, LEFT = 1000, 24  # pixels
@@ -172,7 +173,8 @@ def main(argv=None):
         parser.error(f"{args.path} is a folder; name a file in it")
     try:
         side = transgan.patch_side(args.image_size)
-        draw(transgan.Options(size=args.size, image_size=args.image_size, patch_size=side, sr_weight=0.0), args.path)
+        options = transgan.Options(size=args.size, image_size=args.image_size, patch_size=side, sr_weight=0.0)
+        draw(options, files.plain(args.path))
     except ValueError as error:
         parser.error(f"{error}; choose another --image-size")
     except OSError as error:

@@ -796,3 +796,12 @@ def test_a_figure_that_cannot_be(tmp_path, capsys):
             architecture.main([str(word) for word in words])
         assert message in capsys.readouterr().err
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="about POSIX's pipes")
+def test_a_figure_takes_the_place_of_no_pipe(tmp_path, capsys):
+    os.mkfifo(path := tmp_path / "figure.png")
+    with pytest.raises(SystemExit, match="2"):
+        architecture.main([str(path)])
+    assert re.search("it is no file, but a pipe .*; name another file", capsys.readouterr().err)
+    assert path.is_fifo()

@@ -13,6 +13,7 @@ Contents
 """
 
 import contextlib
+import time
 import zipfile
 from concurrent import futures
 from pathlib import Path
@@ -55,6 +56,7 @@ class Classifier(Module):
 # --- 2. Training it ---------------------------------------------------------------------------------------------------
 
 STEPS, BATCH, RATE = 1500, 64, 2e-3
+CLASSES = {"shapes": 3 * len(data.PALETTE), "cifar10": 10}  # of other pictures, the four quarter turns
 
 
 def cross_entropy(logits, labels):
@@ -70,13 +72,12 @@ def turned(pictures, rng):
     return np.stack([np.rot90(x, k, (1, 2)) for x, k in zip(pictures, quarters, strict=True)]), quarters
 
 
-def train_classifier(pictures, labels, steps=STEPS):
+def train_classifier(pictures, labels, classes, steps=STEPS):
     """A Classifier of bytes (N, 3, S, S) with labels (N,), or of quarter turns if labels is None; and its accuracy.
 
     Adam (0.9, 0.999) on batches of 64, mirrored at random where turns are not what is asked, the rate falling to 0 in a
     line. The accuracy is that of the last tenth of the steps, on the batches before they were learnt from.
     """
-    classes = 4 if labels is None else int(labels.max()) + 1
     network = Classifier(classes, data.random_stream("classifier", 0))
     parameters, right = list(network.parameters().values()), []
     adam = ag.Adam(parameters, (0.9, 0.999))
@@ -88,6 +89,7 @@ def train_classifier(pictures, labels, steps=STEPS):
         loss = cross_entropy(logits, y).sum() * (1 / BATCH)
         return (ag.to_numpy(logits).argmax(axis=1) == y).sum(), grad(loss, parameters)
 
+    start = time.monotonic()
     with futures.ThreadPoolExecutor(workers) as pool, output.Progress() as progress:
         for step in range(steps):
             rng = data.random_stream("classifier", 1, step)
@@ -100,7 +102,8 @@ def train_classifier(pictures, labels, steps=STEPS):
                 adam.add(pieces)
             adam.step(RATE * (1 - step / steps))
             right.append(sum(hits))
-            progress(f"training the classifier: step {step + 1}/{steps}")
+            left = (time.monotonic() - start) / (step + 1) * (steps - step - 1)
+            progress(f"training the classifier: step {step + 1}/{steps}, {output.clock(left)} left")
     last = right[-max(1, steps // 10) :]
     return network, sum(last) / (len(last) * BATCH)
 
@@ -134,11 +137,20 @@ class Extractor:
 
 def read_classifier(path, dataset):
     """The Extractor in a file. Raises anything at all for one that is missing or damaged."""
+
+    def read(name, like):
+        array = files.read_array(saved, name, like.nbytes)
+        if (array.shape, array.dtype) != (like.shape, like.dtype) or not np.isfinite(array).all():
+            raise ValueError(f"its {name} is not as it was written")
+        return array
+
     with zipfile.ZipFile(files.plain(path)) as saved:
-        network = Classifier(len(files.read_numbers(saved, "head.bias", 1 << 12)), data.random_stream("classifier", 0))
+        network = Classifier(CLASSES.get(dataset, 4), data.random_stream("classifier", 0))
         for key, p in network.parameters().items():
-            p.data[...] = ag.xp.asarray(files.read_numbers(saved, key, 1 << 24).reshape(p.shape))
-        accuracy, scale = (files.read_numbers(saved, name, 8).item() for name in ("accuracy", "scale"))
+            p.data[...] = ag.xp.asarray(read(key, p.data))
+        accuracy, scale = (float(read(name, np.empty(()))) for name in ("accuracy", "scale"))
+    if not (0 <= accuracy <= 1 and 1e-6 <= scale <= 1e6):
+        raise ValueError(f"its accuracy {accuracy} or scale {scale} cannot be")
     return Extractor(network, dataset, accuracy, scale)
 
 
@@ -158,7 +170,7 @@ def load_classifier(pictures, dataset, data_dir):
     with files.being_made(path):
         labels = datasets.load_labels(dataset, data_dir, pictures.shape[-1])
         output.note(f"training a classifier of {files.short_name(dataset)}, once, for FID-own and IS-own")
-        network, accuracy = train_classifier(pictures, labels)
+        network, accuracy = train_classifier(pictures, labels, CLASSES.get(dataset, 4))
         features, _ = Extractor(network, dataset, accuracy)(pictures[:4096])
         scale = 1 / max(float(features.std(axis=0).mean()), 1e-6)
         arrays = {key: ag.to_numpy(p) for key, p in network.parameters().items()}

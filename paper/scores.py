@@ -237,11 +237,13 @@ def read_scores(path):
     files.need_folder(path.parent, "--out")
     try:
         entries = files.parse_json(files.plain(path).read_text("utf-8")) if path.exists() else []
+        if type(entries) is not list:
+            raise ValueError(f"it is a {type(entries).__name__}")
         for entry in entries:
             numbers = dict.fromkeys([name for name in entry if name.startswith(("fid", "is"))], float)
             for name, kind in {"step": int, "images": int, "weights": str, **numbers}.items():
-                if type(entry[name]) is not kind:
-                    raise ValueError(f"its {name} is no {kind.__name__}")
+                if type(entry[name]) is not kind or (kind is not str and entry[name] < 0):
+                    raise ValueError(f"its {name} cannot be {entry[name]!r:.20}")
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path} is not a list of this program's scores ({reason}); move it away, or choose another --out"
@@ -284,7 +286,9 @@ def evaluate(run, sampler, load, features, count, data_dir, inception=None, fid_
         f"step {sampler.step}; {count:,} pictures against {against}; {extractor.weights}; "
         f"resizing: {extractor.resizing}; reference digest {digest[:8]})"
     )
-    output.tell(line, event="scores", **entry)  # before it is written, which may fail
-    known = [old for old in read_scores(path) if not agree(old, entry, MADE_OF)]
-    with files.whole_file(path) as part:
-        part.write_text(json.dumps([*known, entry], indent=2, allow_nan=False) + "\n", "utf-8")
+    try:
+        known = [old for old in read_scores(path) if not agree(old, entry, MADE_OF)]
+        with files.whole_file(path) as part:
+            part.write_text(json.dumps([*known, entry], indent=2, allow_nan=False) + "\n", "utf-8")
+    finally:  # either may fail, and the other then has the numbers
+        output.tell(line, event="scores", **entry)

@@ -17,8 +17,10 @@ import argparse
 import contextlib
 import csv
 import datetime
+import hashlib
 import math
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,7 +34,7 @@ from fast import CORES
 from paper import scores
 from paper.inception import load_inception
 from store import files, output
-from store.arguments import Parser, folder, number, pictures
+from store.arguments import NAMES, Parser, folder, number, pictures
 from store.files import CHECKPOINTS
 
 # --- 1. The tables ----------------------------------------------------------------------------------------------------
@@ -88,15 +90,18 @@ DIFFERENCES = {
 
 # --- 2. Running -------------------------------------------------------------------------------------------------------
 
+RUNNING = []  # processes of transgan.py that were begun
 NUMBERS = {"inception": ("is", "fid", "distance"), "own": ("is_own", "fid_own", "distance")}  # of a run, by --features
 
 
 def program(*arguments):
     """Run transgan.py. Raises UserError with its last line if it fails."""
     command = [sys.executable, transgan.__file__, *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError((done.stderr.splitlines() or ["transgan.py was stopped"])[-1].removeprefix("transgan: "))
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace")
+    RUNNING.append(child)
+    said = child.communicate()[1]
+    if child.returncode:
+        raise UserError((said.splitlines() or ["transgan.py was stopped"])[-1].removeprefix("transgan: "))
 
 
 def train(folder, options, machine, steps):
@@ -131,22 +136,22 @@ def reached(folder):
 
 
 def score(folder, features, images, machine, steps, anew=False):
-    """The newest entry that fits in scores.json of a run in `folder`, which is scored if there is none. Raises UserError.
+    """The scores of a run in `folder` by name, with what they are MEASURED_BY; it is scored if none fit. Raises UserError.
 
-    What fits is of the generator that is there now, of so many images, and against the data set itself. anew: scores the
-    run in any case.
+    They are the newest in its scores.json of the generator that is there now, of so many images, and against the data set
+    itself. anew: scores the run in any case.
     """
-    path, name = folder / "scores.json", NUMBERS[features][0]
+    path, names = folder / "scores.json", NUMBERS[features][:2]
     wanted = {"step": steps, "generator": reached(folder)[1], "images": images, "statistics": None}
 
     def fitting():
-        return [entry for entry in scores.read_scores(path) if name in entry and wanted.items() <= entry.items()]
+        return [entry for entry in scores.read_scores(path) if wanted.items() <= entry.items() and entry.keys() >= {*names}]
 
     if anew or not fitting():
         program("--evaluate", folder, "--features", features, "--num-images", images, *machine)
     if not (entries := fitting()):
         raise UserError(f"{path} lacks the scores that were just computed; is another program writing there?")
-    return entries[-1]
+    return {name: entries[-1].get(name) for name in (*names, *scores.MEASURED_BY)}
 
 
 def run_all(args, extra):
@@ -160,7 +165,11 @@ def run_all(args, extra):
     if not rows:
         raise UserError(f"of these rows there is nothing to run; choose others of table {args.number}")
     size = "" if args.number == 4 else f"-{args.size}"
-    folder = args.out / "-".join([f"table-{args.number}", files.short_name(args.dataset) + size, str(args.steps), *extra])
+    words = [f"table-{args.number}", files.short_name(args.dataset) + size, str(args.steps), *extra]
+    name = files.portable("-".join(words))
+    if args.dataset not in NAMES or len(name) > 120:  # folders of pictures may have one name, and no file a longer one
+        name = f"{name[:120]}-{hashlib.sha256(repr([args.dataset, *words]).encode()).hexdigest()[:8]}"
+    folder = args.out / name
     machine = ["--threads", max(1, CORES // args.jobs), "--device", args.device, "--data-dir", args.data_dir]
     runs = {(name, seed): folder / f"{name.strip('+ ')}-{seed}" for seed in range(args.seeds) for name in rows}
     if not all((run / "scores.json").exists() for run in runs.values()):
@@ -186,7 +195,7 @@ def run_all(args, extra):
     with futures.ThreadPoolExecutor(args.jobs) as pool:
         try:
             # the first alone: it makes the classifier and the reference statistics that all others share
-            done = {first: one(first)} | dict(zip(others, pool.map(one, others), strict=True))
+            done = {first: pool.submit(one, first).result()} | dict(zip(others, pool.map(one, others), strict=True))
             if not all(scores.agree(entry, done[first], scores.MEASURED_BY) for entry in done.values()):  # some are older
                 anew = [measure(first, True), *pool.map(lambda run: measure(run, True), others)]
                 done = {run: done[run] | entry for run, entry in zip(runs, anew, strict=True)}
@@ -199,7 +208,7 @@ def run_all(args, extra):
 # --- 3. Printing ------------------------------------------------------------------------------------------------------
 
 
-def table(args, results):
+def table(args, results, extra=()):
     """The table in Markdown, from `run_all`'s results: the paper's numbers, and ours with mean and deviation over seeds."""
     suffix = {"inception": "", "own": "-own"}[args.features]
     title, published = TABLES[args.number]
@@ -218,10 +227,11 @@ def table(args, results):
                           if any(peer in row for row in published))  # fmt: skip
     where = f"{platform.machine()} with {CORES} cores" if args.device == "cpu" else args.device
     size = "" if args.number == 4 else f"size {args.size} on "
+    options = f", with {' '.join(extra)}" if extra else ""
     return (
         f"Table {args.number}: {title}. The paper: CIFAR-10, 500,000 steps, 50,000 pictures.\n"
         f"Here: {size}{Path(args.dataset).name}, {args.steps} steps, {args.num_images} pictures, mean ± deviation of "
-        f"{args.seeds} seeds, {where}, {datetime.date.today()}.\n\n" + "\n".join(lines) + differences
+        f"{args.seeds} seeds, {where}, {datetime.date.today()}{options}.\n\n" + "\n".join(lines) + differences
     )
 
 
@@ -241,7 +251,7 @@ def make_parser():
                         help="only these rows, by name, separated by commas (default: all)")  # fmt: skip
     parser.add_argument("--dataset", type=pictures, default="cifar10", metavar="NAME",
                         help="as of transgan.py (default: cifar10)")  # fmt: skip
-    parser.add_argument("--size", choices=transgan.SIZES, default="S",
+    parser.add_argument("--size", choices=transgan.SIZES,
                         help="of the networks, in tables 1 to 3 (default: S; tiny for a laptop)")  # fmt: skip
     parser.add_argument("--steps", type=number(int, 1), default=500_000, metavar="N", help="of a run (default: 500000)")
     parser.add_argument("--seeds", type=number(int, 1, 100), default=3, metavar="N", help="runs of a row (default: 3)")
@@ -263,22 +273,41 @@ def main(argv=None):
     """Run the command line; returns the exit code, as transgan.py's."""
     argv = sys.argv[1:] if argv is None else argv
     cut = argv.index("--") if "--" in argv else len(argv)
-    args = make_parser().parse_args(argv[:cut])
+    args, extra = make_parser().parse_args(argv[:cut]), argv[cut + 1 :]
     try:
-        if unknown := set(args.rows or ()) - set(TABLES[args.number][1]):
-            raise UserError(f"table {args.number} has no row {unknown.pop()!r}: {', '.join(TABLES[args.number][1])}")
-        for flag in ("--seed", "--size", "--dataset", "--steps", "--out", "--resume", "--preset"):
-            if flag in argv[cut:]:
-                raise UserError(f"{flag} is the table's, or each row's own; give it before --, or leave it out")
-        print(table(args, run_all(args, argv[cut + 1 :])))
+        if unknown := set(args.rows or ()) - set(rows := TABLES[args.number][1]):
+            raise UserError(f"table {args.number} has no row {unknown.pop()!r}: {', '.join(rows)}")
+        if args.size and args.number == 4:
+            raise UserError("--size does nothing here: each row of table 4 is of its own; leave it out, or choose --rows")
+        args.size = args.size or "S"
+        free = {f"--{name.replace('_', '-')}" for name in (*vars(transgan.Options()), "accumulate", "precision")}
+        free = free.difference(("--dataset", "--size", "--steps", "--seed"), *(words or () for _, words in rows.values()))
+        for flag in (word.partition("=")[0] for word in extra):  # in full: argparse would take beginnings of others
+            if flag.startswith("-") and flag not in free:
+                raise UserError(f"{flag} is the table's, or no run's option; after -- may stand {', '.join(sorted(free))}")
+        print(table(args, run_all(args, extra), extra), flush=True)
         return 0
-    except UserError as error:
-        print(f"transgan: {output.one_line(str(error))}", file=sys.stderr)
+    except (UserError, OSError) as error:  # the latter also of an output that is full, or that nobody reads
+        said = f"{error}; the same command goes on from what is there" if isinstance(error, OSError) else str(error)
+        with contextlib.suppress(OSError):
+            print(f"transgan: {output.one_line(said)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the runs' last checkpoints", file=sys.stderr)
         return 130
 
 
+def stop(*_):
+    """What SIGTERM does: it stops the runs, which save what they have, and this."""
+    for child in RUNNING:
+        child.terminate()
+    sys.exit(143)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, stop)
+    if sys.stdout:  # None where the shell closed it
+        sys.stdout.reconfigure(errors="backslashreplace")  # for the ± that not every terminal can show
+    if code := main():
+        sys.stdout = None  # it may be what failed, and is not to be tried again at the end
+        sys.exit(code)

@@ -21,7 +21,7 @@ from autograd import Tensor
 from data import UserError
 from paper import classifier, scores
 from program import support
-from store import datasets, files
+from store import datasets, files, output
 from store.files import CHECKPOINTS
 from store.support import encoded, fuzz, fuzzed, holds, one_line_at_most, slope
 
@@ -168,11 +168,11 @@ def test_turned_pictures_know_how_far():
 def test_the_classifier_learns_shapes_and_turns():
     pictures, labels = data.draw_labelled_shapes(600, 8)
     assert len(set(labels)) == 18
-    _, accuracy = classifier.train_classifier(pictures, labels, steps=150)
+    _, accuracy = classifier.train_classifier(pictures, labels, 18, steps=150)
     assert accuracy > 0.5  # guessing gets one in eighteen
     lit = np.zeros((64, 3, 8, 8), np.uint8)
     lit[:, :, :3] = 200  # bright above: which way is up can be told
-    _, accuracy = classifier.train_classifier(lit, None, steps=60)
+    _, accuracy = classifier.train_classifier(lit, None, 4, steps=60)
     assert accuracy > 0.9
 
 
@@ -182,9 +182,9 @@ def quick(monkeypatch, small):
     train = classifier.train_classifier
     trained = []
 
-    def counted(pictures, labels, steps=3):
+    def counted(pictures, labels, classes, steps=3):
         trained.append(len(pictures))
-        return train(pictures, labels, steps)
+        return train(pictures, labels, classes, steps)
 
     monkeypatch.setattr(classifier, "train_classifier", counted)
     return trained
@@ -207,6 +207,29 @@ def test_the_classifier_is_trained_once_for_the_same_pictures(quick, tmp_path, c
     assert "quarter turns of dogs" in classifier.load_classifier(pictures, "/my/dogs", tmp_path).weights
     with pytest.raises(UserError, match="cannot write"):
         classifier.load_classifier(pictures, "shapes", path)
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "/my/dogs"])
+def test_a_kept_classifier_that_was_not_made_so_is_made_anew(dataset, quick, tmp_path):
+    pictures = data.draw_shapes(datasets.SHAPES_COUNT, 8)
+    digest = classifier.load_classifier(pictures, dataset, tmp_path).digest
+    (path,) = tmp_path.glob("classifier-*.npz")
+    with np.load(path) as saved:
+        kept = dict(saved)
+    weight, bias = kept["head.weight"], kept["head.bias"]
+    damage = [{"head.weight": weight.T}, {"head.weight": weight.astype(np.float64)}, {"head.bias": bias * np.nan}]
+    damage += [{"scale": np.float64(x)} for x in (0, -1, 1e-300, 1e30, np.inf, np.nan)]
+    damage += [{"scale": x} for x in (1, np.float32(1), np.ones(1), np.True_, "1")]
+    damage += [{"accuracy": x} for x in (9.0, -1e300, np.nan, 1, np.full(1, 0.5))]
+    damage += [{"head.weight": weight[:, :k], "head.bias": bias[:k]} for k in (0, 1, 3)]
+    assert weight.shape == (classifier.FEATURES, len(bias))
+    for number, odd in enumerate(damage):
+        np.savez(path, **kept | odd)
+        for known in (None, digest):
+            assert classifier.kept_classifier(dataset, tmp_path, files.fingerprint(pictures), known) is None, odd
+        assert classifier.load_classifier(pictures, dataset, tmp_path).digest == digest, odd
+        assert len(quick) == 2 + number, odd
+    assert classifier.kept_classifier(dataset, tmp_path, files.fingerprint(pictures)).digest == digest
 
 
 def test_two_classifiers_have_two_names():
@@ -411,6 +434,23 @@ def test_a_score_that_cannot_be_written_is_printed(quick, tmp_path, monkeypatch,
     assert capsys.readouterr().out.startswith("FID-own ")
 
 
+def test_a_score_that_cannot_be_printed_is_written(quick, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert support.run_main(*support.TRAIN, "--out", out) == 0
+    tell = output.tell
+
+    def full(line, **fields):
+        if fields["event"] == "scores":
+            raise OSError(28, "No space left on device")
+        tell(line, **fields)
+
+    monkeypatch.setattr(output, "tell", full)
+    assert support.run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path / "data") == 2
+    assert "No space left" in capsys.readouterr().err
+    (entry,) = scores.read_scores(out / "scores.json")
+    assert entry["images"] == 20
+
+
 def test_evaluating_a_run(quick, tmp_path, capsys):
     out, where = tmp_path / "run", ("--data-dir", tmp_path / "data")
     assert support.run_main(*support.TRAIN, "--out", out) == 0
@@ -425,7 +465,7 @@ def test_evaluating_a_run(quick, tmp_path, capsys):
     for part in (
         "IS-own ",
         " ± ",
-        "(TransGAN-tiny, step 4; 30 pictures against 40 pictures of shapes; own classifier of 17 ",
+        "(TransGAN-tiny, step 4; 30 pictures against 40 pictures of shapes; own classifier of 18 ",
     ):
         assert part in lines[0]
     (entry,) = json.loads((out / "scores.json").read_text())
@@ -514,12 +554,15 @@ def test_what_is_wrong_is_said_before_the_work(quick, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     entry = '[{"step": 1, "images": 2, "weights": "", "fid": %s}]'
     odd = ("{", '{"a": 1}', '[{"step": 1}]', "[1]", "null", '["step"]', "1", "", "[" * 99_999, '[{"a":' * 99_999, "\x00",
-           f"[{'9' * 9999}]", '[{"step": 1, "images": "2", "weights": ""}]', '{"step": 1, "images": 2, "weights": ""}',
+           "{}", '""', '"x"', "0", "false", f"[{'9' * 9999}]", '[{"step": -1, "images": 2, "weights": ""}]',
+           entry % "-5.0", (entry % "7.0").replace("2", "-2"),
+           '[{"step": 1, "images": "2", "weights": ""}]', '{"step": 1, "images": 2, "weights": ""}',
            *(entry % x for x in ("NaN", "Infinity", "-Infinity", "1e999", "null", "true", '"7"', "[7.0]")))  # fmt: skip
     for content in (*(text.encode() for text in odd), b"\xff\xfe[]", (entry % "7.0").encode("utf-16")):
         (tmp_path / "other" / "scores.json").write_bytes(content)
         message = support.fails(capsys, "--evaluate", out, "--out", tmp_path / "other", *where)
         assert re.search("is not a list .*; move it away, or choose another --out", message), content[:60]
+        assert holds(tmp_path / "other" / "scores.json", content)
     assert quick == []
     folder = tmp_path / "one"
     folder.mkdir()
@@ -569,14 +612,21 @@ def test_scores_are_logged_while_training(quick, tmp_path, capsys):
             np.testing.assert_array_equal(a[name], b[name])
 
 
-def test_how_long_the_look_will_take_is_said(monkeypatch, capsys):
-    """Ten of forty pictures took five seconds."""
+@pytest.mark.parametrize(
+    ("part", "work", "said"),
+    [
+        (scores, lambda: scores.look(np.split(data.draw_shapes(40, 8), 4), 40, Eye(), "pictures"), "10 of 40 pictures"),
+        (classifier, lambda: classifier.train_classifier(data.draw_shapes(9, 8), None, 4, steps=4), "step 1/4"),
+    ],
+)
+def test_how_long_the_work_will_take_is_said(part, work, said, monkeypatch, capsys):
+    """A quarter of it took five seconds."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(scores, "time", types.SimpleNamespace(monotonic=itertools.count(100, 5).__next__))
-    scores.look(np.split(data.draw_shapes(40, 8), 4), 40, Eye(), "pictures")
-    assert "pictures: 10 of 40 pictures, 0:00:15 left" in capsys.readouterr().err
+    monkeypatch.setattr(part, "time", types.SimpleNamespace(monotonic=itertools.count(100, 5).__next__))
+    work()
+    assert f": {said}, 0:00:15 left" in capsys.readouterr().err
 
 
 @base.on_cpu

@@ -1,7 +1,12 @@
 """The promises of paper/tables.py: every row is the run that it says it is, and is run once."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest  # isort: skip
 
@@ -28,7 +33,7 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         train = classifier.train_classifier
-        patch.setattr(classifier, "train_classifier", lambda pictures, labels: train(pictures, labels, steps=1))
+        patch.setattr(classifier, "train_classifier", lambda *given: train(*given, steps=1))
         classifier.load_classifier(datasets.load_pictures("shapes", folder, 16), "shapes", folder)
     return folder
 
@@ -42,6 +47,7 @@ def test_the_table_of_tricks(tmp_path, data_dir, capsys):
     command = ["3", *QUICK, "--out", str(tmp_path), "--data-dir", str(data_dir)]
     assert tables.main([*command, "--", "--batch-size", "4", "--gen-batch-size", "4"]) == 0
     printed = capsys.readouterr().out
+    assert ", with --batch-size 4 --gen-batch-size 4.\n" in printed
     (folder,) = tmp_path.iterdir()
     runs = {path.name: newest_checkpoint(path)[1] for path in folder.iterdir()}
     assert {name: (run.diff_aug, run.sr_weight, run.locality) for name, run in runs.items()} == {
@@ -77,7 +83,7 @@ def test_a_table_takes_scores_that_fit(tmp_path, monkeypatch, capsys):
     command = ["3", *QUICK, "--rows", "baseline,+ locality", "--out", str(tmp_path), "--data-dir", str(tmp_path)]
     measured = {"images": 20, "against": "pictures", "reference": "r", "statistics": None, "weights": "w", "network": "n",
                 "resizing": "none"}  # fmt: skip
-    wrong, evaluated = {"fid_own": -1.0, "is_own": -1.0}, []
+    wrong, evaluated = {"fid_own": 99.0, "is_own": 99.0}, []
 
     def evaluate(_, folder, *words):
         entry = {"step": 1, "generator": folder.name, "fid_own": len(folder.name) / 7, "is_own": 2.0} | measured
@@ -101,11 +107,20 @@ def test_a_table_takes_scores_that_fit(tmp_path, monkeypatch, capsys):
     path.write_text(json.dumps([entry, *(entry | wrong | other for other in others)]))
     assert printed() == first
     assert evaluated == []
+    path.write_text(json.dumps([entry | {"distance": "x", "seconds": -1, "row": "another"}]))
+    assert printed() == first
+    for name in ("fid_own", "is_own"):  # half of the numbers are none
+        path.write_text(json.dumps([{key: x for key, x in (entry | wrong).items() if key != name}]))
+        assert printed() == first
+        assert evaluated == ["locality-0"]
+    path.write_text(json.dumps([entry | {"fid_own": -5.0}]))
+    assert tables.main(command) == 2
+    assert "its fid_own cannot be -5.0; move it away" in capsys.readouterr().err.replace(")", "")
     for other in ("network", "reference", "weights", "resizing", "against"):  # the rows differ: measured anew
         path.write_text(json.dumps([entry | wrong | {other: "another"}]))
         assert printed() == first, other
         assert evaluated == ["baseline-0", "locality-0"]
-        assert [x["fid_own"] for x in json.loads(path.read_text())] == [-1.0, entry["fid_own"]]
+        assert [x["fid_own"] for x in json.loads(path.read_text())] == [99.0, entry["fid_own"]]
     del entry["network"]  # as of a version that did not say
     path.write_text(json.dumps([entry | wrong]))
     assert printed() == first
@@ -153,6 +168,58 @@ def test_rows_are_the_papers_pairs(number):
             assert (chosen.sr_weight, chosen.locality) == (PUBLISHED.sr_weight, PUBLISHED.locality)
 
 
+@pytest.fixture
+def begun(monkeypatch):
+    """The folders of runs that a table would have begun, and their options."""
+    runs = {}
+
+    def train(folder, options, *_):
+        runs[folder] = options
+        folder.mkdir(parents=True)
+        return {"distance": 1.0, "seconds": 1.0}
+
+    monkeypatch.setattr(tables, "train", train)
+    monkeypatch.setattr(tables, "score", lambda *_: {"fid_own": 1.0, "is_own": 1.0})
+    return runs
+
+
+def test_data_sets_of_one_name_and_other_options_have_runs_of_their_own(begun, tmp_path, capsys):
+    out, long = tmp_path / "out", ["--learning-rate", f"0.{'0' * 300}1"]
+    folders = [tmp_path / name / "train" for name in ("cats", "dogs")]
+    for number, (dataset, extra) in enumerate([(folders[0], []), (folders[1], []), (folders[0], long[:1]),
+                                               ("shapes", long), ("cifar10", long), ("shapes", [*long[:1], long[1] + "1"]),
+                                               ("shapes", [*long, *long])]):  # fmt: skip
+        if dataset in folders:
+            dataset.mkdir(parents=True, exist_ok=True)
+        command = ["3", *QUICK, "--rows", "baseline", "--out", str(out), "--dataset", str(dataset), "--", *extra]
+        assert tables.main(command) == 0, capsys.readouterr().err
+        assert len(begun) == number + 1
+        assert [*begun.values()][-1][: len(extra)] == extra
+    assert tables.main(["3", *QUICK, "--rows", "baseline", "--out", str(out), "--", "--batch-size", "4"]) == 0
+    assert (out / "table-3-shapes-tiny-1---batch-size-4" / "baseline-0").is_dir()  # as it always was
+
+
+@pytest.mark.parametrize("word", [
+    "--seed=5", "--see", "--steps=9", "--size=M", "--out=DIR", "--device", "--threads", "--data-dir", "--sample-every",
+    "--diff-aug", "--sr-weight=0", "--locality", "--json", "--quiet", "--preset=cifar10-S", "--pre", "--resume", "--help",
+    "-h", "--", "--evaluate", "--num-images", "--features", "--batch",
+])  # fmt: skip
+def test_what_a_table_sets_itself_is_not_taken_after_its_options(word, begun, tmp_path, capsys):
+    assert tables.main(["3", *QUICK, "--out", str(tmp_path), "--", "--batch-size=4", word, "1"]) == 2
+    message = capsys.readouterr().err
+    assert f"transgan: {word.partition('=')[0]} is the table's, or no run's option; after -- may stand --acc" in message
+    assert message.count("\n") == 1
+    assert not begun
+
+
+def test_the_table_of_sizes_has_its_own(begun, tmp_path, capsys):
+    quick = [word for word in QUICK if word not in ("--size", "tiny")]
+    assert tables.main(["4", *QUICK, "--out", str(tmp_path)]) == 2
+    assert "--size does nothing here" in capsys.readouterr().err
+    assert tables.main(["4", *quick, "--out", str(tmp_path)]) == 0
+    assert [support.parsed(*options).size for options in begun.values()] == ["S", "M", "L", "XL"]
+
+
 def test_only_some_rows_and_what_was_not_run_is_not_printed(tmp_path, data_dir, capsys):
     command = ["2", *QUICK, "--rows", "TransGAN", "--out", str(tmp_path), "--data-dir", str(data_dir)]
     assert tables.main([*command, "--", "--batch-size", "4", "--gen-batch-size", "4"]) == 0
@@ -172,8 +239,57 @@ def test_only_some_rows_and_what_was_not_run_is_not_printed(tmp_path, data_dir, 
     assert "must be from 0 to 1" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_dir):
+    """A command, as a program, whose runs are done."""
+    out = tmp_path_factory.mktemp("out")
+    command = ["3", *QUICK, "--rows", "baseline", "--out", str(out), "--data-dir", str(data_dir), "--", "--batch-size", "4"]
+    assert tables.main(command) == 0
+    return [sys.executable, "-m", "paper.tables", *command]
+
+
+ROOT = Path(transgan.__file__).parent
+on_posix = pytest.mark.skipif(os.name != "posix", reason="about POSIX's shell and signals")
+
+
+@on_posix
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [('exec "$@"', 0, ""), ('exec "$@" >&-', 0, ""), ('exec "$@" | true; exit ${PIPESTATUS[0]}', 2, "Broken pipe")]
+    + [('exec "$@" >/dev/full', 2, "No space left on device")] * os.path.exists("/dev/full"),
+)
+@pytest.mark.parametrize("env", [{"PYTHONIOENCODING": "ascii"},
+                                 {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}])  # fmt: skip
+def test_a_table_in_odd_surroundings(words, code, said, env, finished):
+    """A sign that the terminal cannot show is written otherwise; an output that takes nothing is said in a line."""
+    command = ["bash", "-c", words, "bash", *finished]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=buffered | env)
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+    assert len(done.stderr.splitlines()) == 1 + bool(code)  # beside the numbers of the row
+    assert (r"mean \xb1 deviation" in done.stdout) == (words == 'exec "$@"')
+
+
+@on_posix
+def test_sigterm_stops_the_runs_of_a_table(tmp_path, data_dir):
+    command = ["3", *QUICK, "--steps", "100000", "--rows", "baseline", "--out", str(tmp_path), "--data-dir", str(data_dir)]
+    with subprocess.Popen([sys.executable, "-m", "paper.tables", *command], cwd=ROOT) as begun:
+        until = time.monotonic() + 60
+        while not (logs := [*tmp_path.glob("*/*/log.csv")]) or logs[0].read_text().count("\n") < 3:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        begun.terminate()
+        try:
+            assert begun.wait(60) == 143
+        finally:
+            begun.kill()
+    assert newest_checkpoint(logs[0].parent)[0].name == CHECKPOINTS[0]
+    assert not (logs[0].parent / ".lock").exists()
+    assert tables.reached(logs[0].parent)[0] == int(support.read_log(logs[0].parent)[-1]["step"])
+
+
 def test_a_table_gives_the_spread_of_its_seeds():
-    args = tables.make_parser().parse_args(["3", "--steps", "9", "--device", "gpu", "--features", "inception"])
+    args = tables.make_parser().parse_args(["3", "--size=S", "--steps=9", "--device=gpu", "--features=inception"])
     results = {name: [{"fid": x, "is": 1, "distance": 0} for x in (0.1, 0.2, 0.6)] for name in tables.TABLES[3][1]}
     text = tables.table(args, results)
     assert text.count("| 0.300 ± 0.265 |") == 4  # the sample's deviation, n - 1
