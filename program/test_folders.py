@@ -192,8 +192,9 @@ def test_a_folder_that_is_gone_is_said_in_one_line(words, tmp_path):
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("words", ["--steps -1", "--nosuch", "--summary --evaluate x", "--resume x", "--summary"])
 def test_a_mistake_told_to_a_full_disk_is_one_all_the_same(words, stream):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "wb") as full:
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: full}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment} | {stream: full}
         done = subprocess.run([sys.executable, transgan.__file__, *words.split(), "--json"], **streams, text=True)
     assert done.returncode == (0 if (words, stream) == ("--summary", "stderr") else 2)
     assert stream == "stderr" or re.fullmatch("transgan: .*\n", done.stderr)
