@@ -105,6 +105,10 @@ def console():
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of what is not finite: that is refused in our words
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while it was loaded, Ctrl-C ended it at once
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if code := main():
-        sys.stdout = None  # it may be what failed, and is not to be tried again at the end
+    try:
+        code = main()
+    except SystemExit as stop:
+        code = stop.code
+    if code:  # what could not be printed is not to be tried again at the end
+        sys.stdout = sys.stderr = None
     return code

@@ -128,11 +128,15 @@ def need_plain_batches(data_dir: str | Path) -> None:
             plain(folder / name)
 
 
-def whole(name: str, pictures: Bytes, source: Path) -> Bytes:
-    """The pictures of a published data set; if they are not as many as it has, that is said on standard error."""
+def whole(name: str, pictures: Bytes, source: Path, made: str = "") -> Bytes:
+    """The pictures of a published data set; if they are not as many as it has, that is said on standard error.
+
+    made: the names of caches that would take the place of a `source` that is moved away.
+    """
     if len(pictures) != COUNTS[name]:
+        away = f"{made}, and {source} if it is there," if made else "it"
         warn(f"transgan: {source} is not the whole of {name}: it gives {len(pictures):,} pictures, not {COUNTS[name]:,}; "
-             "if it broke off, move it away and start again")  # fmt: skip
+             f"if it broke off, move {away} away and start again")  # fmt: skip
     return pictures
 
 
@@ -150,15 +154,15 @@ def cached(data_dir: Path, stem: str, state: str, side: int, source: Path, count
     """The pictures of `source`, kept in a file of data_dir: bytes, (N, 3, side, side), on disk until used (a memory map).
 
     The file goes by `stem`, the source's `state` and how pictures are read; older ones of that stem are removed. A source
-    that is no longer there has what was made of all of it, in whatever state it was. Where the file is missing or damaged,
-    or lacks a picture that can be read now, it is made of `results`, at most `count` pictures; if it only lacks some and
+    that is no longer there has what was made of it, in whatever state it was. Where the file is missing or damaged, or
+    lacks a picture that can be read now, it is made of `results`, at most `count` pictures; if it only lacks some and
     cannot be made, it is used as it is. What was skipped is named. Raises UserError.
     """
     sweep(data_dir)
     path = data_dir / f"{stem}-{_digest(f'{state} {READING} {PIL.__version__}')}{CACHE}"
     caches = sorted(data_dir.glob(f"{glob.escape(stem)}-{'[0-9a-f]' * 16}{CACHE}"))
-    if not source.exists() and path not in caches:
-        path = next((old for old in caches if old.stat().st_size > count * 3 * side**2), path)
+    if caches and path not in caches and not source.exists():
+        path = caches[0]
     retry = source.exists() and not multiprocessing.parent_process()  # of processes that share a run, the first alone
     if not (cache := kept(path, side, results if retry else None)):
         try:
@@ -355,7 +359,8 @@ def load_stl10(data_dir: str | Path, archive: Archive = STL10) -> Bytes:
             if not count:
                 raise ValueError(f"it holds no pictures in {STL10_FILE}")
 
-    return whole("stl10", cached(Path(data_dir), f"stl10-{side}", state, side, source, COUNTS["stl10"], results), source)
+    pictures = cached(Path(data_dir), f"stl10-{side}", state, side, source, COUNTS["stl10"], results)
+    return whole("stl10", pictures, source, f"{Path(data_dir) / f'stl10-{side}-'}*{CACHE}")
 
 
 def load_celeba(data_dir: str | Path, archive: Archive = CELEBA) -> Bytes:
@@ -381,4 +386,4 @@ def load_celeba(data_dir: str | Path, archive: Archive = CELEBA) -> Bytes:
             yield from decode(again or sorted(faces), opened, side, source)
 
     pictures = cached(Path(data_dir), f"celeba-{side}", archive.digest, side, source, COUNTS["celeba"], results)
-    return whole("celeba", pictures, source)
+    return whole("celeba", pictures, source, f"{Path(data_dir) / f'celeba-{side}-'}*{CACHE}")
