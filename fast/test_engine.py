@@ -500,6 +500,13 @@ def test_copies_of_tensors_and_modules_have_gradients(made):
     close(grad((copy.copy(x) * 3).sum(), [x])[0], np.full(2, 3.0))  # the same leaf, in another Tensor
 
 
+@pytest.mark.parametrize("several", [list, tuple])
+def test_modules_in_lists_and_tuples_are_parts(several):
+    module, init = ag.Module(), transgan.Init(np.random.default_rng(0), "uniform")
+    module.layers = several(ag.Linear(1, 1, init) for _ in range(2))
+    assert [*module.parameters()] == ["layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias"]
+
+
 @pytest.mark.parametrize("hidden", [np.inf, np.nan, -np.inf, 1e308])
 def test_softmax_does_not_see_what_is_masked(hidden):
     mask = ag.xp.asarray([True, False, True])
