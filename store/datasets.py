@@ -143,7 +143,7 @@ def whole(name: str, pictures: Bytes, source: Path, made: str = "") -> Bytes:
 # What is decoded once is kept in a file: the pictures, byte after byte, what is to be told of them, and how long that is.
 
 CACHE = ".pictures"  # how the name of a cache ends
-READING = 2  # to be raised when pictures are read in another way, so that no cache of the old way is used
+READING = 3  # to be raised when pictures are read in another way, so that no cache of the old way is used
 
 Results = Generator[tuple[str, "Bytes | Exception"], None, None]  # names, each with a picture or what is wrong with it
 Reader = Callable[["list[str] | None"], Results]  # gives those of the names that are worth another try, or of all
@@ -163,11 +163,12 @@ def cached(data_dir: Path, stem: str, state: str, side: int, source: Path, count
     caches = sorted(data_dir.glob(f"{glob.escape(stem)}-{'[0-9a-f]' * 16}{CACHE}"))
     if caches and path not in caches and not source.exists():
         path = caches[0]
-    retry = source.exists() and not multiprocessing.parent_process()  # of processes that share a run, the first alone
-    if not (cache := kept(path, side, results if retry else None)):
+    first = not multiprocessing.parent_process()  # of processes that share a run, which alone tries again
+    again = results if first and source.exists() else None
+    if not (cache := kept(path, side, again)):
         try:
             with being_made(path):
-                cache = kept(path, side, results if retry else None) or make(path, side, source, count, results(None))
+                cache = kept(path, side, again) or make(path, side, source, count, results(None))
         except UserError:
             if not (cache := kept(path, side)):
                 raise

@@ -121,8 +121,10 @@ def bare(file: IO[bytes]) -> bytes:
 def extra_memory(picture: Image.Image) -> int:
     """About how many bytes its decoder takes beside an open picture's own, which has not been loaded."""
     pixels, channels = picture.width * picture.height, len(picture.getbands())
-    if picture.format in ("JPEG", "MPO"):  # if it has several passes, its coefficients are all there before its first pixel
-        return min(2 * channels * pixels, MEMORY if picture.info.get("progressive") else MEMORY // 2)  # rarely so, if large
+    if picture.format in ("JPEG", "MPO"):
+        # Of several passes, all coefficients are there before the first pixel. Others than progressive ones may have them,
+        # too, and do not say so; but hardly large ones, which are not to be refused for it.
+        return min(2 * channels * pixels, MEMORY if picture.info.get("progressive") else MEMORY // 2)
     if picture.format == "TIFF":
         tags = picture.tag_v2
         rows = min(tags.get(323) or tags.get(278) or picture.height, picture.height)  # of a tile, or of a strip
