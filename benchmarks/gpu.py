@@ -1,48 +1,57 @@
 """Everything that is to be measured on a GPU, by one command, which ends in a table of what passed:
 
-    python benchmarks/gpu.py --data-dir data [--out runs/gpu] [--stages suite,twice,step,profile,train] [--minutes 10]
+    python benchmarks/gpu.py --data-dir data [--out runs/gpu] [--stages step,kernels,profile,train,suite,twice]
 
+    step      benchmarks/step.py against PyTorch, eager, fused and compiled, float32 and tf32, sizes S and XL
+    kernels   benchmarks/kernels.py: which kernels a step's time goes to, batches of 32 and 128
+    profile   size S in float32, tf32 and bfloat16: pictures a second, and which operations the time goes to
+    train     size S on CIFAR-10 for --minutes, stopped as by Ctrl-C, so that it can be gone on with
     suite     the whole test suite, on CuPy (in parallel where pytest-xdist is installed)
     twice     the same seed twice gives the same run, to the bit
-    step      benchmarks/step.py against PyTorch, eager, fused and compiled, float32 and tf32, sizes S and XL
-    profile   where the time of a step of size S goes in float32, tf32 and bfloat16, and pictures a second
-    train     size S on CIFAR-10 for so many minutes, stopped as by Ctrl-C, so that it can be gone on with
-The pictures are CIFAR-10's, downloaded into --data-dir unless they are there. What each command prints is kept in the
-folder --out, in a file of its name, and runs in folders beside it.
+The first three want the GPU for themselves; the training goes on beside the last two. The pictures are CIFAR-10's,
+downloaded into --data-dir unless they are there. What each command prints is kept in the folder --out, in a file of its
+name, and runs in folders beside it.
 """
 
 import argparse
+import csv
 import importlib.util
 import signal
 import subprocess
 import sys
 import time
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("suite", "twice", "step", "profile", "train")
+STAGES = ("step", "kernels", "profile", "train", "suite", "twice")
 
 
 def jobs(args):
     """(stage, name, command without the interpreter, seconds after which it is interrupted or None) of everything."""
     train = ["transgan.py", "--device", "gpu", "--dataset", "cifar10", "--data-dir", args.data_dir, "--size", args.size]
-    workers = ["-n", "auto"] if importlib.util.find_spec("xdist") else []
-    yield "suite", "suite", ["-m", "pytest", "-p", "no:cacheprovider", *workers, *args.tests], None
-    for name in ("first", "second"):
-        yield "twice", name, [*train, "--steps", "10", "--sample-every", "10", "--out", str(args.out / name)], None
-    for precision in ("float32", "tf32"):
+
+    def training(name, *more):
+        return name, [*train, "--out", str(args.out / name), *more]
+
+    for precision in ("tf32", "float32"):
         for size in ("S", "XL"):
             command = ["benchmarks/step.py", "--sizes", size, "--batch-sizes", "32,128", "--precision", precision,
                        "--sides", "ours,eager,fused,compiled"]  # fmt: skip
             yield "step", f"step-{size}-{precision}", command, None
-    for precision in ("float32", "tf32", "bfloat16"):
-        for more in ([], ["--profile"]):
-            name = f"{'profile' if more else 'speed'}-{precision}"
-            yield "profile", name, [*train, "--steps", "20", "--sample-every", "20", "--precision", precision,
-                                    "--out", str(args.out / name), *more], None  # fmt: skip
-    yield "train", "train", [*train, "--precision", "tf32", "--out", str(args.out / "train")], 60 * args.minutes
+    for batch_size in ("32", "128"):
+        yield "kernels", f"kernels-{batch_size}", ["benchmarks/kernels.py", "--batch-size", batch_size], None
+    for precision in ("tf32", "bfloat16", "float32"):
+        short = "--precision", precision, "--sample-every", "100", "--steps"
+        yield "profile", *training(f"speed-{precision}", *short, "60"), None
+        yield "profile", *training(f"profile-{precision}", *short, "10", "--profile"), None
+    yield "train", *training("train", "--precision", "tf32"), 60 * args.minutes
+    workers = ["-n", "auto"] if importlib.util.find_spec("xdist") else []
+    yield "suite", "suite", ["-m", "pytest", "-p", "no:cacheprovider", *workers, *args.tests], None
+    for name in ("first", "second"):
+        yield "twice", *training(name, "--steps", "10", "--sample-every", "10"), None
 
 
 def run(command, log, seconds):
@@ -56,6 +65,26 @@ def run(command, log, seconds):
             process.send_signal(signal.SIGINT)  # the step is finished, and the run saved
             code = {130: 0}.get(process.wait(), 1)
     return code, time.monotonic() - start
+
+
+def report(name, command, log, done):
+    """Print the end of what a command printed; returns its row of the table."""
+    code, seconds = done
+    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
+    print(f"== {name}: exit code {code} after {seconds:.0f} s: {' '.join(command)}", *lines[-40:], sep="\n", flush=True)
+    return f"{name:20}{'passed' if code == 0 else 'FAILED':8}{seconds:6.0f} s{pace(log.parent / name / 'log.csv')}"
+
+
+def pace(log):
+    """The pace of a run from its log, of which the steps up to 20 are not looked at; "" where there are no others."""
+    if not log.exists():
+        return ""
+    with log.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) > 20]
+    if len(rows) < 2:
+        return ""
+    steps, seconds = (float(rows[-1][name]) - float(rows[0][name]) for name in ("step", "seconds"))
+    return f"{1000 * seconds / steps:8.1f} ms a step"
 
 
 def differing(one, other):
@@ -80,15 +109,19 @@ def main():
         parser.error(f"stages are {', '.join(STAGES)}")
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for stage, name, command, seconds in jobs(args):
-        if stage not in stages:
-            continue
-        log = args.out / f"{name}.log"
-        code, spent = run(command, log, seconds)
-        lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
-        print(f"== {name}: exit code {code} after {spent:.0f} s: {' '.join(command)}", *lines[-25:], sep="\n", flush=True)
-        rows.append(f"{name:20}{'passed' if code == 0 else 'FAILED':8}{spent:6.0f} s")
+    rows, beside = [], None
+    with futures.ThreadPoolExecutor() as pool:
+        for stage, name, command, seconds in jobs(args):
+            if stage not in stages:
+                continue
+            log = args.out / f"{name}.log"
+            if stage == "train":
+                beside = name, command, log, pool.submit(run, command, log, seconds)
+            else:
+                rows.append(report(name, command, log, run(command, log, seconds)))
+        if beside:
+            *what, running = beside
+            rows.append(report(*what, running.result()))
     if "twice" in stages:
         found = differing(*(args.out / name / "checkpoint.npz" for name in ("first", "second")))
         rows.append(f"{'the same run':20}{'FAILED: ' + ', '.join(found[:5]) if found else 'passed'}")

@@ -27,6 +27,20 @@ def matmul(a, b):
     return result(arrays.matmul(a.data, b.data), (a, lambda g: g @ ag.swap_last(b)), (b, lambda g: ag.swap_last(a) @ g))
 
 
+def reduce_sum(x, axis=None, keepdims=False):
+    """Over several axes before the last, as a bias's gradient is summed: one after another, beginning with the inmost.
+
+    CuPy lets a block of threads sum up 32 columns, so that of a gradient (B, N, C) no more than C / 32 of a GPU's hundred
+    and more would be at work; for (B, C), which comes first here, it is B times as many.
+    """
+    axes = range(x.ndim) if axis is None else sorted(ag.normalize_axis_tuple(axis, x.ndim))
+    if len(axes) < 2 or x.ndim - 1 in axes:
+        return definition(ag.reduce_sum)(x, axis, keepdims)
+    for inmost in reversed(axes):
+        x = definition(ag.reduce_sum)(x, inmost, keepdims)
+    return x
+
+
 def normal_cdf(x):
     return result(arrays.normal_cdf(x.data), (x, lambda g: g * ag.exp(x * x * -0.5) * PEAK))
 
@@ -132,5 +146,5 @@ def adam_update(adam, learning_rate, scale):
     arrays.adam_update(adam, learning_rate, scale)
 
 
-FORMS = {ag.matmul: matmul, ag.normal_cdf: normal_cdf, ag.gelu: gelu, ag.softmax: softmax, ag.layer_norm: layer_norm,
-         ag.attention: attention, ag.adam_update: adam_update}  # fmt: skip
+FORMS = {ag.matmul: matmul, ag.reduce_sum: reduce_sum, ag.normal_cdf: normal_cdf, ag.gelu: gelu, ag.softmax: softmax,
+         ag.layer_norm: layer_norm, ag.attention: attention, ag.adam_update: adam_update}  # fmt: skip
