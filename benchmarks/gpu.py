@@ -5,7 +5,7 @@
     step      benchmarks/step.py against PyTorch, eager, fused and compiled, float32 and tf32, sizes S and XL
     kernels   benchmarks/kernels.py: which kernels a step's time goes to, batches of 32 and 128
     profile   size S in float32, tf32 and bfloat16: pictures a second, and which operations the time goes to
-    train     size S on CIFAR-10 for --minutes, stopped as by Ctrl-C, so that it can be gone on with
+    train     size S on CIFAR-10 for --minutes, stopped as by kill, so that it can be gone on with
     suite     the whole test suite, on CuPy (in parallel where pytest-xdist is installed)
     twice     the same seed twice gives the same run, to the bit
 The first three want the GPU for themselves; the training goes on beside the last two. The pictures are CIFAR-10's,
@@ -30,7 +30,7 @@ STAGES = ("step", "kernels", "profile", "train", "suite", "twice")
 
 
 def jobs(args):
-    """(stage, name, command without the interpreter, seconds after which it is interrupted or None) of everything."""
+    """(stage, name, command without the interpreter, seconds after which it is stopped or None) of everything."""
     train = ["transgan.py", "--device", "gpu", "--dataset", "cifar10", "--data-dir", args.data_dir, "--size", args.size]
 
     def training(name, *more):
@@ -55,15 +55,15 @@ def jobs(args):
 
 
 def run(command, log, seconds):
-    """Run one command, keeping what it prints; returns its exit code, 0 if it was interrupted well, and its seconds."""
+    """Run one command, keeping what it prints; returns its exit code, 0 if it was stopped well, and its seconds."""
     start = time.monotonic()
     with open(log, "w") as file:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # the step is finished, and the run saved
-            code = {130: 0}.get(process.wait(), 1)
+            process.terminate()  # the step is finished, and the run saved; Ctrl-C's signal may be ignored in the background
+            code = int(process.wait() != 128 + signal.SIGTERM)
     return code, time.monotonic() - start
 
 

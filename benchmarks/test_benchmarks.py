@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,8 @@ MISTAKES = [
     *((script, "--device", "tpu") for script in ("step.py", "growth.py")),
     *((script, "--device", "gpu") for script in ("step.py", "growth.py") if DEVICE == "cpu"),
     ("speedups.py", "--batch-size", "0"), ("inception.py", "--pictures", "0"), ("growth.py", "--largest", "0"),
-    ("training.py", "--dataset", "shapes", "--image-size", "9"),
+    ("training.py", "--dataset", "shapes", "--image-size", "9"), ("kernels.py", "--rounds", "0"),
+    *([("kernels.py",)] if DEVICE == "cpu" else []),
 ]  # fmt: skip
 
 
@@ -71,13 +73,37 @@ def test_what_a_person_gets_wrong_is_said_at_once_in_one_line(words, monkeypatch
 
 
 @on_posix
-def test_a_stage_for_the_gpu_is_ended_as_by_ctrl_c(tmp_path):
-    """What saves, and says 130, has passed; what does not, or ends by an error before, has failed."""
-    waits = "import signal, sys, time; signal.signal(signal.SIGINT, {}); print(1, flush=True); time.sleep(60)"
-    for handler, passed in (("lambda *_: sys.exit(130)", True), ("lambda *_: sys.exit(3)", False)):
-        code, _ = gpu.run(["-c", waits.format(handler)], tmp_path / "log", 2)
-        assert ((tmp_path / "log").read_text(), code == 0) == ("1\n", passed)
+def test_a_stage_for_the_gpu_is_ended_as_by_kill(tmp_path):
+    """What saves, and says 143, has passed; what does not, or ends by an error before, has failed. Also in the background,
+    where Ctrl-C's signal is ignored."""
+    waits = "import signal, sys, time; signal.signal(signal.SIGTERM, {}); print(1, flush=True); time.sleep(60)"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for handler, passed in (("lambda *_: sys.exit(143)", True), ("lambda *_: sys.exit(3)", False)):
+            code, _ = gpu.run(["-c", waits.format(handler)], tmp_path / "log", 2)
+            assert ((tmp_path / "log").read_text(), code == 0) == ("1\n", passed)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert gpu.run(["-c", "raise SystemExit(4)"], tmp_path / "log", None)[0] == 4
+
+
+def test_a_runs_pace_is_that_of_its_log_without_the_first_steps(tmp_path):
+    log = tmp_path / "log.csv"
+    assert gpu.pace(log) == ""
+    log.write_text("step,seconds\n1,9\n20,50\n21,50.5\n")
+    assert gpu.pace(log) == ""
+    log.write_text("step,seconds\n1,9\n20,50\n21,50.5\n22,50.75\n25,51.5\n")
+    assert gpu.pace(log).split() == ["250.0", "ms", "a", "step"]
+
+
+def test_a_trace_is_summed_up_by_kernel(monkeypatch):
+    """All of cuBLAS's are one, and what is no work of the device is left out."""
+    events = [("kernel", "gelu", 1e6), ("kernel", "sm90_xmma_gemm_f32", 2e6), ("kernel", "nvjet_tss_64x8", 3e6),
+              ("gpu_memset", "Memset", 5e5), ("cuda_runtime", "cudaGraphLaunch", 9e6), ("kernel", "gelu", 1e6)]  # fmt: skip
+    trace = {"traceEvents": [{"cat": cat, "name": name, "dur": dur} for cat, name, dur in events] + [{"name": "process"}]}
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    by_kernel = runpy.run_path(str(Path(__file__).with_name("kernels.py")))["by_kernel"]
+    assert list(by_kernel(trace).items()) == [("matrix products", [5.0, 2]), ("gelu", [2.0, 2]), ("Memset", [0.5, 1])]
 
 
 def test_two_checkpoints_are_compared_to_the_bit(tmp_path):
