@@ -60,4 +60,5 @@ template <class T> T __shfl_xor_sync(unsigned, T x, int lane) {
 #define __device__
 #define __global__
 #define __shared__ static
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __syncthreads wait_for_others

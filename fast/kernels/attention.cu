@@ -10,12 +10,13 @@
 // numbers the heads of the whole batch.
 #include "common.cuh"
 
+#define ALIGNED __shared__ __align__(16) real  // so that a row is fetched two or four numbers at a time
 #define HEAD(array, parts, part) (array + (count(blockIdx.y / heads) * tokens * parts + part) * heads * D \
                                   + blockIdx.y % heads * D)  // of the first token; the next is parts * heads * D further
 
 extern "C" __global__ void attention(const real* qkv, const bool* mask, real* out, real* log_sum,
                                      count tokens, count heads) {
-    __shared__ real k[TILE][D], v[TILE][D];
+    ALIGNED k[TILE][D], v[TILE][D];
     count i = count(blockIdx.x) * TILE + threadIdx.x, next = 3 * heads * D;
     real q[D], sum[D], top = LOWEST, total = 0;
     for (int d = 0; d < D; d++) {
@@ -52,7 +53,7 @@ extern "C" __global__ void attention(const real* qkv, const bool* mask, real* ou
 
 extern "C" __global__ void attention_vjp_query(const real* qkv, const bool* mask, const real* out, const real* log_sum,
                                                const real* g, real* result, count tokens, count heads) {
-    __shared__ real k[TILE][D], v[TILE][D];
+    ALIGNED k[TILE][D], v[TILE][D];
     count i = count(blockIdx.x) * TILE + threadIdx.x, next = 3 * heads * D;
     real q[D], slope[D], dq[D], inner = 0;
     for (int d = 0; d < D; d++) {
@@ -86,7 +87,7 @@ extern "C" __global__ void attention_vjp_query(const real* qkv, const bool* mask
 
 extern "C" __global__ void attention_vjp_key(const real* qkv, const bool* mask, const real* out, const real* log_sum,
                                              const real* g, real* result, count tokens, count heads) {
-    __shared__ real q[TILE][D], slope[TILE][D], inner[TILE], total[TILE];
+    ALIGNED q[TILE][D], slope[TILE][D], inner[TILE], total[TILE];
     count j = count(blockIdx.x) * TILE + threadIdx.x, next = 3 * heads * D;
     real k[D], v[D], dk[D], dv[D];
     for (int d = 0; d < D; d++) {
