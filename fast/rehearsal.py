@@ -4,9 +4,11 @@ Its arrays are NumPy's, but refuse to meet NumPy's, as CuPy's do. Its kernels ar
 C++ compiler translates beside fast/emulator.cpp, so that a CPU runs them block after block. Its cuBLAS multiplies what lies
 at the addresses it is given. While a stream is captured, all of this is noted, to be done again in the same memory.
 
-    def test_something(rehearsed_gpu):  # import the fixture from here
+    def test_something(rehearsed_gpu):
         ag.use_device("gpu")
         fast.install()
+
+`python -m pytest --rehearse` runs all other tests so, too, to see whether they would pass on a GPU; it takes long.
 """
 
 import contextlib
@@ -193,10 +195,10 @@ def on_device(function):
 
 
 def give_device_arrays_their_operators():
-    for name in ("shape", "ndim", "size", "dtype", "base", "strides", "itemsize"):
+    for name in ("shape", "ndim", "size", "nbytes", "dtype", "base", "strides", "itemsize"):
         setattr(DeviceArray, name, property(lambda self, name=name: getattr(self.host, name)))
     DeviceArray.T = property(lambda self: DeviceArray(self.host.T))
-    for name in ("sum", "mean", "max", "reshape", "transpose", "astype", "copy", "swapaxes", "item"):
+    for name in ("sum", "mean", "std", "max", "reshape", "transpose", "astype", "copy", "swapaxes", "item"):
         setattr(DeviceArray, name, on_device(getattr(np.ndarray, name)))
     for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "gt", "ge", "lt", "eq"):
         function = on_device(getattr(operator, name))
@@ -257,9 +259,9 @@ class FakeCuPy(types.ModuleType):
     ndarray, used, precision, RawKernel = DeviceArray, set(), None, staticmethod(emulated)
     cuda = types.SimpleNamespace(
         runtime=types.SimpleNamespace(
-            getDeviceProperties=lambda device: {"name": b"a rehearsed GPU"}, memGetInfo=lambda: (1 << 30, 1 << 31)
+            getDeviceProperties=lambda device: {"name": b"a rehearsed GPU"}, getDeviceCount=lambda: 1
         ),
-        Device=lambda: types.SimpleNamespace(id=0),
+        Device=lambda: types.SimpleNamespace(id=0, synchronize=lambda: None),
         Stream=Stream,
         get_current_stream=lambda: Stream.null,
         MemoryPool=lambda: types.SimpleNamespace(malloc=None),
@@ -287,27 +289,43 @@ class FakeCuPy(types.ModuleType):
         return on_device(value)
 
 
+def modules():
+    """What is imported of a CuPy, {name: module}, a new one."""
+    cupy = FakeCuPy("cupy")
+    linalg = {f"COMPUTE_TYPE_{kind}": kind for kind in ("DEFAULT", "TF32", "BF16")}
+    linalg["set_compute_type"] = lambda dtype, kind: setattr(cupy, "precision", kind)
+    core = types.SimpleNamespace(_routines_linalg=types.SimpleNamespace(**linalg))
+    return {"cupy": cupy, "cupy._core": core}
+
+
 @contextlib.contextmanager
 def rehearsal():
     """Within this context there is a CuPy to find, and no fast form in use yet; afterwards all is as it was."""
     if not shutil.which("g++"):
         pytest.skip("the kernels' rehearsal needs g++")
-    cupy = FakeCuPy("cupy")
-    linalg = {f"COMPUTE_TYPE_{kind}": kind for kind in ("DEFAULT", "TF32", "BF16")}
-    linalg["set_compute_type"] = lambda dtype, kind: setattr(cupy, "precision", kind)
-    core = types.SimpleNamespace(_routines_linalg=types.SimpleNamespace(**linalg))
+    found = modules()
     gpu.kernel.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ag, "xp", np)
         patch.setattr(ag, "faster", {})
         patch.setattr(forms, "arrays", None)
         patch.setattr(cublas, "library", CuBLAS)
-        patch.setitem(sys.modules, "cupy", cupy)
-        patch.setitem(sys.modules, "cupy._core", core)
+        for name, module in found.items():
+            patch.setitem(sys.modules, name, module)
         try:
-            yield cupy
+            yield found["cupy"]
         finally:
             gpu.kernel.cache_clear()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rehearse", action="store_true", help="run all tests as where there is a GPU, on a rehearsed one")
+
+
+def pytest_configure(config):
+    if config.getoption("--rehearse"):  # before tests ask for a device while they are imported
+        sys.modules.update(modules())
+        cublas.library = CuBLAS
 
 
 @pytest.fixture

@@ -356,19 +356,30 @@ def test_a_folder_whose_name_is_no_text_has_a_report(tmp_path):
     assert r"\xff\x80" in (out / "report.html").read_text("utf-8")
 
 
-@pytest.mark.parametrize(("share", "drawn"), [(1e9, [0, 1, 2, 3, 4]), (1e-9, [0, 4])])
-def test_drawing_takes_no_more_than_its_share_of_the_time(share, drawn, tmp_path, monkeypatch):
+def drawn_after(share, out):
+    """The steps of a run after which its report was drawn, of `share` of the time; the log has them all by then."""
     steps, page = [], report.page
 
     def draw(trainer, out, log, *words):
-        assert log["seconds"][0, -1] == trainer.step  # the log is up to date
+        assert log["seconds"][0, -1] == trainer.step
         steps.append(trainer.step)
         return page(trainer, out, log, *words)
 
-    monkeypatch.setattr(report.Report, "SHARE", share)
-    monkeypatch.setattr(report, "page", draw)
-    assert run_main(*support.TRAIN, "--out", tmp_path / "run", "--sample-every", 1) == 0
-    assert steps == drawn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report.Report, "SHARE", share)
+        patch.setattr(report, "page", draw)
+        assert run_main(*support.TRAIN, "--out", out, "--sample-every", 1) == 0
+    return steps
+
+
+@pytest.mark.parametrize(("share", "drawn"), [(1e9, [0, 1, 2, 3, 4]), (1e-9, [0, 4])])
+def test_drawing_takes_no_more_than_its_share_of_the_time(share, drawn, tmp_path):
+    assert drawn_after(share, tmp_path / "run") == drawn
+
+
+@base.on_cpu
+def test_on_a_gpu_the_report_has_the_step_that_is_still_at_work(rehearsed_gpu, tmp_path):
+    assert drawn_after(1e9, tmp_path / "run") == [0, 1, 2, 3, 4]
 
 
 def test_a_report_while_the_run_goes_on(run):
@@ -608,14 +619,14 @@ def test_an_export_is_the_generator_to_half_precision(pair, tmp_path):
     for seed in range(4):
         rng = np.random.default_rng(seed)
         for weights in sampler.generator.parameters().values() if seed else ():
-            weights.data[...] = rng.standard_normal(weights.shape) * 10 ** rng.uniform(-8, 4)
+            weights.data[...] = ag.xp.asarray(rng.standard_normal(weights.shape) * 10 ** rng.uniform(-8, 4))
         checkpoints.export(sampler, path)
         assert checkpoints.newest_checkpoint(path) == (path, chosen)
         alone = checkpoints.load_sampler(chosen, path)
         assert (alone.step, alone.discriminator) == (2, None)
         for name, weights in alone.generator.parameters().items():
-            own = sampler.generator.parameters()[name].data
-            np.testing.assert_array_equal(weights.data, own.astype(np.float16).astype(np.float32))
+            own = ag.to_numpy(sampler.generator.parameters()[name])
+            np.testing.assert_array_equal(ag.to_numpy(weights), own.astype(np.float16).astype(np.float32))
         if not seed:
             assert np.abs(data.to_bytes(alone.sample(noise)) - made).max() <= 2
     assert leftovers(path.parent) == ["alone.npz"]

@@ -133,6 +133,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
                     shorter = "--preset cifar10-laptop, or a run of fewer --steps, takes less"
                     log.say(f"{long}; {shorter}", event="long", seconds=seconds)
                 if sampled == now and not last:  # in this step; the last one's report is drawn below
+                    log.write()  # which the report is read from
                     with log.aside("drawing the report"):
                         report.update()
                 if asked and not last:
