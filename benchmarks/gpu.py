@@ -49,7 +49,7 @@ def jobs(args):
         yield "profile", *training(f"profile-{precision}", *short, "10", "--profile"), None
     yield "train", *training("train", "--precision", "tf32"), 60 * args.minutes
     workers = ["-n", "auto"] if importlib.util.find_spec("xdist") else []
-    yield "suite", "suite", ["-m", "pytest", "-p", "no:cacheprovider", *workers, *args.tests], None
+    yield "suite", "suite", ["-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", *workers, *args.tests], None
     for name in ("first", "second"):
         yield "twice", *training(name, "--steps", "10", "--sample-every", "10"), None
 
