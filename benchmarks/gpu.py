@@ -4,7 +4,7 @@
 
     step      benchmarks/step.py against PyTorch, eager, fused and compiled, float32 and tf32, sizes S and XL
     kernels   benchmarks/kernels.py: which kernels a step's time goes to, batches of 32 and 128
-    profile   size S in float32, tf32 and bfloat16: pictures a second, and which operations the time goes to
+    profile   size S in float32, tf32 and bfloat16: milliseconds a step, and which operations the time goes to
     train     size S on CIFAR-10 for --minutes, stopped as by kill, so that it can be gone on with
     suite     the whole test suite, on CuPy (in parallel where pytest-xdist is installed)
     twice     the same seed twice gives the same run, to the bit
