@@ -4,13 +4,13 @@
 
     step      benchmarks/step.py against PyTorch, eager, fused and compiled, float32 and tf32, sizes S and XL
     kernels   benchmarks/kernels.py: which kernels a step's time goes to, batches of 32 and 128
-    profile   size S in float32, tf32 and bfloat16: milliseconds a step, and which operations the time goes to
+    profile   size S in float32, tf32 and bfloat16: milliseconds a step; and which operations the time goes to, unrecorded
     train     size S on CIFAR-10 for --minutes, stopped as by kill, so that it can be gone on with
     suite     the whole test suite, on CuPy (in parallel where pytest-xdist is installed)
     twice     the same seed twice gives the same run, to the bit
-The first three want the GPU for themselves; the training goes on beside the last two. The pictures are CIFAR-10's,
-downloaded into --data-dir unless they are there. What each command prints is kept in the folder --out, in a file of its
-name, and runs in folders beside it.
+The first three want the GPU for themselves, and two of them PyTorch; the training goes on beside the last two. The pictures
+are CIFAR-10's, downloaded into --data-dir unless they are there. What each command prints is kept in the folder --out, in a
+file of its name, and runs in folders beside it: for another round name another, because no run is written over.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def report(name, command, log, done):
     """Print the end of what a command printed; returns its row of the table."""
     code, seconds = done
     lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
-    print(f"== {name}: exit code {code} after {seconds:.0f} s: {' '.join(command)}", *lines[-40:], sep="\n", flush=True)
+    print(f"== {name}: exit code {code} after {seconds:.0f} s: {' '.join(command)}", *lines[-50:], sep="\n", flush=True)
     return f"{name:20}{'passed' if code == 0 else 'FAILED':8}{seconds:6.0f} s{pace(log.parent / name / 'log.csv')}"
 
 
@@ -107,7 +107,7 @@ def main():
     stages = args.stages.split(",")
     if not set(stages) <= set(STAGES):
         parser.error(f"stages are {', '.join(STAGES)}")
-    args.out = args.out.resolve()
+    args.out, args.data_dir = args.out.resolve(), str(Path(args.data_dir).resolve())  # commands run in ROOT
     args.out.mkdir(parents=True, exist_ok=True)
     rows, beside = [], None
     with futures.ThreadPoolExecutor() as pool:
@@ -123,7 +123,8 @@ def main():
             *what, running = beside
             rows.append(report(*what, running.result()))
     if "twice" in stages:
-        found = differing(*(args.out / name / "checkpoint.npz" for name in ("first", "second")))
+        ends = [args.out / name / "checkpoint.npz" for name in ("first", "second")]
+        found = differing(*ends) if all(map(Path.exists, ends)) else ["there are not two"]
         rows.append(f"{'the same run':20}{'FAILED: ' + ', '.join(found[:5]) if found else 'passed'}")
     print("", *rows, sep="\n")
     return int(any("FAILED" in row for row in rows))

@@ -2,8 +2,9 @@
 
     python benchmarks/kernels.py [--size S] [--batch-size 32] [--precision tf32] [--rounds 10]    (needs PyTorch)
 
-The two steps of benchmarks/step.py, ours. `--profile` of the program cannot see this: it times the engine's operations, for
-which the steps are not recorded. Busy are the milliseconds of a step in which the GPU works at all.
+The two steps of benchmarks/step.py, ours: the mean of all rounds, while the profiler looks; busy is the sum of the kernels'
+times, of which those that take the most are listed. `--profile` of the program cannot see this: it times the engine's
+operations, for which the steps are not recorded.
 """
 
 import argparse
@@ -35,10 +36,8 @@ def by_kernel(trace):
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
 
-def watched(run, rounds):
+def watched(profiler, run, rounds):
     """What PyTorch's profiler saw of run(), called so often, and the seconds that took."""
-    from torch import profiler
-
     with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as seen:
         start = time.perf_counter()
         for _ in range(rounds):
@@ -59,15 +58,17 @@ def main():
     parser.add_argument("--rounds", type=number(int, 1), default=10, help="of each step, after two (default 10)")
     args = parser.parse_args()
     try:
+        from torch import profiler
+
         name = ag.use_device("gpu")
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         parser.error(str(error))
     print(f"{name}, size {args.size}, batch {args.batch_size}, {args.precision}, {args.rounds} of each step")
     *runs, _ = step.tasks("ours", args.size, args.batch_size, "gpu", args.precision)
     for what, run in zip(step.STEPS, runs, strict=True):
         for _ in range(2):  # recorded, then played
             run()
-        trace, seconds = watched(run, args.rounds)
+        trace, seconds = watched(profiler, run, args.rounds)
         found = by_kernel(trace)
         busy = sum(spent for spent, _ in found.values())
         print(f"{what}: {1000 * seconds / args.rounds:.2f} ms, busy {1000 * busy / args.rounds:.2f} ms")

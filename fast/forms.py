@@ -30,8 +30,8 @@ def matmul(a, b):
 def reduce_sum(x, axis=None, keepdims=False):
     """Over several axes before the last, as a bias's gradient is summed: one after another, beginning with the inmost.
 
-    CuPy lets a block of threads sum up 32 columns, so that of a gradient (B, N, C) no more than C / 32 of a GPU's hundred
-    and more would be at work; for (B, C), which comes first here, it is B times as many.
+    CuPy lets a block of threads sum up 32 columns. Of a gradient (B, N, C), summed over B and N at once, these would be
+    C / 32 blocks, for a GPU's hundred processors and more; summed over N first, to (B, C), they are B times as many.
     """
     axes = range(x.ndim) if axis is None else sorted(ag.normalize_axis_tuple(axis, x.ndim))
     if len(axes) < 2 or x.ndim - 1 in axes:

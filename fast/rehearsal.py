@@ -8,7 +8,8 @@ at the addresses it is given. While a stream is captured, all of this is noted, 
         ag.use_device("gpu")
         fast.install()
 
-`python -m pytest --rehearse` runs all other tests so, too, to see whether they would pass on a GPU; it takes long.
+`python -m pytest --rehearse` runs the other tests so, too, to see whether they would pass on a GPU: not the programs that
+they start, nor what is held against PyTorch on a GPU. It takes long.
 """
 
 import contextlib
@@ -47,6 +48,7 @@ def do(run):
 
 
 def fetched():
+    """Called by whatever waits for the device or sends to it, which cannot be recorded."""
     assert tape is None, "something waits for the device, or sends to it, while a stream is captured"
 
 
