@@ -168,12 +168,12 @@ def attention_vjp(qkv, num_heads, mask, out, log_sum, g):
 
 
 def _launch_heads(name, qkv, num_heads, mask, *arrays):
-    """`launch` in a grid of tiles of tokens by heads, those of all samples."""
+    """`launch` in a grid of tiles of tokens, head by head, those of all samples."""
     batch, tokens, width = qkv.shape
     constants = attention_constants(width // 3 // num_heads)
     tile = constants["TILE"]
     if qkv.size:
-        grid = -(-tokens // tile), batch * num_heads
+        grid = (-(-tokens // tile) * batch * num_heads,)
         launch("attention", name, grid, (tile,), qkv, mask, *arrays, tokens, num_heads, **constants)
 
 

@@ -8,11 +8,31 @@ import functools
 
 import autograd as ag
 
+held = []  # all memory of `pool`: where it runs short, CuPy frees what no array holds, which recordings still write to
+
 
 @functools.cache
 def pool():
     """The memory that recordings work in, which is nobody else's: a pool of CuPy's. They share it, being played in turn."""
-    return ag.xp.cuda.MemoryPool()
+
+    def malloc(size):
+        held.append(ag.xp.cuda.Memory(size))
+        return ag.xp.cuda.MemoryPointer(held[-1], 0)
+
+    return ag.xp.cuda.MemoryPool(malloc)
+
+
+@functools.cache
+def stream():
+    """Where they are recorded and played: one for all, because CuPy's pools keep a memory for each stream."""
+    return ag.xp.cuda.Stream(non_blocking=True)
+
+
+def release():
+    """Give the memory back, when there is no recording any more."""
+    stream().synchronize()
+    held.clear()
+    pool().free_all_blocks()
 
 
 class Recording:
@@ -25,7 +45,8 @@ class Recording:
 
     def __init__(self, function, inputs):
         cuda = ag.xp.cuda
-        self.stream = cuda.Stream(non_blocking=True)
+        ag.xp.get_default_memory_pool().free_all_blocks()  # what it keeps for later is wanted here
+        self.stream = stream()
         self.stream.wait_event(cuda.Stream.null.record())
         with cuda.using_allocator(pool().malloc), self.stream:
             self.inputs = [x.copy() for x in inputs]

@@ -241,6 +241,7 @@ def emulated(source, name):
         function = ctypes.CDLL(str(library)).launch
 
     def launch(grid, block, arguments):
+        assert max(grid[1:], default=1) <= 65_535  # CUDA's limit, but for the first
         sizes = [ctypes.c_uint(n) for shape in (grid, block) for n in (*shape, 1)[:2]]
         do(lambda: function(*sizes, *map(passed, arguments)))
 
@@ -266,9 +267,15 @@ class FakeCuPy(types.ModuleType):
         Device=lambda: types.SimpleNamespace(id=0, synchronize=lambda: None),
         Stream=Stream,
         get_current_stream=lambda: Stream.null,
-        MemoryPool=lambda: types.SimpleNamespace(malloc=None),
+        Memory=bytearray,
+        MemoryPointer=lambda memory, offset: (memory, offset),
+        MemoryPool=lambda malloc: types.SimpleNamespace(malloc=malloc, free_all_blocks=lambda: None),
         using_allocator=lambda allocator: contextlib.nullcontext(),
     )
+
+    @staticmethod
+    def get_default_memory_pool():
+        return types.SimpleNamespace(free_all_blocks=lambda: None)
 
     @staticmethod
     def asarray(x, dtype=None):

@@ -8,6 +8,7 @@ import contextlib
 import operator
 import re
 import types
+import weakref
 from pathlib import Path
 
 import transgan
@@ -21,7 +22,7 @@ from hypothesis.extra.numpy import mutually_broadcastable_shapes
 import autograd as ag
 import fast
 from autograd import Tensor, grad
-from fast import augment, compile, cpu, cublas, gpu
+from fast import augment, compile, cpu, cublas, gpu, recording
 from fast.rehearsal import DeviceArray, FakeCuPy, rehearsal
 from program import checkpoints
 from program.support import small_trainer, state_of
@@ -310,8 +311,55 @@ def test_a_recorded_step_is_the_step(loss, small, on_any_gpu, monkeypatch, capsy
         raise RuntimeError("not today")
 
     monkeypatch.setattr("program.update.Recording", refusing)
+    recording.pool().malloc(8)
     assert trained(True)[0] == expected_losses
+    assert not recording.held  # nor what was recorded before
     assert capsys.readouterr().err == "transgan: this GPU's work cannot be recorded, steps are slower: not today\n"
+
+
+def test_what_a_failed_recording_held_is_gone_when_the_step_is_made_without(small, on_any_gpu, monkeypatch):
+    """A GPU whose memory was too small for it may have enough for the step alone."""
+
+    class Held:
+        pass
+
+    alive, make = weakref.WeakSet(), Update.make
+
+    def refusing(function, inputs):
+        held = Held()
+        alive.add(held)
+        raise MemoryError("too little")
+
+    def plain(self, *arguments):
+        assert not alive
+        return make(self, *arguments)
+
+    monkeypatch.setattr("program.update.Recording", refusing)
+    monkeypatch.setattr(Update, "make", plain)
+    trainer = small_trainer(1, np.float64)
+    trainer.train_step()
+    assert (trainer.update.refused, trainer.update.recordings) == (True, {})
+
+
+def test_all_recordings_are_made_on_one_stream_in_memory_that_stays(on_any_gpu):
+    """CuPy keeps a pool's memory apart for each stream, and gives back what no array holds; a recording still uses it."""
+    one, other = (recording.Recording(lambda x: [x + 1], [ag.xp.asarray(np.ones(3))]) for _ in range(2))
+    assert one.stream is other.stream
+    before = len(recording.held)
+    recording.pool().malloc(1 << 21)
+    recording.pool().free_all_blocks()
+    assert len(recording.held) == before + 1
+    recording.release()
+    assert not recording.held
+
+
+@on_cpu
+def test_attention_of_more_heads_than_a_grid_is_high(rehearsed_gpu):
+    """65,535 is the most that CUDA takes along any axis but the first."""
+    ag.use_device("gpu")
+    fast.install()
+    qkv = normal(0, (16_400, 1, 12))[0].astype(np.float32)
+    np.testing.assert_array_equal(ag.to_numpy(ag.attention(tensors(qkv)[0], 4)), qkv[..., 8:])
 
 
 # --- CuPy and NVIDIA's compiler ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import transgan
 from autograd import Tensor, grad
 from data import UserError, first_line
 from fast import CORES
-from fast.recording import Recording
+from fast.recording import Recording, release
 from store.output import warn
 
 THREAD_SHARE = 1 << 15  # elements of a layer worth a thread of their own: with fewer, handing over costs what it saves
@@ -123,8 +123,12 @@ class Played(Update):
                 self.recordings[id(adam)] = Recording(run, inputs)
             except Exception as error:  # CuPy, CUDA and cuBLAS refuse in many ways; without, a step is slower and the same
                 warn(f"transgan: this GPU's work cannot be recorded, steps are slower: {first_line(error)}")
-                self.refused, adam.gradient[...] = True, 0
-                return super().make(scores, inputs, loss, adam, rate)
+                self.refused = True
+        if self.refused:  # here, where the error is gone, and the arrays with it that it held on to
+            self.recordings.clear()
+            release()
+            adam.gradient[...] = 0
+            return super().make(scores, inputs, loss, adam, rate)
         factor, *values = self.recordings[id(adam)].play(inputs)
         adam.step(self.rate_scale * rate, factor)
         total, other = [Tensor(x.copy()) for x in values] + [None] * (2 - len(values))
@@ -143,6 +147,9 @@ class Group:
 
         self.rank, self.size, self.processes = rank, size, processes
         self.communicator = distributed.init_process_group(size, rank, host="127.0.0.1", port=port)
+        if store := getattr(self.communicator, "_store", None):  # a process that nobody needs when all have met: it would
+            store.stop()  # be waited for at the end, in vain, and hold what is locked after a killed run
+            store._process = None
 
     def gather(self, x):
         """Everybody's arrays (rows, n) side by side, by rank: (rows, size n). Raises UserError if one of them is gone."""

@@ -6,18 +6,19 @@
 // each key, so that none adds into another's. Defined before: D, TILE, and SCALE = D^-1/2.
 //
 // A block of TILE threads takes TILE queries (or keys) of one head, a thread each, and goes through all keys (or queries)
-// TILE at a time, which the threads first fetch together into memory that they share. D is a head's width; blockIdx.y
-// numbers the heads of the whole batch.
+// TILE at a time, which the threads first fetch together into memory that they share. D is a head's width; blocks come head
+// by head of the whole batch, along the one axis on which there may be more than 65,535 of them.
 #include "common.cuh"
 
 #define ALIGNED __shared__ __align__(16) real  // so that a row is fetched two or four numbers at a time
-#define HEAD(array, parts, part) (array + (count(blockIdx.y / heads) * tokens * parts + part) * heads * D \
-                                  + blockIdx.y % heads * D)  // of the first token; the next is parts * heads * D further
+#define TILES ((tokens + TILE - 1) / TILE)
+#define HEAD(array, parts, part) (array + (head / heads * tokens * parts + part) * heads * D \
+                                  + head % heads * D)  // of the first token; the next is parts * heads * D further
 
 extern "C" __global__ void attention(const real* qkv, const bool* mask, real* out, real* log_sum,
                                      count tokens, count heads) {
     ALIGNED k[TILE][D], v[TILE][D];
-    count i = count(blockIdx.x) * TILE + threadIdx.x, next = 3 * heads * D;
+    count head = blockIdx.x / TILES, i = blockIdx.x % TILES * TILE + threadIdx.x, next = 3 * heads * D;
     real q[D], sum[D], top = LOWEST, total = 0;
     for (int d = 0; d < D; d++) {
         q[d] = i < tokens ? HEAD(qkv, 3, 0)[i * next + d] * real(SCALE) : real(0);
@@ -48,13 +49,13 @@ extern "C" __global__ void attention(const real* qkv, const bool* mask, real* ou
     }
     if (i >= tokens) return;
     for (int d = 0; d < D; d++) HEAD(out, 1, 0)[i * heads * D + d] = total == 0 ? real(0) : sum[d] / total;
-    log_sum[blockIdx.y * tokens + i] = total == 0 ? real(0) : top + log(total);
+    log_sum[head * tokens + i] = total == 0 ? real(0) : top + log(total);
 }
 
 extern "C" __global__ void attention_vjp_query(const real* qkv, const bool* mask, const real* out, const real* log_sum,
                                                const real* g, real* result, count tokens, count heads) {
     ALIGNED k[TILE][D], v[TILE][D];
-    count i = count(blockIdx.x) * TILE + threadIdx.x, next = 3 * heads * D;
+    count head = blockIdx.x / TILES, i = blockIdx.x % TILES * TILE + threadIdx.x, next = 3 * heads * D;
     real q[D], slope[D], dq[D], inner = 0;
     for (int d = 0; d < D; d++) {
         q[d] = i < tokens ? HEAD(qkv, 3, 0)[i * next + d] * real(SCALE) : real(0);
@@ -76,7 +77,7 @@ extern "C" __global__ void attention_vjp_query(const real* qkv, const bool* mask
                 s += q[d] * k[j - start][d];
                 e += slope[d] * v[j - start][d];
             }
-            e = (e - inner) * exp(min(s - log_sum[blockIdx.y * tokens + i], real(0)));
+            e = (e - inner) * exp(min(s - log_sum[head * tokens + i], real(0)));
             for (int d = 0; d < D; d++) dq[d] += e * k[j - start][d];
         }
         __syncthreads();
@@ -88,7 +89,7 @@ extern "C" __global__ void attention_vjp_query(const real* qkv, const bool* mask
 extern "C" __global__ void attention_vjp_key(const real* qkv, const bool* mask, const real* out, const real* log_sum,
                                              const real* g, real* result, count tokens, count heads) {
     ALIGNED q[TILE][D], slope[TILE][D], inner[TILE], total[TILE];
-    count j = count(blockIdx.x) * TILE + threadIdx.x, next = 3 * heads * D;
+    count head = blockIdx.x / TILES, j = blockIdx.x % TILES * TILE + threadIdx.x, next = 3 * heads * D;
     real k[D], v[D], dk[D], dv[D];
     for (int d = 0; d < D; d++) {
         k[d] = j < tokens ? HEAD(qkv, 3, 1)[j * next + d] : real(0);
@@ -98,7 +99,7 @@ extern "C" __global__ void attention_vjp_key(const real* qkv, const bool* mask, 
     for (count start = 0; start < tokens; start += TILE) {
         count own = min(start + threadIdx.x, tokens - 1);
         inner[threadIdx.x] = 0;
-        total[threadIdx.x] = log_sum[blockIdx.y * tokens + own];
+        total[threadIdx.x] = log_sum[head * tokens + own];
         for (int d = 0; d < D; d++) {
             q[threadIdx.x][d] = HEAD(qkv, 3, 0)[own * next + d] * real(SCALE);
             slope[threadIdx.x][d] = HEAD(g, 1, 0)[own * heads * D + d];
