@@ -47,6 +47,7 @@ class Log:
         self.row, self.measured, self.unwritten = {"step": step}, {}, False  # the last is of the row
         self.start = self.shown = self.last = time.monotonic()
         self.took = self.working = 0.0  # seconds: of the first step, of all after it
+        self.late = int(ag.xp is not np)  # steps: a GPU's time for one is waited for, and counted, in the next
         self.besides = {}  # {what is no step: (seconds that it took, steps from one to the next)}
 
     def add(self, step, losses, pictures):
@@ -58,9 +59,9 @@ class Log:
         self.row = {"step": step} | losses | {"pictures_per_second": pictures / seconds}
         self.row["seconds"] = self.earlier + now - self.start
         self.last, self.step, self.unwritten = now, step, True
-        if step > self.first + 1:
+        if step > self.first + 1 + self.late:
             self.working += seconds
-        elif step > self.first:
+        elif step == self.first + 1:
             self.took = seconds
         if ag.xp is np:
             self.check()
@@ -106,7 +107,8 @@ class Log:
         done = self.step - self.first
         if not done:
             return None
-        pace = self.working / (done - 1) if done > 1 else self.took
+        counted = done - 1 - self.late
+        pace = self.working / counted if counted > 0 else self.took
         besides = sum(seconds / max(done, every) for seconds, every in self.besides.values())
         return (pace + besides) * (self.steps - self.step)
 

@@ -14,7 +14,9 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
+from multiprocessing import connection
 
 import numpy as np
 
@@ -128,7 +130,7 @@ def train(trainer, out, sample_every, save_every, evaluate_every=None, measure=N
                     checkpoints.save(trainer, out / CHECKPOINTS[0])
                     saved, done = now, last
                 log.tick(at_once=asked)
-                if step == 2 and (seconds := log.left()) > LONG:
+                if step == 2 + log.late and (seconds := log.left()) > LONG:
                     long = f"this run will take about {output.clock(seconds)} here"
                     shorter = "--preset cifar10-laptop, or a run of fewer --steps, takes less"
                     log.say(f"{long}; {shorter}", event="long", seconds=seconds)
@@ -181,6 +183,8 @@ def check_gpus(args, options):
     found = ag.xp.cuda.runtime.getDeviceCount() if ag.xp is not np else 0
     if found < args.gpus:
         raise UserError(f"--gpus {args.gpus} asks for more GPUs than the {found} in use here; lower it, or leave it out")
+    if not ag.xp.cuda.nccl.available:
+        raise UserError("--gpus needs NVIDIA's NCCL, which CuPy does not find; install it, or leave --gpus out")
     if options.batch_size % args.gpus or options.gen_batch_size % args.gpus:
         raise UserError(f"--batch-size and --gen-batch-size must divide by --gpus {args.gpus}")
     if options.generator != "transgan":
@@ -196,12 +200,28 @@ def gather_gpus(args, options, checkpoint):
                  for rank in range(1, args.gpus)]  # fmt: skip
     for process in processes:
         process.start()
+    threading.Thread(target=watch_over, args=(processes,), daemon=True).start()
+    multiprocessing.set_start_method("fork", force=True)  # of what CuPy serves with while they meet, and cannot spawn
     return Group(0, args.gpus, port, processes)
+
+
+def watch_over(processes):
+    """End this process as soon as one of these fails: what waits for its GPU's part would wait for ever."""
+    while processes:
+        connection.wait([process.sentinel for process in processes])
+        codes = [(process, process.exitcode) for process in processes]  # read once: others look at them, too
+        if failed := [code for _, code in codes if code not in (None, 0, -signal.SIGTERM)]:
+            message = f"the process of one of the GPUs has ended ({failed[0]}); go on with --resume"
+            output.warn(f"transgan: {message}")
+            output.tell(None, event="end", exit_code=2, error=message)
+            os._exit(2)
+        processes = [process for process, code in codes if code is None]
 
 
 def take_part(rank, port, args, options, checkpoint):
     """What the processes of further GPUs do: the same steps as the first, which alone writes and shows anything."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first, with whom this one ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first, with whom this one ends, also when it is killed
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     output.mode = "quiet"
     ag.use_device("gpu")
     ag.xp.cuda.Device(rank).use()

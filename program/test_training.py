@@ -1,10 +1,12 @@
 """A training as the program runs it: threads, parts of a batch, GPUs and a second start make the same steps."""
 
+import subprocess
 import sys
 import threading
 import tracemalloc
 import types
 from concurrent import futures
+from pathlib import Path
 
 import numpy as np  # isort: skip
 import pytest
@@ -19,6 +21,7 @@ from data import UserError
 from look import summary
 from paper.test_published import COUNTS, count
 from program import checkpoints, update
+from program.run import check_gpus
 from program.support import (
     POLICY,
     TRAIN,
@@ -209,6 +212,37 @@ def test_a_group_without_one_of_its_processes_says_so(monkeypatch):
     group = update.Group(0, 2, 0, [types.SimpleNamespace(is_alive=lambda: False)])
     with pytest.raises(UserError, match="one of the GPUs has ended; go on with --resume"):
         group.gather(np.ones((1, 1)))
+
+
+WAITS = """
+import multiprocessing, sys, threading, time
+from program import run
+context = multiprocessing.get_context("spawn")
+processes = [context.Process(target=sys.exit, args=(int(code),)) for code in sys.argv[1]]
+for process in processes:
+    process.start()
+threading.Thread(target=run.watch_over, args=(processes,), daemon=True).start()
+for process in processes:
+    process.join()
+time.sleep(60 * ("3" in sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("codes", "expected"), [("03", 2), ("00", 0)])
+def test_a_run_ends_when_the_process_of_another_gpu_fails(codes, expected):
+    """While it waits, as for a GPU; one that is done is no failure."""
+    root = Path(update.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", WAITS, codes], cwd=root, capture_output=True, text=True, timeout=50)
+    assert done.returncode == expected, done.stderr
+    assert ("one of the GPUs has ended (3); go on with --resume" in done.stderr) == (expected == 2)
+
+
+def test_without_nccl_several_gpus_are_refused(monkeypatch):
+    runtime = types.SimpleNamespace(getDeviceCount=lambda: 2)
+    cuda = types.SimpleNamespace(runtime=runtime, nccl=types.SimpleNamespace(available=False))
+    monkeypatch.setattr(ag, "xp", types.SimpleNamespace(cuda=cuda))
+    with pytest.raises(UserError, match="--gpus needs NVIDIA's NCCL"):
+        check_gpus(types.SimpleNamespace(gpus=2), transgan.Options())
 
 
 @on_cpu

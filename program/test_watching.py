@@ -159,6 +159,18 @@ def test_on_a_gpu_a_steps_losses_are_read_when_the_next_is_handed_over(tmp_path,
     assert read == [1, 2, 3, 4, 5]
 
 
+def test_on_a_gpu_a_steps_seconds_are_counted_in_the_next(tmp_path, clock, monkeypatch):
+    """The first is waited for when the second was asked for, which takes no time; from then on each takes 2 s."""
+    monkeypatch.setattr(ag, "xp", "not NumPy")
+    log = Log(tmp_path / "log.csv", 0, 1000)
+    for step, seconds in enumerate([5.0, 0.01, 2.0, 2.0, 2.0], 1):
+        clock.append(seconds)
+        log.add(step, {}, 1)
+        if step > 2:
+            assert log.left() == pytest.approx(2 * (1000 - step))
+    log.close()
+
+
 def test_days_are_days():
     assert [output.clock(seconds) for seconds in (5, 86399, 86400, 20 * 86400)] == [
         "0:00:05",
