@@ -16,6 +16,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from multiprocessing import connection
 
 import numpy as np
@@ -183,8 +184,11 @@ def check_gpus(args, options):
     found = ag.xp.cuda.runtime.getDeviceCount() if ag.xp is not np else 0
     if found < args.gpus:
         raise UserError(f"--gpus {args.gpus} asks for more GPUs than the {found} in use here; lower it, or leave it out")
-    if not ag.xp.cuda.nccl.available:
-        raise UserError("--gpus needs NVIDIA's NCCL, which CuPy does not find; install it, or leave --gpus out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of which one line follows
+        from cupy.cuda import nccl
+    if not nccl.available:
+        raise UserError("--gpus needs NVIDIA's NCCL, which CuPy does not find: pip install nvidia-nccl-cu12")
     if options.batch_size % args.gpus or options.gen_batch_size % args.gpus:
         raise UserError(f"--batch-size and --gen-batch-size must divide by --gpus {args.gpus}")
     if options.generator != "transgan":

@@ -241,6 +241,7 @@ def test_without_nccl_several_gpus_are_refused(monkeypatch):
     runtime = types.SimpleNamespace(getDeviceCount=lambda: 2)
     cuda = types.SimpleNamespace(runtime=runtime, nccl=types.SimpleNamespace(available=False))
     monkeypatch.setattr(ag, "xp", types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
     with pytest.raises(UserError, match="--gpus needs NVIDIA's NCCL"):
         check_gpus(types.SimpleNamespace(gpus=2), transgan.Options())
 
