@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 import step
-from start import number
+
+from start import fast, number  # isort: skip
 
 import autograd as ag
 import transgan
@@ -54,7 +55,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="S", choices=transgan.SIZES)
     parser.add_argument("--batch-size", type=number(int, 1), default=32)
-    parser.add_argument("--precision", choices=("float32", "tf32", "bfloat16"), default="tf32", help="of matrix products")
+    parser.add_argument("--precision", choices=fast.PRECISIONS, default="tf32", help="of matrix products")
     parser.add_argument("--rounds", type=number(int, 1), default=10, help="of each step, after two (default 10)")
     args = parser.parse_args()
     try:

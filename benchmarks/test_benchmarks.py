@@ -106,6 +106,21 @@ def test_a_trace_is_summed_up_by_kernel(monkeypatch):
     assert list(by_kernel(trace).items()) == [("matrix products", [5.0, 2]), ("gelu", [2.0, 2]), ("Memset", [0.5, 1])]
 
 
+def test_what_failed_on_a_gpu_is_in_the_table(tmp_path, monkeypatch, capsys):
+    """Where a run left nothing to compare, too; the training, which goes on beside, is told of last."""
+
+    def run(command, log, seconds):
+        log.write_text(f"{seconds}\n")
+        return int("--steps" in command), 1.0
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), "--stages", "twice,train", "--minutes", "2"])
+    assert gpu.main() == 1
+    rows = [line.split()[:2] for line in capsys.readouterr().out.rpartition("\n\n")[2].splitlines()]
+    assert rows == [["first", "FAILED"], ["second", "FAILED"], ["train", "passed"], ["the", "same"]]
+    assert (tmp_path / "train.log").read_text() == "120.0\n"
+
+
 def test_two_checkpoints_are_compared_to_the_bit(tmp_path):
     x = np.arange(3.0)
     for name, arrays in {"a": {"x": x, "y": x}, "b": {"x": x, "y": x + 1e-15}, "c": {"x": x}}.items():

@@ -15,7 +15,6 @@ from program.run import run
 from store import output
 from store.arguments import Parser
 from store.files import FULL
-from store.output import one_line
 
 
 def make_parser():
@@ -76,9 +75,7 @@ def main(argv=None):
             code = 130
             with contextlib.suppress(OSError):
                 output.warn("")  # so that it stands below the terminal's ^C
-    with contextlib.suppress(OSError):  # of a terminal that is gone, of an output that nobody reads
-        output.warn(f"transgan: {message}")
-        output.tell(None, event="end", exit_code=code, error=one_line(message))
+    output.end(message, code)
     return code
 
 

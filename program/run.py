@@ -215,9 +215,7 @@ def watch_over(processes):
         connection.wait([process.sentinel for process in processes])
         codes = [(process, process.exitcode) for process in processes]  # read once: others look at them, too
         if failed := [code for _, code in codes if code not in (None, 0, -signal.SIGTERM)]:
-            message = f"the process of one of the GPUs has ended ({failed[0]}); go on with --resume"
-            output.warn(f"transgan: {message}")
-            output.tell(None, event="end", exit_code=2, error=message)
+            output.end(f"the process of one of the GPUs has ended ({failed[0]}); go on with --resume", 2)
             os._exit(2)
         processes = [process for process, code in codes if code is None]
 

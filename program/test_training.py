@@ -214,6 +214,15 @@ def test_a_group_without_one_of_its_processes_says_so(monkeypatch):
         group.gather(np.ones((1, 1)))
 
 
+def test_what_served_while_gpus_met_is_stopped_when_they_have(monkeypatch):
+    stopped = []
+    store = types.SimpleNamespace(_process="serves", stop=lambda: stopped.append(store._process))
+    distributed = types.SimpleNamespace(init_process_group=lambda *_, **options: types.SimpleNamespace(_store=store))
+    monkeypatch.setitem(sys.modules, "cupyx", types.SimpleNamespace(distributed=distributed))
+    update.Group(0, 2, 0)
+    assert (stopped, store._process) == (["serves"], None)
+
+
 WAITS = """
 import multiprocessing, sys, threading, time
 from program import run
@@ -235,6 +244,13 @@ def test_a_run_ends_when_the_process_of_another_gpu_fails(codes, expected):
     done = subprocess.run([sys.executable, "-c", WAITS, codes], cwd=root, capture_output=True, text=True, timeout=50)
     assert done.returncode == expected, done.stderr
     assert ("one of the GPUs has ended (3); go on with --resume" in done.stderr) == (expected == 2)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="about Linux")
+def test_a_run_ends_so_where_nobody_can_be_told():
+    root = Path(update.__file__).parent.parent
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", WAITS, "3"], cwd=root, stderr=full, timeout=50).returncode == 2
 
 
 def test_without_nccl_several_gpus_are_refused(monkeypatch):

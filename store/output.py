@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -36,6 +37,13 @@ def warn(line: str) -> None:
     """Say on standard error what is not as it should be, though it stops nothing; once, where processes share a run."""
     if sys.stderr and not multiprocessing.parent_process():  # where a shell closed it, print would take standard output
         print(one_line(line), file=sys.stderr, flush=True)
+
+
+def end(message: str, code: int) -> None:
+    """Say why the program ends with this exit code, unless a terminal is gone, an output full, or nobody reads it."""
+    with contextlib.suppress(OSError):
+        warn(f"transgan: {message}")
+        tell(None, event="end", exit_code=code, error=one_line(message))
 
 
 def is_live(stream: TextIO | None) -> bool:
