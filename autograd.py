@@ -1,6 +1,6 @@
 """A small automatic-differentiation engine on NumPy or CuPy arrays, written to be read from top to bottom.
 
-The story of this chapter: a `Tensor` is an array that remembers how it was computed. Every operation returns a new
+The story of this chapter: a `Tensor` is an array that remembers how it was computed. A primitive operation returns a new
 Tensor together with one formula for each operand, the *vector-Jacobian product* (vjp): given the gradient of some final
 number with respect to the operation's result, it returns the gradient with respect to that operand. `grad` walks the
 remembered operations backwards, once each, applying those formulas: that is the chain rule, and all of backpropagation.
@@ -17,8 +17,8 @@ Contents
     7. Modules                Module, Linear, LayerNorm
     8. Optimisation           clip_by_global_norm, Adam over flat arrays
 
-All of it is written to be understood. The folder fast/ holds the same operations again, arranged for a processor, and
-enters them into the table `faster`; each is tested to equal its definition here, which knows nothing of them.
+All of it is written to be understood. The folder fast/ holds some operations again, arranged for a processor, and enters
+them into the table `faster`; each is tested to equal its definition here, which knows nothing of them.
 
 Errors: every operation raises ValueError (IndexError for an index out of range) with one line naming the operation, or
 the one within it that failed, and the shapes it was given, and TypeError when float32 and float64 meet or an argument is
@@ -137,10 +137,10 @@ class Node:
 class Tensor:
     """An array `data` of floats, and the Node that computed it, or None if no gradient is to flow into it.
 
-    data: what xp.asarray makes an array of real numbers of, else TypeError. Float arrays keep their dtype, everything else
-    becomes float32; dtype= overrides. requires_grad=True makes a leaf whose gradient can be asked for. The array is not
-    copied: do not write into it between an operation and `grad`, which reads it again and does not notice.
-    The methods are operations of section 4.
+    data: what xp.asarray makes an array of real numbers of, else TypeError (ValueError for rows of different lengths).
+    Float arrays keep their dtype, everything else becomes float32; dtype= overrides. requires_grad=True makes a leaf, whose
+    gradient can be asked for. The array is not copied: do not write into it between an operation and `grad`, which reads
+    it again and does not notice. The methods are operations of section 4.
     """
 
     __slots__ = ("data", "node")
@@ -320,8 +320,8 @@ def grad(
     Reverse mode: visit the operations in falling order of creation, each once, when all that depends on it is done:
         gradient of operand += vjp(gradient of result).
     Operations that lead to none of the inputs are not visited. No recursion, so depth is not limited.
-    Raises ValueError if output needs output_grad or an input is not a leaf or result with history, RuntimeError if the
-    graph was let go by an earlier walk.
+    Raises ValueError for an output_grad that lacks or is of another shape, and for an input without history, TypeError for
+    one of another kind or dtype, RuntimeError if the graph was let go by an earlier walk.
     """
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     check_arguments([("output", output), ("inputs", inputs), ("output_grad", output_grad)], ["output_grad"])
@@ -500,7 +500,7 @@ def relu(x: Tensor) -> Tensor:
 
 @operation
 def where(mask: Array, a: Operand, b: Operand) -> Tensor:
-    """a where the boolean array is True, else b, elementwise with broadcasting; so the gradient goes."""
+    """a where the boolean array is True, else b, with broadcasting; the gradient goes to what was taken."""
     data = xp.where(mask, array_of(a), array_of(b))
     return result(data, (a, lambda g: where(mask, g, 0.0)), (b, lambda g: where(mask, 0.0, g)))
 
@@ -659,7 +659,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Array | None = None) -> Tensor
 
     mask: a boolean array that broadcasts to (..., n, N), True where a query may see a key.
     """
-    scores = q * q.shape[-1] ** -0.5 @ swap_last(k)  # (..., n, N)
+    scores = (q * q.shape[-1] ** -0.5) @ swap_last(k)  # (..., n, N)
     return softmax(scores, mask) @ v
 
 
@@ -780,7 +780,7 @@ def _first_order_error(
 
 
 class Module:
-    """A part of a network: its parameters are the Tensors, Modules and lists or tuples of Modules among its attributes."""
+    """A part of a network. Its parameters are its attributes: Tensors, and those of Modules, which may stand in lists."""
 
     def parameters(self) -> dict[str, Tensor]:
         """All parameters by name, in the order they were set: {"blocks.0.mlp.expand.weight": Tensor, ...}."""
@@ -797,7 +797,7 @@ class Module:
 
 
 class Linear(Module):
-    """x W + b: (..., inputs) -> (..., outputs). pixels: of each token, if its first weights are to be `init.patches`."""
+    """x W + b: (..., inputs) -> (..., outputs). pixels: a token's, if `init.patches` is to draw it."""
 
     def __init__(self, inputs: int, outputs: int, init: Any, bias: bool = True, pixels: int = 0):
         self.weight, drawn = init.patches(inputs, outputs, pixels) if pixels else init.linear(inputs, outputs)

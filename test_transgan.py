@@ -1,8 +1,9 @@
 """How one tests derivatives, and the paper's equations as tests: python -m pytest
 
 Every derivative is held against central differences in float64, in first and second order, over drawn shapes and values;
-values against the definition written out by hand. These tests run once as the book is written, and once more with the fast
-forms in use (fast/test_book.py). All else is tested beside what it is of, in the folders.
+values against the definition written out by hand, whole networks' against the published code's (paper/test_golden.py).
+These tests run once as the book is written, and once more with the fast forms in use (fast/test_book.py). All else is
+tested beside what it is of, in the folders.
 
 Contents
     1. Setting up             device, hypothesis profiles, what tests draw
@@ -17,6 +18,7 @@ Contents
 import functools
 import math
 import os
+import statistics
 import types
 import warnings
 
@@ -102,7 +104,7 @@ ELEMENTWISE = {  # the operation, and what brings normal numbers into its domain
     "normal_cdf": (ag.normal_cdf, None),
     "gelu": (ag.gelu, None),
     "reciprocal": (lambda x: x**-1, lambda x: np.abs(x) + 0.5),
-    "constant": (lambda x: x**0, None),
+    "constant": (lambda x: x**0, lambda x: x * 0),
     "identity": (lambda x: x**1, None),
     "square": (lambda x: x**2, None),
     "cube": (lambda x: x**3, None),
@@ -116,6 +118,21 @@ def test_elementwise_derivatives(name, shape, seed, scale):
     function, prepare = ELEMENTWISE[name]
     (x,) = normal(seed, shape, scale=scale)
     check(function, [prepare(x) if prepare else x])
+
+
+@given(x=st.floats(0.01, 8))
+def test_elementwise_values(x):
+    below = statistics.NormalDist().cdf(x)
+    (y,) = tensors(np.array([x, -x]))
+    for function, values in (
+        (ag.exp, [math.exp(x), math.exp(-x)]),
+        (ag.normal_cdf, [below, 1 - below]),
+        (ag.gelu, [x * below, x * (below - 1)]),
+        (lambda y: ag.log(y[:1]), [math.log(x)]),
+        (lambda y: ag.sqrt(y[:1]), [math.sqrt(x)]),
+        (lambda y: y[:1] ** 1.5, [x**1.5]),
+    ):
+        close(function(y), values)
 
 
 BINARY = {"add": ag.add, "subtract": ag.subtract, "multiply": ag.multiply, "divide": ag.divide}
@@ -278,6 +295,8 @@ def test_layer_norm_derivatives(shape, seed, scale):
     x, weight, bias = normal(seed, shape, shape[-1:], shape[-1:], scale=scale)
     assume(x.shape[-1] == 1 or x.std(axis=-1).min() > 0.02)  # nearer to constant rows the steps of differences are too wide
     check(ag.layer_norm, [x, weight, bias], step=2e-6)
+    deviation = np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+    close(ag.layer_norm(*tensors(x, weight, bias)), (x - x.mean(axis=-1, keepdims=True)) / deviation * weight + bias, 1e-8)
 
 
 @given(leading=array_shapes(min_dims=0, max_dims=3, max_side=3), k=st.integers(1, 5), m=st.integers(1, 5), seed=seeds)
@@ -395,8 +414,11 @@ def test_gradient_check_finds_a_wrong_derivative(order):
     assert gradient_check(wrong, [x], order=order) > 1e-4
     if order == 2:
         assert gradient_check(wrong, [x], order=1) < AGREES
+        assert gradient_check(lambda x: ag.result(x.data, (x, lambda g: Tensor(g.data))), [x]) > 1e-4  # g's own lost
     with pytest.raises(TypeError, match="float64"):
         gradient_check(wrong, [x.astype(np.float32)])
+    with np.errstate(all="ignore"):
+        assert gradient_check(ag.sqrt, [np.zeros(2)], order=1) == math.inf  # what is not a number agrees with nothing
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
@@ -439,7 +461,7 @@ def test_clipping_by_global_norm(size, seed, bound):
     factor, norm = ag.clip_by_global_norm(ag.xp.asarray(x), bound)
     assert float(norm) == pytest.approx(expected)
     assert float(factor) * expected <= bound
-    assert float(factor) == (1 if expected + 1e-6 <= bound else pytest.approx(bound / expected, rel=1e-3 / expected))
+    assert float(factor) == (1 if expected + 1e-6 <= bound else pytest.approx(bound / (expected + 1e-6), rel=1e-9))
 
 
 # --- 5. The networks --------------------------------------------------------------------------------------------------
@@ -562,7 +584,7 @@ def test_generator_loss_derivatives(loss):
     def call(generator):
         return transgan.generator_loss(discriminator(generator(z)).reshape(1, -1), loss)
 
-    check(*as_function(small_generator(), call, seed=9), coordinates=2, order=1)
+    check(*as_function(small_generator(), call, seed=9), coordinates=1)
 
 
 def test_losses_are_their_formulas():
@@ -818,6 +840,28 @@ def test_training_changes_every_weight_and_its_seed_decides(small):
     assert (first.batches[0] != other.batches[0]).any()
 
 
+def test_every_update_has_inputs_of_its_own(small):
+    """Pictures, about half of them mirrored, noise, mixing weights, draws: of each update, of each step, of each seed."""
+    pictures = data.scale(data.draw_shapes(40, 8))
+    drawn, mirrored = ({x.tobytes() for x in kind} for kind in (pictures, pictures[:, :, :, ::-1]))
+    trainers = [small_trainer(seed=seed, disc_steps=3, diff_aug=POLICY) for seed in (0, 1)]
+    steps = [trainer.inputs(step) for trainer in trainers for step in (0, 1)]
+    for updates in ([inputs for disc_inputs, _ in steps for inputs in disc_inputs], [inputs for _, inputs in steps]):
+        for kind in zip(*updates, strict=True):
+            assert len({x.tobytes() for x in kind}) == len(updates)
+    real = [x.tobytes() for disc_inputs, _ in steps for inputs in disc_inputs for x in inputs[0]]
+    assert set(real) <= drawn | mirrored
+    assert 0.3 < np.mean([x in mirrored for x in real]) < 0.7
+
+
+def test_the_schedule_of_locality():
+    """Half-widths until these epochs, of as many as the authors' run has, in proportion to the steps."""
+    options = transgan.Options(steps=3200)
+    seen = [transgan.half_width_at(options, 2 * epoch) for epoch in (0, 21, 22, 31, 32, 41, 42, 59, 60, 1599)]
+    assert seen == [4, 4, 6, 6, 8, 8, 10, 10, None, None]
+    assert transgan.half_width_at(transgan.Options(dataset="celeba", steps=198, locality="8:5"), 5) is None
+
+
 @pytest.mark.parametrize("decay", transgan.DECAYS)
 def test_rate_stays_or_decays_in_a_line_and_the_average_follows(decay, small, monkeypatch):
     trainer, rates = small_trainer(ema_decay=0.9, decay=decay), []
@@ -832,11 +876,10 @@ def test_rate_stays_or_decays_in_a_line_and_the_average_follows(decay, small, mo
     for name, x in trainer.average.items():
         close(x, average[name], 1e-6)
     z = trainer.noise(70, np.random.default_rng(0))  # more than are made at a time
-    own = trainer.generator(Tensor(trainer.array(z))).data
+    own, sampled = trainer.generator(Tensor(trainer.array(z))).data, trainer.sample(z)
     for name, p in trainer.gen_parameters.items():
         p.data = trainer.average[name]
     averaged = trainer.generator(Tensor(trainer.array(z))).data
-    sampled = trainer.sample(z)
     close(sampled, averaged, 1e-6)
     assert abs(sampled - ag.to_numpy(own)).max() > 1e-4
 
@@ -882,7 +925,7 @@ def test_a_window_reaches_as_far_in_rows_as_in_columns(side, half_width):
 
 def test_the_generator_looks_only_as_far_as_its_window():
     """A change of one token of the last stage moves the pixels within the window of every block, and no others."""
-    generator = transgan.Generator(16, 64, (1, 1, 1), np.random.default_rng(0), dtype=np.float64)
+    generator = transgan.Generator(16, 64, (1, 1, 2), np.random.default_rng(0), dtype=np.float64)
     x = normal(0, (1, 256, 4))[0]
     moved = x.copy()
     moved[0, 5 * 16 + 7, 0] += 1.0
@@ -890,7 +933,7 @@ def test_the_generator_looks_only_as_far_as_its_window():
         generator.attend_within(half_width, 1)
         a, b = (ag.to_numpy(generator.grow(Tensor(ag.xp.asarray(y)), first=2)) for y in (x, moved))
         changed = (a != b).any(axis=(0, 1))
-        near = transgan.window_mask(16, 2)[5 * 16 + 7].reshape(16, 16)
+        near = transgan.window_mask(16, 4)[5 * 16 + 7].reshape(16, 16)  # two blocks, each of which looks 2 far
         assert changed[near].all()
         assert changed[~near].any() == (half_width is None)
     generator.attend_within(2, 2)
@@ -912,6 +955,7 @@ def test_shapes_are_deterministic_and_varied(image_size):
     np.testing.assert_array_equal(pictures, data.draw_shapes(60, image_size))
     assert len(np.unique(pictures.reshape(60, -1), axis=0)) == 60
     assert (data.draw_shapes(60, image_size, seed=1) != pictures).any()
+    assert len(set(data.draw_labelled_shapes(60, image_size)[1])) > 15  # of 18 kinds
     middle = pictures[:, :, image_size // 2, image_size // 2].astype(int)
     corner = pictures[:, :, 0, 0].astype(int)
     assert (np.abs(middle - corner).max(axis=1) > 60).mean() > 0.95  # a shape stands out from its ground

@@ -183,7 +183,7 @@ def stage_depths(size: str, image_size: int) -> tuple[int, ...]:
 def patch_side(image_size: int) -> int:
     """Pixels a side of the discriminator's patches: an 8th of the picture's, at least 4; the largest that tiles it.
 
-    So the grid stays 8x8, as at 32x32: our reading. (The authors' commands keep patches of 4.)
+    So the grid is that of 32x32, 8x8, above it, too: our reading. (The authors' commands keep patches of 4.)
     """
     return max(p for p in range(1, max(4, image_size // 8) + 1) if image_size % p == 0)
 
@@ -207,9 +207,9 @@ def window_mask(side: int, half_width: int, shape: str = "window") -> NDArray[np
 
     window: True where both row and column of the key are within half_width of the query's, as the paper's figure shows it.
     band: as the authors' code has it, where the key's number is within half_width of the query's, tokens being numbered row
-    by row: some of the query's row, over the picture's edge into the next. From 4 to 10, these are 5 (in a corner) to 21
-    keys, and 25 to 441 of a window. The figure is no picture of the mask, their author says (issue 20 of the published
-    code), and one of two dimensions does about as well.
+    by row: some of the query's row, over the picture's edge into the next. Half-widths of 4 to 10 show a query 5 keys (in a
+    corner) to 21 of a band, 25 to 441 of a window. The figure is no picture of the mask, their author says (issue 20 of the
+    published code), and one of two dimensions does about as well.
     """
     token = np.arange(side * side)
     if shape == "band":
@@ -493,7 +493,7 @@ def cutout(x: Tensor, draws: Array) -> Tensor:
     """A square of half the picture's side around (draws[:, 5], draws[:, 6]) becomes 0."""
     side = x.shape[-1]
     pixel, size = ag.xp.arange(side), (side + 1) // 2
-    from_edge = (pixel - (draws[:, i].reshape(-1, 1) - size // 2) for i in (5, 6))  # (B, H), counted from the square's
+    from_edge = (pixel - (draws[:, i].reshape(-1, 1) - size // 2) for i in (5, 6))  # (B, H), from the square's own
     rows, columns = ((edge >= 0) * (edge < size) for edge in from_edge)
     return ag.where(rows[:, None, :, None] * columns[:, None, None, :], 0.0, x)
 
@@ -522,7 +522,7 @@ def diff_augment(x: Tensor, policy: str, draws: Array) -> Tensor:
 class Options:
     """What defines a run: the same options, on the same kind of machine, give the same run."""
 
-    dataset: str = "cifar10"  # what `pictures` are; the training itself does not ask
+    dataset: str = "cifar10"  # what `pictures` are; its EPOCHS are those that `locality` counts
     size: str = "S"  # of the networks, one of SIZES
     image_size: int = 32  # pixels a side of a picture
     patch_size: int = 4  # pixels a side of the discriminator's patches
@@ -544,7 +544,7 @@ class Options:
 
 
 DECAYS = ("none", "linear")  # of the learning rate over a run: as it is, in every published command; or to 0 in a line
-# Of the authors' runs: 500,000 steps of 5 batches, of 32 of CIFAR-10's 50,000 pictures, of 16 of the others'.
+# Of the authors' runs: 500,000 steps of 5 batches, of 32 of 50,000 pictures, of 16 of 105,000, of 16 of 202,599.
 EPOCHS = {"cifar10": 1600, "stl10": 381, "celeba": 198}
 
 
@@ -648,7 +648,7 @@ class Trainer:
     def train_step(self) -> Losses:
         """One step: `disc_steps` updates of the discriminator, then one of the generator and its moving average.
 
-        Returns the last losses and penalty as 0-d arrays on the device, so that nothing waits for them.
+        Returns the last losses and penalty as 0-d arrays on the device, so that nothing waits for them, or None.
         """
         options = self.options
         self.set_window()
