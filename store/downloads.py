@@ -1,7 +1,5 @@
 """Files that others publish: fetched, resumed where a download broke off, and checked."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -11,9 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 from data import UserError
 from store.files import being_made, need_space, plain
@@ -31,7 +27,7 @@ class Archive:
     most: int = 1 << 28  # bytes that it can have
 
 
-def fetch(archive: Archive, data_dir: str | Path) -> Path:
+def fetch(archive, data_dir):
     """The path of an archive in the folder data_dir, downloaded if it is not there, and checked. Raises UserError."""
     path = Path(data_dir) / archive.name
     if not path.exists():
@@ -43,7 +39,7 @@ def fetch(archive: Archive, data_dir: str | Path) -> Path:
     return path
 
 
-def download(archive: Archive, path: Path) -> None:
+def download(archive, path):
     """Fetch an Archive to `path`, showing progress on standard error, and check its sum.
 
     What arrives is kept in path.part, so that the next call goes on where a connection broke off or a disk filled up (an
@@ -73,7 +69,7 @@ PATIENCE = 60.0  # seconds within which a server has to send SLOWEST bytes a sec
 SLOWEST = 1000
 
 
-def _receive(archive: Archive, out: IO[bytes], path: Path) -> None:
+def _receive(archive, out, path):
     """Append to the open file `out` what it lacks of an archive. Raises whatever goes wrong with that."""
     done = out.tell()
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={done}-"} if done else {})
@@ -103,16 +99,16 @@ def _receive(archive: Archive, out: IO[bytes], path: Path) -> None:
         raise ConnectionError(f"it broke off after {done} of {total} bytes")
 
 
-def _arriving(request: urllib.request.Request) -> Iterator[Any]:
+def _arriving(request):
     """Yield what a server answers: (status, announced length or 0, first block), then block after block, b"" at the end.
 
     Another thread does the waiting, because a server that sends a byte now and then keeps one waiting in places that know
     no time. Raises what the request does, and TimeoutError for a server that sends less than SLOWEST.
     """
-    blocks: queue.Queue[Any] = queue.Queue(64)
+    blocks = queue.Queue(64)
     given_up = threading.Event()
 
-    def receive() -> None:
+    def receive():
         try:
             with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
                 block = answer.read1(1 << 18)
@@ -144,7 +140,7 @@ def _arriving(request: urllib.request.Request) -> Iterator[Any]:
             blocks.get_nowait()
 
 
-def check_digest(path: str | Path, archive: Archive, source: str | Path) -> None:
+def check_digest(path, archive, source):
     """Raise UserError, naming `source`, where the file at `path` came from, unless it has the archive's digest."""
     algorithm, expected = archive.digest.split(":")
     digest = hashlib.new(algorithm, usedforsecurity=False)
