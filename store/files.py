@@ -83,7 +83,6 @@ def belongs_to_one(path, refusal):
     drops the lock of a process however that ends: what a killed one leaves behind, an empty file, is in nobody's way. The
     context's value is whether there are locks at all: some network file systems have none, and all goes on without.
     """
-    posix = os.name == "posix"  # Windows removes no open file
     while True:
         try:
             file = plain(path).open("ab")
@@ -97,18 +96,14 @@ def belongs_to_one(path, refusal):
             file.close()
             raise UserError(refusal) from None
         with contextlib.suppress(FileNotFoundError):
-            if not posix or os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
         file.close()  # its last owner removed it in between: what is locked now stands for nothing
     try:
         yield sure
     finally:
-        with contextlib.suppress(OSError), file:
-            if posix:
-                path.unlink()
-        with contextlib.suppress(OSError):
-            if not posix:
-                path.unlink()
+        with contextlib.suppress(OSError), file:  # Windows removes no open file: there it stays, in nobody's way
+            path.unlink()
 
 
 # Names of what is made in a data directory, of its lock, and of what is there of it so far.
