@@ -4,7 +4,6 @@
 without asking Python for every launch. `Ahead` has the inputs of the next step ready when this one ends.
 """
 
-import itertools
 import time
 from concurrent import futures
 
@@ -25,12 +24,6 @@ def threads_that_pay(options):
     if options.discriminator != "transgan":
         elements = options.image_size**2 * 16  # channels, or more
     return min(CORES, max(1, options.batch_size * elements // THREAD_SHARE))
-
-
-def split(x, count):
-    """An array in `count` parts, about equal, along its first axis."""
-    ends = [len(x) * i // count for i in range(count + 1)]
-    return [x[start:end] for start, end in itertools.pairwise(ends)]
 
 
 class Update:
@@ -62,9 +55,9 @@ class Update:
         """The update itself, which `Played` makes in another way."""
         again, group = self.accumulate > 1, self.group
         if group:
-            inputs = [split(x, group.size)[group.rank] for x in inputs]
+            inputs = [ag.xp.array_split(x, group.size)[group.rank] for x in inputs]
         count = 1 if adam is self.whole else min(self.threads * self.accumulate, len(inputs[0]))
-        shares = list(zip(*(split(x, count) for x in inputs), strict=True))
+        shares = list(zip(*(ag.xp.array_split(x, count) for x in inputs), strict=True))
 
         def forward(share):
             part = scores(*share)  # (rows, B / shares)

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import stat
 import sys
 import tempfile
 import zipfile
@@ -171,10 +170,8 @@ def plain(path):
     Raises OSError, with a strerror to show, where something lies there that is not a file, nor a link to one, nor a folder.
     """
     path = Path(path)
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        mode = path.stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", str(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", str(path))
     return path
 
 
@@ -232,13 +229,6 @@ def save_arrays(path, option="--data-dir", /, **arrays):
         np.savez(file, **arrays)
 
 
-def array_header(member):
-    """What an open .npy file begins with: (shape, whether the first index runs fastest, dtype). Raises ValueError."""
-    if np.lib.format.read_magic(member) != (1, 0):
-        raise ValueError("an array is of another version")
-    return np.lib.format.read_array_header_1_0(member)
-
-
 def read_array(archive, name, most):
     """The array `name` of an .npz file, a ZipFile, read-only; nothing larger than `most` bytes is read or made.
 
@@ -249,7 +239,9 @@ def read_array(archive, name, most):
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed in a way that NumPy does not use")
     with archive.open(info) as member:
-        shape, in_columns, dtype = array_header(member)
+        if np.lib.format.read_magic(member) != (1, 0):
+            raise ValueError(f"{name} is of another version")
+        shape, in_columns, dtype = np.lib.format.read_array_header_1_0(member)
         size = math.prod(shape) * dtype.itemsize
         if not 0 <= size <= most:
             raise ValueError(f"{name} claims {size} bytes, more than {most}")
