@@ -206,14 +206,6 @@ def test_several_gpus_make_the_steps_of_one(loss, size, accumulate, threads, sma
                 )
 
 
-def test_a_group_without_one_of_its_processes_says_so(monkeypatch):
-    distributed = types.SimpleNamespace(init_process_group=lambda *args, **options: None)
-    monkeypatch.setitem(sys.modules, "cupyx", types.SimpleNamespace(distributed=distributed))
-    group = update.Group(0, 2, 0, [types.SimpleNamespace(is_alive=lambda: False)])
-    with pytest.raises(UserError, match="one of the GPUs has ended; go on with --resume"):
-        group.gather(np.ones((1, 1)))
-
-
 def test_what_served_while_gpus_met_is_stopped_when_they_have(monkeypatch):
     stopped = []
     store = types.SimpleNamespace(_process="serves", stop=lambda: stopped.append(store._process))
@@ -226,31 +218,36 @@ def test_what_served_while_gpus_met_is_stopped_when_they_have(monkeypatch):
 WAITS = """
 import multiprocessing, sys, threading, time
 from program import run
-context = multiprocessing.get_context("spawn")
-processes = [context.Process(target=sys.exit, args=(int(code),)) for code in sys.argv[1]]
+context, codes, waits = multiprocessing.get_context("spawn"), sys.argv[1], sys.argv[2]
+processes = [context.Process(target=[sys.exit, time.sleep][code > "3"], args=(int(code),), daemon=True) for code in codes]
 for process in processes:
     process.start()
 threading.Thread(target=run.watch_over, args=(processes,), daemon=True).start()
-for process in processes:
-    process.join()
-time.sleep(60 * ("3" in sys.argv[1]))
+if waits == "killed":
+    processes[1].terminate()
+processes[0].join()
+time.sleep(60 * (waits != "ends"))
 """
 
 
-@pytest.mark.parametrize(("codes", "expected"), [("03", 2), ("00", 0)])
-def test_a_run_ends_when_the_process_of_another_gpu_fails(codes, expected):
-    """While it waits, as for a GPU; one that is done is no failure."""
-    root = Path(update.__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", WAITS, codes], cwd=root, capture_output=True, text=True, timeout=50)
-    assert done.returncode == expected, done.stderr
-    assert ("one of the GPUs has ended (3); go on with --resume" in done.stderr) == (expected == 2)
+@pytest.mark.parametrize(
+    ("codes", "waits", "why"), [("03", "waits", "3"), ("09", "killed", "-15"), ("00", "ends", None), ("09", "ends", None)]
+)
+def test_a_run_ends_when_the_process_of_another_gpu_fails(codes, waits, why):
+    """While it waits, as for a GPU; one that is done is no failure, nor is one that is ended at the run's own end."""
+    root, command = Path(update.__file__).parent.parent, [sys.executable, "-c", WAITS, codes, waits]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=50)
+    assert done.returncode == (2 if why else 0), done.stderr
+    assert (f"one of the GPUs has ended ({why}); go on with --resume" in done.stderr) == (done.returncode == 2)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="about Linux")
 def test_a_run_ends_so_where_nobody_can_be_told():
     root = Path(update.__file__).parent.parent
     with open("/dev/full", "w") as full:
-        assert subprocess.run([sys.executable, "-c", WAITS, "3"], cwd=root, stderr=full, timeout=50).returncode == 2
+        assert (
+            subprocess.run([sys.executable, "-c", WAITS, "3", "waits"], cwd=root, stderr=full, timeout=50).returncode == 2
+        )
 
 
 def test_without_nccl_several_gpus_are_refused(monkeypatch):

@@ -10,7 +10,7 @@ from concurrent import futures
 import autograd as ag
 import transgan
 from autograd import Tensor, grad
-from data import UserError, first_line
+from data import first_line
 from fast import CORES
 from fast.recording import Recording, release
 from store.output import warn
@@ -132,22 +132,20 @@ class Group:
     """Joins the processes of several GPUs that train together, one each (data parallel, over NCCL).
 
     All of them hold the same networks and go through the same steps, each on its part of every batch. rank: which one this
-    is, from 0 to size - 1; port: where on this machine they find each other; processes: those to watch over.
+    is, from 0 to size - 1; port: where on this machine they find each other.
     """
 
-    def __init__(self, rank, size, port, processes=()):
+    def __init__(self, rank, size, port):
         from cupyx import distributed
 
-        self.rank, self.size, self.processes = rank, size, processes
+        self.rank, self.size = rank, size
         self.communicator = distributed.init_process_group(size, rank, host="127.0.0.1", port=port)
         if store := getattr(self.communicator, "_store", None):  # a process that nobody needs when all have met: it would
             store.stop()  # be waited for at the end, in vain, and hold what is locked after a killed run
             store._process = None
 
     def gather(self, x):
-        """Everybody's arrays (rows, n) side by side, by rank: (rows, size n). Raises UserError if one of them is gone."""
-        if not all(process.is_alive() for process in self.processes):
-            raise UserError("the process of one of the GPUs has ended; go on with --resume")
+        """Everybody's arrays (rows, n) side by side, by rank: (rows, size n)."""
         everybody = ag.xp.empty((self.size, *x.shape), x.dtype)
         self.communicator.all_gather(ag.xp.ascontiguousarray(x), everybody, x.size)
         return everybody.transpose(1, 0, 2).reshape(len(x), -1)
