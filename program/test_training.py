@@ -216,7 +216,9 @@ def test_what_served_while_gpus_met_is_stopped_when_they_have(monkeypatch):
 
 
 WAITS = """
-import multiprocessing, sys, threading, time
+import atexit, sys, threading, time
+atexit.register(time.sleep, 1)  # the last that is done
+import multiprocessing
 from program import run
 context, codes, waits = multiprocessing.get_context("spawn"), sys.argv[1], sys.argv[2]
 processes = [context.Process(target=[sys.exit, time.sleep][code > "3"], args=(int(code),), daemon=True) for code in codes]
@@ -245,9 +247,8 @@ def test_a_run_ends_when_the_process_of_another_gpu_fails(codes, waits, why):
 def test_a_run_ends_so_where_nobody_can_be_told():
     root = Path(update.__file__).parent.parent
     with open("/dev/full", "w") as full:
-        assert (
-            subprocess.run([sys.executable, "-c", WAITS, "3", "waits"], cwd=root, stderr=full, timeout=50).returncode == 2
-        )
+        command = [sys.executable, "-c", WAITS, "3", "waits"]
+        assert subprocess.run(command, cwd=root, stderr=full, timeout=50).returncode == 2
 
 
 def test_without_nccl_several_gpus_are_refused(monkeypatch):
