@@ -364,9 +364,6 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
         (["--dataset", ""], "'' is neither a folder nor one of"),
         (["--dataset", tmp_path / "file"], "is neither a folder nor one of"),
         (["--dataset", tmp_path / "empty"], "holds no files"),
-        (["--preset", "cifar10-XXL"], "invalid choice: 'cifar10-XXL'"),
-        (["--accumulate", "0"], "0 must be from 1"),
-        (["--loss", "mse"], "invalid choice: 'mse'"),
         (["--steps", "many"], "'many' is not a whole number"),
         (["--steps", "0"], "0 must be from 1"),
         (["--learning-rate", "nan"], "must be from 0 to 1"),
@@ -374,11 +371,9 @@ def test_options_that_a_person_gets_wrong(small, tmp_path, capsys):
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--nonsense\n\x1b[31m"], r"--nonsense\n\x1b[31m"),
         (["--out", ""], "the name of a folder is empty"),
-        (["--sr-weight", "-1"], "must be from 0"),
         (["--locality", "near"], "'near' must be none, or pairs"),
         (["--locality", "4:22,4:32"], "both growing"),
         (["--dataset", "cifar10", "--locality", "4:22,6:1601"], "goes on after the 1600 epochs of a run on cifar10"),
-        (["--locality-stages", "5"], "must be from 1 to 4"),
         (["--dataset", "celeba", "--locality", "4:199"], "goes on after the 198 epochs of a run on celeba"),
         (["--locality-shape", "band", "--locality-stages", "2"], "is for the last stage alone"),
         (["--diff-aug", "blur"], "'blur' must be none, or some of translation,cutout,color"),
@@ -706,9 +701,6 @@ def test_json_tells_what_else_is_printed(small, hasty, tmp_path, capsys):
     assert run_main(*evaluate, "--out", tmp_path / "scores") == 0
     scores, last = objects(capsys.readouterr().out)
     assert scores == {"event": "scores"} | json.loads((tmp_path / "scores" / "scores.json").read_text())[0]
-    assert run_main("--evaluate", out, "--num-images", 20, "--data-dir", tmp_path, "--json") == 0
-    scores, last = objects(capsys.readouterr().out)
-    assert scores == {"event": "scores"} | json.loads((out / "scores.json").read_text())[0]
     assert run_main("--summary", "--dataset", "cifar10", "--json") == 0
     summary, last = objects(capsys.readouterr().out)
     total = {row["network"]: row["parameters"] for row in summary["rows"] if row["stage"] == "total"}
