@@ -21,11 +21,12 @@ from PIL import Image
 import data
 from data import UserError, first_line
 from store.downloads import Archive, fetch
-from store.files import CHECKPOINTS, CHUNK, MADE, being_made, need_space, plain, short_name, sweep, whole_file
+from store.files import CHECKPOINTS, MADE, being_made, need_space, plain, short_name, sweep, whole_file
 from store.output import Progress, one_line, warn
 from store.reading import Room, fit, hushed, is_passing, lean, read_picture
 
 SHAPES_COUNT = 8192
+CHUNK = 1024  # pictures that are decoded or averaged at once
 SIDES = {"cifar10": 32, "stl10": 48, "celeba": 64}  # pixels a side of the published data sets, as the paper has them
 COUNTS = {"cifar10": 50_000, "stl10": 100_000, "celeba": 202_599}  # how many pictures they have
 
@@ -345,8 +346,6 @@ def load_stl10(data_dir, archive=STL10):
                 yield from (("", fit(Image.fromarray(x), side)) for x in columns.transpose(0, 3, 2, 1))
                 count += len(columns)
                 progress(f"decoding {source}: {count:,} pictures")
-            if not count:
-                raise ValueError(f"it holds no pictures in {STL10_FILE}")
 
     pictures = cached(Path(data_dir), f"stl10-{side}", state, side, source, COUNTS["stl10"], results)
     return whole("stl10", pictures, source, f"{Path(data_dir) / f'stl10-{side}-'}*{CACHE}")

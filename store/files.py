@@ -19,7 +19,6 @@ import data
 from data import UserError
 
 CHECKPOINTS = ("checkpoint.npz", "checkpoint-previous.npz")  # of a run's folder, the newest first
-CHUNK = 1024  # pictures that are decoded or hashed at once
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError for which it helps to free some space
 
 
@@ -212,8 +211,7 @@ def fingerprint(*arrays):
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.shape}{array.dtype}".encode())
-        for first in range(0, len(array), CHUNK):
-            digest.update(np.ascontiguousarray(array[first : first + CHUNK]).data)
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
 
 

@@ -143,8 +143,7 @@ def test_names_of_files_are_such_as_any_system_takes(name, kept):
     assert files.portable(name) == kept
 
 
-def test_a_fingerprint_tells_every_byte_and_shape(monkeypatch):
-    monkeypatch.setattr(files, "CHUNK", 4)
+def test_a_fingerprint_tells_every_byte_and_shape():
     pictures = np.random.default_rng(0).integers(0, 256, (10, 3, 2, 2), dtype=np.uint8)
     first, last = pictures.copy(), pictures.copy()
     first[0, 0, 0, 0] ^= 1
