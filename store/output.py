@@ -1,6 +1,7 @@
 """How the program speaks to people and to other programs."""
 
 import contextlib
+import datetime
 import json
 import math
 import multiprocessing
@@ -59,10 +60,8 @@ def one_line(message):
 
 def clock(seconds):
     """Seconds as h:mm:ss, or as days where there is more than one."""
-    if seconds >= 86400:
-        return f"{seconds / 86400:,.1f} days"
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    days = seconds / 86400
+    return f"{days:,.1f} days" if days >= 1 else str(datetime.timedelta(seconds=int(seconds)))
 
 
 class Progress:

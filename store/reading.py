@@ -16,8 +16,7 @@ import threading
 import warnings
 
 import numpy as np
-from PIL import Image
-from PIL.Image import Transpose
+from PIL import Image, ImageOps
 
 MEMORY = 870_000_000  # bytes that pictures may take together while they are decoded
 SMALL = 1 << 20  # bytes of a file that is read as a whole
@@ -32,10 +31,6 @@ GREY16 = {"PNG": ("I;16", "I;16B", "I"), "TIFF": ("I;16", "I;16B", "I;16L", "I;1
 DECODERS = {"PNG": 0, "BMP": 2, "DIB": 2, "GIF": 0, "PPM": 0, "TGA": 0, "PCX": 0, "WEBP": 13, "AVIF": 8}
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
-
-# EXIF's orientations from 2 on: how a picture is turned upright.
-UPRIGHT = dict(enumerate((Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
-                          Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90), 2))  # fmt: skip
 
 
 def is_passing(error):
@@ -135,7 +130,7 @@ def fit(picture, side):
     """
     white, negative = meaning(picture)
     try:
-        orientation = picture.getexif().get(0x0112) if picture.format != "TIFF" else 1  # these, Pillow has turned itself
+        orientation = picture.getexif().get(0x0112, 1) if picture.format != "TIFF" else 1  # these, Pillow has turned itself
     except MemoryError:
         raise
     except Exception:  # it is damaged, which does not make it another picture
@@ -155,9 +150,8 @@ def fit(picture, side):
         raise ValueError("all of it is transparent, if its fourth channel says so")
     box = x / 2 / factor, y / 2 / factor, (x / 2 + square) / factor, (y / 2 + square) / factor
     small = small.resize((side, side), Image.Resampling.BICUBIC, box)
-    if orientation in UPRIGHT:
-        small = small.transpose(UPRIGHT[orientation])
-    return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
+    small.getexif()[0x0112] = orientation
+    return np.ascontiguousarray(np.asarray(ImageOps.exif_transpose(small)).transpose(2, 0, 1))
 
 
 def meaning(picture):
