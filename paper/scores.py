@@ -254,7 +254,7 @@ def read_scores(path):
 def evaluate(run, sampler, load, features, count, data_dir, inception=None, fid_stats=None):
     """Score a run's generator: print the numbers as one line to quote, and add them to scores.json in its folder.
 
-    sampler: program.sampler.Sampler; load: a function that gives the pictures of the run's data set, called only where
+    sampler: program.trainer.Sampler; load: a function that gives the pictures of the run's data set, called only where
     they are needed; features: "inception" or "own"; count: generated pictures; fid_stats: a file to take the reference
     statistics from instead. What is to be read is read before any work is begun. A score takes the place of one that is
     made of the same, see MADE_OF, and of no other. Raises UserError.

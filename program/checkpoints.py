@@ -14,11 +14,9 @@ import numpy as np
 
 import autograd as ag
 from data import UserError, first_line
-from paper.convolutions import Stateful
 from program import VERSION
 from program.options import flags, needed, read_options, without_place
-from program.sampler import Sampler
-from program.trainer import make_networks
+from program.trainer import Sampler, buffers, make_networks
 from store import files
 from store.arguments import NAMES
 from store.files import CHECKPOINTS
@@ -29,18 +27,17 @@ class NotFinite(UserError):
     """A number of training, named by the message, has become infinite or NaN."""
 
 
-def save(trainer, path, keep=True):
+def save(trainer, path):
     """Write a checkpoint: all arrays of training, the step and the options, from which the random state follows.
 
-    The one that lies there is kept as NAME-previous.npz; or replaced at once, without `keep`, where it is of the same step.
-    Raises NotFinite, and writes nothing, for a state that is not.
+    The one that lies there is kept as NAME-previous.npz. Raises NotFinite, and writes nothing, for a state that is not.
     """
     arrays = {name: ag.to_numpy(x) for name, x in trainer.state().items()}
     for name, x in arrays.items():
         if not np.isfinite(x).all():
             raise NotFinite(f"{name} is not finite after step {trainer.step}")
     options = json.dumps(dataclasses.asdict(trainer.options))
-    with files.whole_file(path, keep and path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
+    with files.whole_file(path, path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
         np.savez(file, options=options, step=np.int64(trainer.step), rate_scale=np.float64(trainer.update.rate_scale),
                  pictures=np.uint64(int(trainer.learns_from, 16)), **arrays)  # fmt: skip
 
@@ -78,9 +75,8 @@ def load_sampler(options, path, threads=None):
             wanted |= {f"discriminator/{name}": p.data for name, p in discriminator.parameters().items()}
         else:
             discriminator = None
-        for network, kind in ((generator, "generator"), (discriminator, "discriminator")):
-            if isinstance(network, Stateful):
-                wanted |= {f"{kind}/{name}": x for name, x in network.buffers().items()}
+        for kind, network in (("generator", generator), ("discriminator", discriminator)):
+            wanted |= {f"{kind}/{name}": x for name, x in buffers(network).items()}
         for name, x in wanted.items():
             x[...] = ag.xp.asarray(saved.read(name, x))
         digest = files.checksum(saved.archive, "average/")
@@ -108,8 +104,7 @@ def export(sampler, path):
         if not np.isfinite(x).all():
             raise UserError(f"{name} does not fit into float16, whose largest number is {np.finfo(np.float16).max:.0f}; "
                             "export an earlier step")  # fmt: skip
-    if isinstance(sampler.generator, Stateful):
-        arrays |= {f"generator/{name}": ag.to_numpy(x) for name, x in sampler.generator.buffers().items()}
+    arrays |= {f"generator/{name}": ag.to_numpy(x) for name, x in buffers(sampler.generator).items()}
     source = {"program": f"transgan-from-scratch {VERSION}", "step": sampler.step, "dataset": options.dataset,
               "command": f"python transgan.py {flags(needed(options))}".rstrip(),
               "exported": datetime.date.today().isoformat()}  # fmt: skip

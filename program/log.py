@@ -46,7 +46,7 @@ class Log:
         self.terminal = bool(sys.stdout and sys.stdout.isatty())
         self.row, self.measured, self.unwritten = {"step": step}, {}, False  # the last is of the row
         self.start = self.shown = self.last = time.monotonic()
-        self.took = self.working = 0.0  # seconds: of the first step, of all after it
+        self.working = self.pace = 0.0  # seconds: of all steps that count for the time left, and of one
         self.late = int(ag.xp is not np)  # steps: a GPU's time for one is waited for, and counted, in the next
         self.besides = {}  # {what is no step: (seconds that it took, steps from one to the next)}
 
@@ -59,12 +59,12 @@ class Log:
         self.row = {"step": step} | losses | {"pictures_per_second": pictures / seconds}
         self.row["seconds"] = self.earlier + now - self.start
         self.last, self.step, self.unwritten = now, step, True
-        if step > self.first + 1 + self.late:
+        counted = step - self.first - 1 - self.late  # not the first, as soon as there is another: much is made once in it
+        if counted > 0:
             self.working += seconds
+            self.pace = self.working / counted
         elif step == self.first + 1:
-            self.took = seconds
-        if ag.xp is np:
-            self.check()
+            self.pace = seconds
 
     def measure(self, measured):
         """Add the distance or scores that were measured after the step. Raises NotFinite."""
@@ -96,21 +96,13 @@ class Log:
         now = time.monotonic()
         pause = self.PAUSES[0 if self.live else 2]
         if now - self.shown > pause and (at_once or now - self.last > 4 * pause):
-            self.shown = now
             self.put(what)
 
     def left(self):
-        """About how many seconds all that is still to do will take; None before there was a step.
-
-        The first step counts for nothing as soon as there is another: whatever is made once is made in it.
-        """
+        """About how many seconds all that is still to do will take; None before there was a step."""
         done = self.step - self.first
-        if not done:
-            return None
-        counted = done - 1 - self.late
-        pace = self.working / counted if counted > 0 else self.took
         besides = sum(seconds / max(done, every) for seconds, every in self.besides.values())
-        return (pace + besides) * (self.steps - self.step)
+        return (self.pace + besides) * (self.steps - self.step) if done else None
 
     def write(self):
         """Write the row if it is not written, with --json to standard output, too. Raises NotFinite, when it is written."""
@@ -130,11 +122,11 @@ class Log:
             self.write()
         if due or at_once or self.step in (self.first, self.first + 1, self.steps):
             self.write()
-            self.shown = time.monotonic()
             self.put()
 
     def put(self, doing=None):
         """Print the line; on a terminal that is gone, this is what to hang up for."""
+        self.shown = time.monotonic()
         try:
             if self.live:
                 room = shutil.get_terminal_size().columns + 1  # for as many parts as fit, and the two spaces after them

@@ -62,11 +62,6 @@ def main(argv=None):
         code = run(args, parser)
         output.tell(None, event="end", exit_code=code, error=None)
         return code
-    except SystemExit as stop:
-        with contextlib.suppress(OSError):  # of an output that is full
-            if stop.code:
-                output.tell(None, event="end", exit_code=stop.code, error=parser.mistake)
-        raise
     except UserError as error:
         message = str(error)
     except (MemoryError, OSError, KeyboardInterrupt) as error:

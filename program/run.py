@@ -206,15 +206,19 @@ def gather_gpus(args, options, checkpoint):
         process.start()
     threading.Thread(target=watch_over, args=(processes,), daemon=True).start()
     multiprocessing.set_start_method("fork", force=True)  # of what CuPy serves with while they meet, and cannot spawn
-    return Group(0, args.gpus, port, processes)
+    return Group(0, args.gpus, port)
 
 
 def watch_over(processes):
-    """End this process as soon as one of these fails: what waits for its GPU's part would wait for ever."""
+    """End this process as soon as one of these fails: what waits for its GPU's part would wait for ever.
+
+    At its own end, when its main thread is gone, Python ends them.
+    """
     while processes:
         connection.wait([process.sentinel for process in processes])
         codes = [(process, process.exitcode) for process in processes]  # read once: others look at them, too
-        if failed := [code for _, code in codes if code not in (None, 0, -signal.SIGTERM)]:
+        failed = [code for _, code in codes if code]
+        if failed and threading.main_thread().is_alive():
             output.end(f"the process of one of the GPUs has ended ({failed[0]}); go on with --resume", 2)
             os._exit(2)
         processes = [process for process, code in codes if code is None]
@@ -319,7 +323,7 @@ def begin(args, chosen, out, checkpoint, device, forms, load, commands):
             with contextlib.suppress(FileNotFoundError):
                 (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
         if saved.options != chosen:  # first, so that whatever stops the run, it goes on with what was asked for now
-            checkpoints.save(trainer, out / CHECKPOINTS[0], keep=False)
+            checkpoints.save(trainer, out / CHECKPOINTS[0])
         if saved.pictures != trainer.learns_from:
             output.warn(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
                         f"{len(pictures):,}")  # fmt: skip
@@ -333,7 +337,7 @@ def begin(args, chosen, out, checkpoint, device, forms, load, commands):
     with profile() if args.profile else contextlib.nullcontext() as times:
         asked = train_on(trainer, out, args, measure, commands)
     if times is not None:
-        tell_profile(times, trainer.inputs.waited, time.monotonic() - start)
+        tell_profile(times, time.monotonic() - start)
     if asked:
         output.warn(f"stopped after step {trainer.step}, and saved; go on with: {commands[1]}")
         output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=commands[1])

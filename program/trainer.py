@@ -1,15 +1,16 @@
-"""The book's Trainer as the program uses it, with the networks that its options name, TransGAN's or its peers'."""
+"""The book's Trainer as the program uses it, with the networks that its options name; and a Sampler, what is left of it."""
 
 import numpy as np
 
 import autograd as ag
 import data
 import transgan
+from autograd import Tensor
 from data import UserError
 from fast import cublas
 from paper import networks
 from paper.convolutions import Stateful
-from program.update import Ahead, Played, Update, threads_that_pay
+from program.update import Played, Update, threads_that_pay
 from store import files
 
 
@@ -47,8 +48,18 @@ def make_trainer(options, pictures, threads=None, dtype=np.float32, group=None):
     trainer = kind(options, pictures, generator, discriminator, update, update.map)
     if isinstance(update, Played):
         update.phase = lambda: trainer.half_width
-    trainer.inputs, trainer.learns_from = Ahead(trainer.inputs), files.fingerprint(pictures)
+    trainer.learns_from = files.fingerprint(pictures)
     return trainer
+
+
+def modules(network):
+    """The modules of a network that have more than parameters, see paper/convolutions.py: none of TransGAN's."""
+    return network.modules() if isinstance(network, Stateful) else []
+
+
+def buffers(network):
+    """What training changes of a network beside its parameters, arrays by name: nothing of TransGAN's."""
+    return network.buffers() if isinstance(network, Stateful) else {}
 
 
 class PeerTrainer(transgan.Trainer):
@@ -59,15 +70,12 @@ class PeerTrainer(transgan.Trainer):
 
     def __init__(self, *args):
         super().__init__(*args)
-        pairs = ("generator", self.generator), ("discriminator", self.discriminator)
-        self.peers = {name: network for name, network in pairs if isinstance(network, Stateful)}
-        self.modules = {name: list(network.modules()) for name, network in self.peers.items()}
-        self.whole = "generator" in self.peers and bool(self.generator.buffers())
+        self.whole = bool(buffers(self.generator))
         if self.whole:
             self.update.whole = self.gen_adam
 
     def discriminator_step(self, inputs, rate):
-        for module in self.modules.get("discriminator", ()):
+        for module in modules(self.discriminator):
             module.prepare()
         if self.whole:  # the pictures take the place of their noise, before the batch is shared out
             real, noise, *rest = inputs
@@ -78,15 +86,52 @@ class PeerTrainer(transgan.Trainer):
         return noise if self.whole else super().generated(noise)
 
     def averaged(self, function, inputs):
-        modules = self.modules.get("generator", ())
-        for module in modules:
+        for module in modules(self.generator):
             module.training = False
         try:
             return super().averaged(function, inputs)
         finally:
-            for module in modules:
+            for module in modules(self.generator):
                 module.training = True
 
     def state(self):
-        peers = self.peers.items()
-        return super().state() | {f"{name}/{key}": x for name, network in peers for key, x in network.buffers().items()}
+        own, both = super().state(), (("generator", self.generator), ("discriminator", self.discriminator))
+        return own | {f"{kind}/{name}": x for kind, network in both for name, x in buffers(network).items()}
+
+
+class Sampler:
+    """What is left of a Trainer without its training: options, step and the averaged generator, set to make pictures.
+
+    All pictures, walks and scores of a run are made of it.
+
+    generator: holds the averaged weights; it sees as far as the options' locality says for `step`, the generator steps
+    that were done. digest: tells its weights from others. pictures: the fingerprint of those it learnt from, or None.
+    discriminator: that of the same step, or None where nobody kept it. threads: of a CPU, which share a large sample
+    (default: as many as pay).
+    """
+
+    noise = transgan.Trainer.noise  # z ~ N(0, I): (count, Z), NumPy
+
+    def __init__(self, options, step, digest, generator, discriminator=None, threads=None, pictures=None):
+        self.options, self.step, self.digest, self.pictures = options, step, digest, pictures
+        self.generator, self.discriminator = generator, discriminator
+        if (half_width := transgan.half_width_at(options, step)) is not None:
+            generator.attend_within(half_width, options.locality_stages, options.locality_shape)
+        for module in modules(generator):
+            module.training = False
+        self.dtype = next(iter(generator.parameters().values())).dtype
+        self.map = Update((threads or threads_that_pay(options)) if ag.xp is np else 1).map
+
+    def array(self, values):
+        """A NumPy array as an array on the device, in the networks' dtype."""
+        return ag.xp.asarray(values, dtype=self.dtype)
+
+    def sample(self, z):
+        """Pictures made of noise (n, Z), as Trainer.sample has it: NumPy (n, 3, H, W), about [-1, 1].
+
+        Raises UserError if they are not finite.
+        """
+        pictures = transgan.in_parts(lambda z: self.generator(Tensor(self.array(z))), z, self.map)
+        if not np.isfinite(pictures).all():
+            raise UserError(f"the generator of step {self.step} makes pictures that are not finite; choose another run")
+        return pictures

@@ -1,17 +1,15 @@
 """A step's update, shared out: among a CPU's threads, among a machine's GPUs, and over time where memory is small.
 
 `Update` has the signature of the book's `update`, and makes the same step up to rounding; `Played` does so on one GPU,
-without asking Python for every launch. `Ahead` has the inputs of the next step ready when this one ends.
+without asking Python for every launch.
 """
 
-import itertools
-import time
 from concurrent import futures
 
 import autograd as ag
 import transgan
 from autograd import Tensor, grad
-from data import UserError, first_line
+from data import first_line
 from fast import CORES
 from fast.recording import Recording, release
 from store.output import warn
@@ -25,12 +23,6 @@ def threads_that_pay(options):
     if options.discriminator != "transgan":
         elements = options.image_size**2 * 16  # channels, or more
     return min(CORES, max(1, options.batch_size * elements // THREAD_SHARE))
-
-
-def split(x, count):
-    """An array in `count` parts, about equal, along its first axis."""
-    ends = [len(x) * i // count for i in range(count + 1)]
-    return [x[start:end] for start, end in itertools.pairwise(ends)]
 
 
 class Update:
@@ -62,9 +54,9 @@ class Update:
         """The update itself, which `Played` makes in another way."""
         again, group = self.accumulate > 1, self.group
         if group:
-            inputs = [split(x, group.size)[group.rank] for x in inputs]
+            inputs = [ag.xp.array_split(x, group.size)[group.rank] for x in inputs]
         count = 1 if adam is self.whole else min(self.threads * self.accumulate, len(inputs[0]))
-        shares = list(zip(*(split(x, count) for x in inputs), strict=True))
+        shares = list(zip(*(ag.xp.array_split(x, count) for x in inputs), strict=True))
 
         def forward(share):
             part = scores(*share)  # (rows, B / shares)
@@ -139,22 +131,20 @@ class Group:
     """Joins the processes of several GPUs that train together, one each (data parallel, over NCCL).
 
     All of them hold the same networks and go through the same steps, each on its part of every batch. rank: which one this
-    is, from 0 to size - 1; port: where on this machine they find each other; processes: those to watch over.
+    is, from 0 to size - 1; port: where on this machine they find each other.
     """
 
-    def __init__(self, rank, size, port, processes=()):
+    def __init__(self, rank, size, port):
         from cupyx import distributed
 
-        self.rank, self.size, self.processes = rank, size, processes
+        self.rank, self.size = rank, size
         self.communicator = distributed.init_process_group(size, rank, host="127.0.0.1", port=port)
         if store := getattr(self.communicator, "_store", None):  # a process that nobody needs when all have met: it would
             store.stop()  # be waited for at the end, in vain, and hold what is locked after a killed run
             store._process = None
 
     def gather(self, x):
-        """Everybody's arrays (rows, n) side by side, by rank: (rows, size n). Raises UserError if one of them is gone."""
-        if not all(process.is_alive() for process in self.processes):
-            raise UserError("the process of one of the GPUs has ended; go on with --resume")
+        """Everybody's arrays (rows, n) side by side, by rank: (rows, size n)."""
         everybody = ag.xp.empty((self.size, *x.shape), x.dtype)
         self.communicator.all_gather(ag.xp.ascontiguousarray(x), everybody, x.size)
         return everybody.transpose(1, 0, 2).reshape(len(x), -1)
@@ -162,23 +152,3 @@ class Group:
     def add_up(self, x):
         """Replace an array by the sum of everybody's."""
         self.communicator.all_reduce(x, x)
-
-
-class Ahead:
-    """A Trainer's `inputs`, of which those of the next step are made while this one is at work.
-
-    waited: seconds that steps have waited for them.
-    """
-
-    def __init__(self, inputs):
-        self.inputs, self.waited, self.step, self.waiting = inputs, 0.0, None, None
-        self.pool = futures.ThreadPoolExecutor(1, thread_name_prefix="data")  # one, because batches know one epoch's order
-
-    def __call__(self, step):
-        if step != self.step:  # the first, or after going back or on to a checkpoint
-            self.waiting = self.pool.submit(self.inputs, step)
-        start = time.perf_counter()
-        made = self.waiting.result()
-        self.waited += time.perf_counter() - start
-        self.step, self.waiting = step + 1, self.pool.submit(self.inputs, step + 1)
-        return made

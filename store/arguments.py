@@ -4,19 +4,18 @@ import argparse
 import os
 from pathlib import Path
 
-from store import datasets, files
-from store.output import one_line
+from store import datasets, files, output
 
 NAMES = (*datasets.SIDES, "shapes")
 MANY = 2**31 - 1
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, keeps it as `mistake`, and exits with 2."""
+    """Says what is wrong in one line, as any other end is said, and exits with 2."""
 
     def error(self, message):
-        self.mistake = f"{one_line(message)}; see --help"
-        self.exit(2, f"transgan: {self.mistake}\n")
+        output.end(f"{message}; see --help", 2)
+        self.exit(2)
 
 
 def number(kind, least, most=MANY):

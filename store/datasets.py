@@ -1,7 +1,5 @@
 """Every data set by its name: downloaded where it is missing, checked, and decoded once into a cache."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import glob
@@ -13,23 +11,22 @@ import os
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Generator
 from concurrent import futures
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import PIL
 from PIL import Image
 
 import data
-from data import Bytes, Labels, UserError, first_line
+from data import UserError, first_line
 from store.downloads import Archive, fetch
-from store.files import CHECKPOINTS, CHUNK, MADE, being_made, need_space, plain, short_name, sweep, whole_file
+from store.files import CHECKPOINTS, MADE, being_made, need_space, plain, short_name, sweep, whole_file
 from store.output import Progress, one_line, warn
 from store.reading import Room, fit, hushed, is_passing, lean, read_picture
 
 SHAPES_COUNT = 8192
+CHUNK = 1024  # pictures that are decoded or averaged at once
 SIDES = {"cifar10": 32, "stl10": 48, "celeba": 64}  # pixels a side of the published data sets, as the paper has them
 COUNTS = {"cifar10": 50_000, "stl10": 100_000, "celeba": 202_599}  # how many pictures they have
 
@@ -58,7 +55,7 @@ CELEBA = Archive(
 )
 
 
-def load_pictures(dataset: str, data_dir: str | Path, image_size: int) -> Bytes:
+def load_pictures(dataset, data_dir, image_size):
     """All pictures of a data set: bytes, (N, 3, image_size, image_size).
 
     dataset: "shapes", one of SIDES, whose side image_size must divide, or the path of a folder. Raises UserError.
@@ -71,7 +68,7 @@ def load_pictures(dataset: str, data_dir: str | Path, image_size: int) -> Bytes:
     return load_folder(dataset, data_dir, image_size)
 
 
-def average_squares(pictures: Bytes, side: int) -> Bytes:
+def average_squares(pictures, side):
     """Pictures (N, 3, H, H) made smaller, to (N, 3, side, side), by the mean of each square of H / side pixels a side."""
     factor = pictures.shape[-1] // side
     if factor == 1:
@@ -86,7 +83,7 @@ def average_squares(pictures: Bytes, side: int) -> Bytes:
 LABELLED = ("shapes", "cifar10")
 
 
-def load_labels(dataset: str, data_dir: str | Path, image_size: int) -> Labels | None:
+def load_labels(dataset, data_dir, image_size):
     """The class of each picture of `load_pictures`, whole numbers (N,) from 0, or None for what is not LABELLED.
 
     CIFAR-10 comes with ten classes; of the shapes, kind and colour make one. Raises UserError.
@@ -100,7 +97,7 @@ def load_labels(dataset: str, data_dir: str | Path, image_size: int) -> Labels |
     return None
 
 
-def load_cifar10(data_dir: str | Path, archive: Archive = CIFAR10) -> Bytes:
+def load_cifar10(data_dir, archive=CIFAR10):
     """CIFAR-10's 50,000 training pictures: bytes, (50000, 3, 32, 32).
 
     Uses data_dir/cifar-10-batches-py as it lies; if there is none, checks and extracts data_dir's archive, downloading
@@ -120,7 +117,7 @@ def load_cifar10(data_dir: str | Path, archive: Archive = CIFAR10) -> Bytes:
     return whole("cifar10", data.load_cifar10(data_dir), folder)
 
 
-def need_plain_batches(data_dir: str | Path) -> None:
+def need_plain_batches(data_dir):
     """Raise UserError where a pipe or a device lies in place of a file of CIFAR-10, which the book would wait for."""
     folder = Path(data_dir) / data.CIFAR10_FOLDER
     with data.reading(folder):
@@ -128,7 +125,7 @@ def need_plain_batches(data_dir: str | Path) -> None:
             plain(folder / name)
 
 
-def whole(name: str, pictures: Bytes, source: Path, made: str = "") -> Bytes:
+def whole(name, pictures, source, made=""):
     """The pictures of a published data set; if they are not as many as it has, that is said on standard error.
 
     made: the names of caches that would take the place of a `source` that is moved away.
@@ -145,30 +142,26 @@ def whole(name: str, pictures: Bytes, source: Path, made: str = "") -> Bytes:
 CACHE = ".pictures"  # how the name of a cache ends
 READING = 3  # to be raised when pictures are read in another way, so that no cache of the old way is used
 
-Results = Generator[tuple[str, "Bytes | Exception"], None, None]  # names, each with a picture or what is wrong with it
-Reader = Callable[["list[str] | None"], Results]  # gives those of the names that are worth another try, or of all
-Cache = tuple[Bytes, dict[str, str]]  # pictures, on disk until they are used (a memory map); what was skipped, and why
 
-
-def cached(data_dir: Path, stem: str, state: str, side: int, source: Path, count: int, results: Reader) -> Bytes:
+def cached(data_dir, stem, state, side, source, count, results):
     """The pictures of `source`, kept in a file of data_dir: bytes, (N, 3, side, side), on disk until used (a memory map).
 
     The file goes by `stem`, the source's `state` and how pictures are read; older ones of that stem are removed. A source
     that is no longer there has what was made of it, in whatever state it was. Where the file is missing or damaged, or
-    lacks a picture that can be read now, it is made of `results`, at most `count` pictures; if it only lacks some and
-    cannot be made, it is used as it is. What was skipped is named. Raises UserError.
+    lacks a picture that another try might read, it is made of what results() yields: names, each with a picture or with
+    the exception that says what is wrong with it; at most `count` pictures. If it only lacks some and cannot be made, it
+    is used as it is. What was skipped is named. Raises UserError.
     """
     sweep(data_dir)
     path = data_dir / f"{stem}-{_digest(f'{state} {READING} {PIL.__version__}')}{CACHE}"
     caches = sorted(data_dir.glob(f"{glob.escape(stem)}-{'[0-9a-f]' * 16}{CACHE}"))
     if caches and path not in caches and not source.exists():
         path = caches[0]
-    first = not multiprocessing.parent_process()  # of processes that share a run, which alone tries again
-    again = results if first and source.exists() else None
+    again = source.exists() and not multiprocessing.parent_process()  # of processes that share a run, the first tries
     if not (cache := kept(path, side, again)):
         try:
             with being_made(path):
-                cache = kept(path, side, again) or make(path, side, source, count, results(None))
+                cache = kept(path, side, again) or make(path, side, source, count, results())
         except UserError:
             if not (cache := kept(path, side)):
                 raise
@@ -181,9 +174,10 @@ def cached(data_dir: Path, stem: str, state: str, side: int, source: Path, count
     return pictures
 
 
-def kept(path: Path, side: int, results: Reader | None = None) -> Cache | None:
-    """What a cache holds. None if there is none, it is damaged, or lacks what `results`, if they are given, now have.
+def kept(path, side, again=False):
+    """What a cache holds: pictures, bytes (N, 3, side, side), on disk until used; and what was skipped, {name: why}.
 
+    None if there is none, it is damaged, or, where one would try `again`, lacks pictures for a reason that may have passed.
     Raises UserError for one that cannot be read.
     """
     try:
@@ -192,33 +186,28 @@ def kept(path: Path, side: int, results: Reader | None = None) -> Cache | None:
         told = json.loads(content[-8 - length : -8].tobytes())
         skipped = {str(name): str(reason) for name, reason in told["skipped"].items()}
         pictures = content[: -8 - length].reshape(told["pictures"], 3, side, side)
-        again = [str(name) for name in told["again"]]
+        again = again and told["again"]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; move it away, or choose another --data-dir") from None
     except Exception:  # a damaged file can raise anything at all
         return None
-    if again and results:
-        with hushed(), lean(), contextlib.closing(results(again)) as tried:
-            if any(not isinstance(result, Exception) for _, result in tried):
-                return None
-    return pictures, skipped
+    return None if again else (pictures, skipped)
 
 
-def make(path: Path, side: int, source: Path, count: int, results: Results) -> Cache:
-    """Write a cache, and return what it holds. Raises UserError and OSError."""
+def make(path, side, source, count, results):
+    """Write a cache, and return what it holds, see `kept`. Raises UserError and OSError."""
     need_space(path, count * 3 * side**2, "the decoded pictures need room")
     path.with_suffix(".skipped.txt").unlink(missing_ok=True)
-    skipped: dict[str, str] = {}
-    again, done = [], 0  # of what was skipped, the names of what is worth another try; and how many pictures there are
+    skipped, again, done = {}, False, 0  # again: whether any of it is worth another try; done: how many pictures there are
     with whole_file(path) as part, part.open("wb") as file, hushed(), lean(), contextlib.closing(results):
         for name, result in results:
             if isinstance(result, Exception):
                 unknown = isinstance(result, PIL.UnidentifiedImageError)
                 reason = getattr(result, "strerror", None) or first_line(result)
                 skipped[name] = "it is no picture of a known kind" if unknown else one_line(reason)
-                again += [name] if is_passing(result) else []
+                again |= is_passing(result)
             else:
                 file.write(result.tobytes())
                 done += 1
@@ -230,7 +219,7 @@ def make(path: Path, side: int, source: Path, count: int, results: Results) -> C
     return np.memmap(path, np.uint8, "r", shape=(done, 3, side, side)).view(np.ndarray), skipped
 
 
-def name_skipped(path: Path, source: Path, skipped: dict[str, str]) -> None:
+def name_skipped(path, source, skipped):
     """Name what was skipped: all of it in the file `path`, the first ten on standard error."""
     lines, shown = [f"skipped {name!r}: {reason}" for name, reason in skipped.items()], 10
     try:
@@ -245,18 +234,18 @@ def name_skipped(path: Path, source: Path, skipped: dict[str, str]) -> None:
         warn(line)
 
 
-def decode(names: list[str], opened: Callable[[str], IO[bytes]], side: int, source: Path) -> Results:
+def decode(names, opened, side, source):
     """Yield each name, with the picture in the file `opened(name)`, bytes (3, side, side), or what is wrong with it."""
     room = Room()
 
-    def one(name: str) -> Bytes | Exception:
+    def one(name):
         try:
             with opened(name) as file:
                 return read_picture(file, side, room)
         except Exception as error:  # Pillow's many readers raise anything at all on a damaged file
             return error
 
-    with futures.ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool, Progress() as progress:
+    with futures.ThreadPoolExecutor() as pool, Progress() as progress:
         for first in range(0, len(names), CHUNK // 8):  # a few at a time: results that wait take memory
             some = names[first : first + CHUNK // 8]
             for done, (name, result) in enumerate(zip(some, pool.map(one, some), strict=True), first + 1):
@@ -264,7 +253,7 @@ def decode(names: list[str], opened: Callable[[str], IO[bytes]], side: int, sour
                 progress(f"decoding {source}: {done:,} of {len(names):,} pictures")
 
 
-def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
+def load_folder(folder, data_dir, side):
     """All pictures in a folder and its subfolders, but hidden ones: bytes, (N, 3, side, side), in order of their names.
 
     They are decoded once, into a cache in data_dir that goes by the names, sizes and times of all files, so that it is made
@@ -277,22 +266,22 @@ def load_folder(folder: str | Path, data_dir: str | Path, side: int) -> Bytes:
     if not files and not unread:
         raise UserError(f"{folder} holds no files; name a folder of pictures as --dataset")
 
-    def results(again: list[str] | None = None) -> Results:
-        yield from decode(again or [*files], lambda name: plain(folder / name).open("rb"), side, folder)
+    def results():
+        yield from decode([*files], lambda name: plain(folder / name).open("rb"), side, folder)
         yield from ((name, ValueError(reason)) for name, reason in unread.items())
 
     stem, state = f"{short_name(folder)}-{side}-{_digest(str(folder))}", repr([*files.items(), *unread.items()])
     return cached(Path(data_dir), stem, state, side, folder, len(files), results)
 
 
-def find_files(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+def find_files(folder):
     """The files in a folder and its subfolders, sorted by name: size and time of each; and what cannot be read, and why.
 
     Links are followed, to each folder once. Left out are hidden files, runs of this program, and what it keeps in a data
     directory.
     """
-    files: dict[str, tuple[int, int]] = {}
-    unread: dict[str, str] = {}
+    files = {}
+    unread = {}
     seen, waiting = set(), [folder]
     with Progress() as progress:
         while waiting:
@@ -323,14 +312,14 @@ def find_files(folder: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]
     return dict(sorted(files.items())), dict(sorted(unread.items()))
 
 
-def _digest(text: str) -> str:
+def _digest(text):
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 STL10_FILE = "stl10_binary/unlabeled_X.bin"
 
 
-def load_stl10(data_dir: str | Path, archive: Archive = STL10) -> Bytes:
+def load_stl10(data_dir, archive=STL10):
     """STL-10's 100,000 unlabeled pictures (Coates et al. 2011), resized: bytes, (100000, 3, 48, 48).
 
     Read out of data_dir's archive, which is downloaded where it is missing, without extracting it; or out of
@@ -340,13 +329,13 @@ def load_stl10(data_dir: str | Path, archive: Archive = STL10) -> Bytes:
     if (extracted := Path(data_dir) / STL10_FILE).exists():
         source, state = extracted, repr((extracted.stat().st_size, extracted.stat().st_mtime_ns))
 
-    def results(again: list[str] | None = None) -> Results:  # none of its pictures fails in a way that may pass
+    def results():
         if source != extracted:
             fetch(archive, data_dir)
         size, count = 3 * 96 * 96, 0
         with data.reading(source), contextlib.ExitStack() as stack, Progress() as progress:
             if source == extracted:
-                file: IO[bytes] = stack.enter_context(plain(source).open("rb"))
+                file = stack.enter_context(plain(source).open("rb"))
             else:
                 tar = stack.enter_context(tarfile.open(source, "r|gz"))  # a stream, read once from beginning to end
                 file = next((tar.extractfile(member) for member in tar if member.name == STL10_FILE), None) or io.BytesIO()
@@ -357,14 +346,12 @@ def load_stl10(data_dir: str | Path, archive: Archive = STL10) -> Bytes:
                 yield from (("", fit(Image.fromarray(x), side)) for x in columns.transpose(0, 3, 2, 1))
                 count += len(columns)
                 progress(f"decoding {source}: {count:,} pictures")
-            if not count:
-                raise ValueError(f"it holds no pictures in {STL10_FILE}")
 
     pictures = cached(Path(data_dir), f"stl10-{side}", state, side, source, COUNTS["stl10"], results)
     return whole("stl10", pictures, source, f"{Path(data_dir) / f'stl10-{side}-'}*{CACHE}")
 
 
-def load_celeba(data_dir: str | Path, archive: Archive = CELEBA) -> Bytes:
+def load_celeba(data_dir, archive=CELEBA):
     """CelebA's 202,599 aligned faces (Liu et al. 2015), their middle squares resized: bytes, (202599, 3, 64, 64).
 
     Read out of data_dir's archive, which is downloaded where it is missing, without extracting it; or out of the folder
@@ -374,17 +361,17 @@ def load_celeba(data_dir: str | Path, archive: Archive = CELEBA) -> Bytes:
     if (folder := Path(data_dir) / "img_align_celeba").is_dir():
         return whole("celeba", load_folder(folder, data_dir, side), folder)
 
-    def results(again: list[str] | None = None) -> Results:
+    def results():
         fetch(archive, data_dir)
         with data.reading(source), zipfile.ZipFile(source) as file:
             faces = {face.filename: face for face in file.infolist() if face.filename.endswith(".jpg")}
 
-            def opened(name: str) -> IO[bytes]:
+            def opened(name):
                 if max(faces[name].file_size, faces[name].compress_size) > data.MAX_FILE:
                     raise ValueError("it is too large for a face of CelebA")
                 return io.BytesIO(file.read(name))
 
-            yield from decode(again or sorted(faces), opened, side, source)
+            yield from decode(sorted(faces), opened, side, source)
 
     pictures = cached(Path(data_dir), f"celeba-{side}", archive.digest, side, source, COUNTS["celeba"], results)
     return whole("celeba", pictures, source, f"{Path(data_dir) / f'celeba-{side}-'}*{CACHE}")

@@ -1,19 +1,14 @@
 """Files that others publish: fetched, resumed where a download broke off, and checked."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
 import http.client
-import queue
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 from data import UserError
 from store.files import being_made, need_space, plain
@@ -31,7 +26,7 @@ class Archive:
     most: int = 1 << 28  # bytes that it can have
 
 
-def fetch(archive: Archive, data_dir: str | Path) -> Path:
+def fetch(archive, data_dir):
     """The path of an archive in the folder data_dir, downloaded if it is not there, and checked. Raises UserError."""
     path = Path(data_dir) / archive.name
     if not path.exists():
@@ -43,7 +38,7 @@ def fetch(archive: Archive, data_dir: str | Path) -> Path:
     return path
 
 
-def download(archive: Archive, path: Path) -> None:
+def download(archive, path):
     """Fetch an Archive to `path`, showing progress on standard error, and check its sum.
 
     What arrives is kept in path.part, so that the next call goes on where a connection broke off or a disk filled up (an
@@ -52,7 +47,7 @@ def download(archive: Archive, path: Path) -> None:
     part = path.with_name(path.name + ".part")
     try:
         with plain(part).open("ab") as out:
-            _receive(archive, out, path)
+            receive(archive, out, path)
         try:
             check_digest(part, archive, archive.url)
         except UserError:
@@ -73,18 +68,49 @@ PATIENCE = 60.0  # seconds within which a server has to send SLOWEST bytes a sec
 SLOWEST = 1000
 
 
-def _receive(archive: Archive, out: IO[bytes], path: Path) -> None:
-    """Append to the open file `out` what it lacks of an archive. Raises whatever goes wrong with that."""
+def receive(archive, out, path):
+    """Append to the open file `out` what it lacks of an archive. Raises whatever goes wrong with that.
+
+    Another thread does so, because a server that sends a byte now and then keeps one waiting in places that know no time.
+    This one gives that up, with TimeoutError, when less than SLOWEST comes: it ends when `out`, closed, is written to.
+    """
+    received, failure = 0, None
+
+    def work():
+        nonlocal received, failure
+        try:
+            for size in append(archive, out, path, progress):
+                received += size
+        except Exception as error:
+            failure = error
+
+    with Progress() as progress:
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        since, before = time.monotonic(), 0
+        while thread.is_alive():
+            thread.join(1)
+            if (now := time.monotonic()) - since > PATIENCE:
+                if received - before < SLOWEST * PATIENCE and thread.is_alive():
+                    raise TimeoutError(f"it sends less than {SLOWEST} bytes a second")
+                since, before = now, received
+    if failure:
+        raise failure
+
+
+def append(archive, out, path, progress):
+    """What `receive` has a thread do: yields the size of each block that was appended. Raises whatever goes wrong."""
     done = out.tell()
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={done}-"} if done else {})
-    with contextlib.closing(_arriving(request)) as arriving, Progress() as progress:
-        try:
-            status, length, block = next(arriving)
-        except urllib.error.HTTPError as error:
-            if error.code == 416 and done:  # nothing comes after these bytes: they are all
-                return
-            raise
-        if status != 206:  # the file from its beginning, whatever was asked for
+    try:
+        answer = urllib.request.urlopen(request, timeout=PATIENCE)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and done:  # nothing comes after these bytes: they are all
+            return
+        raise
+    with answer:
+        length, block = max(0, int(answer.headers.get("Content-Length") or 0)), answer.read1(1 << 18)
+        if answer.status != 206:  # the file from its beginning, whatever was asked for
             if block.lstrip()[:1] == b"<":
                 raise ValueError(f"it answered with a web page, not with {archive.name}")
             out.truncate(done := 0)
@@ -98,53 +124,13 @@ def _receive(archive: Archive, out: IO[bytes], path: Path) -> None:
             out.write(block)
             done += len(block)
             progress(f"{archive.name}: {done / 1e6:.0f} MB" + (f" ({100 * done / total:.0f}%)" if total else ""))
-            block = next(arriving)
+            yield len(block)
+            block = answer.read1(1 << 18)
     if done < total:
         raise ConnectionError(f"it broke off after {done} of {total} bytes")
 
 
-def _arriving(request: urllib.request.Request) -> Iterator[Any]:
-    """Yield what a server answers: (status, announced length or 0, first block), then block after block, b"" at the end.
-
-    Another thread does the waiting, because a server that sends a byte now and then keeps one waiting in places that know
-    no time. Raises what the request does, and TimeoutError for a server that sends less than SLOWEST.
-    """
-    blocks: queue.Queue[Any] = queue.Queue(64)
-    given_up = threading.Event()
-
-    def receive() -> None:
-        try:
-            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-                block = answer.read1(1 << 18)
-                blocks.put((answer.status, max(0, int(answer.headers.get("Content-Length") or 0)), block))
-                while block and not given_up.is_set():
-                    blocks.put(block := answer.read1(1 << 18))
-        except Exception as error:
-            blocks.put(error)
-
-    threading.Thread(target=receive, daemon=True).start()
-    since, received = time.monotonic(), 0
-    try:
-        while True:
-            block = None
-            with contextlib.suppress(queue.Empty):
-                block = blocks.get(timeout=1)
-            if isinstance(block, Exception):
-                raise block
-            received += len(block) if isinstance(block, bytes) else 0
-            if (now := time.monotonic()) - since > PATIENCE:
-                if received < SLOWEST * PATIENCE:
-                    raise TimeoutError(f"it sends less than {SLOWEST} bytes a second")
-                since, received = now, 0
-            if block is not None:
-                yield block
-    finally:
-        given_up.set()
-        while not blocks.empty():  # so that a thread that waits to put in one more can end
-            blocks.get_nowait()
-
-
-def check_digest(path: str | Path, archive: Archive, source: str | Path) -> None:
+def check_digest(path, archive, source):
     """Raise UserError, naming `source`, where the file at `path` came from, unless it has the archive's digest."""
     algorithm, expected = archive.digest.split(":")
     digest = hashlib.new(algorithm, usedforsecurity=False)

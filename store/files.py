@@ -1,7 +1,5 @@
 """Files that are whole, or do not appear; arrays in them that claim no more than there is."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -10,27 +8,22 @@ import math
 import os
 import re
 import shutil
-import stat
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import data
-from data import Floats, UserError
+from data import UserError
 
 CHECKPOINTS = ("checkpoint.npz", "checkpoint-previous.npz")  # of a run's folder, the newest first
-CHUNK = 1024  # pictures that are decoded or hashed at once
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError for which it helps to free some space
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
+def whole_file(path, previous=None):
     """Within this context, a path to write to; what lies there appears as `path` at the end, unless something went wrong.
 
     That may be a folder, too. So nobody ever meets half a file, and one that was there before stays until the new one is
@@ -52,12 +45,12 @@ def whole_file(path: Path, previous: Path | None = None) -> Iterator[Path]:
             remove(part)
 
 
-def remove(path: Path) -> None:
+def remove(path):
     """Remove a file, or a folder and all that is in it. Raises OSError."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def need_folder(folder: Path, option: str) -> None:
+def need_folder(folder, option):
     """Make a folder if it is missing, and see that it can be written to: before the work whose result it is for.
 
     Raises UserError, which advises another one by `option`, the command line's name for it.
@@ -70,7 +63,7 @@ def need_folder(folder: Path, option: str) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, option: str = "--data-dir") -> Iterator[None]:
+def writing(path, option="--data-dir"):
     """Make the folder of `path`; an OSError within this context becomes a UserError, which advises another `option`."""
     need_folder(path.parent, option)
     try:
@@ -81,14 +74,13 @@ def writing(path: Path, option: str = "--data-dir") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def belongs_to_one(path: Path, refusal: str) -> Iterator[bool]:
+def belongs_to_one(path, refusal):
     """Within this context, whatever the lock file `path` stands for belongs to this process alone.
 
     Raises UserError(refusal) where another process has it, and OSError where no file can be made at `path`. The system
     drops the lock of a process however that ends: what a killed one leaves behind, an empty file, is in nobody's way. The
     context's value is whether there are locks at all: some network file systems have none, and all goes on without.
     """
-    posix = os.name == "posix"  # Windows removes no open file
     while True:
         try:
             file = plain(path).open("ab")
@@ -102,18 +94,14 @@ def belongs_to_one(path: Path, refusal: str) -> Iterator[bool]:
             file.close()
             raise UserError(refusal) from None
         with contextlib.suppress(FileNotFoundError):
-            if not posix or os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
         file.close()  # its last owner removed it in between: what is locked now stands for nothing
     try:
         yield sure
     finally:
-        with contextlib.suppress(OSError), file:
-            if posix:
-                path.unlink()
-        with contextlib.suppress(OSError):
-            if not posix:
-                path.unlink()
+        with contextlib.suppress(OSError), file:  # Windows removes no open file: there it stays, in nobody's way
+            path.unlink()
 
 
 # Names of what is made in a data directory, of its lock, and of what is there of it so far.
@@ -121,7 +109,7 @@ MADE = re.compile(r"(.+-[0-9a-f]{16}\.(?:pictures|npz|skipped\.txt)|cifar-10-bat
 
 
 @contextlib.contextmanager
-def being_made(path: Path) -> Iterator[None]:
+def being_made(path):
     """Within this context, this process alone makes `path` in its folder, which is made, too.
 
     Raises UserError, before there was any work, where another process makes it or nothing can be written there; and for
@@ -133,7 +121,7 @@ def being_made(path: Path) -> Iterator[None]:
         yield
 
 
-def need_space(path: Path, size: int, what: str) -> None:
+def need_space(path, size, what):
     """Raise UserError if the disk has no room for `size` bytes at `path`."""
     free = shutil.disk_usage(path.parent).free
     if size > free:
@@ -141,7 +129,7 @@ def need_space(path: Path, size: int, what: str) -> None:
         raise UserError(f"{what}: {have}; free some, or choose another --data-dir")
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder):
     """Remove from a data directory what killed processes have left half made; what a process is making stays."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
@@ -151,7 +139,7 @@ def sweep(folder: Path) -> None:
                         remove(path)
 
 
-def lock(file: IO[bytes]) -> bool:
+def lock(file):
     """Lock an open, empty file for this process, until it is closed. Raises BlockingIOError where another has locked it.
 
     Returns False, and has done nothing, where the file system has no locks.
@@ -175,20 +163,18 @@ def lock(file: IO[bytes]) -> bool:
     return True
 
 
-def plain(path: str | Path) -> Path:
+def plain(path):
     """`path` itself; for reading, of which a pipe has no beginning and a device no end.
 
     Raises OSError, with a strerror to show, where something lies there that is not a file, nor a link to one, nor a folder.
     """
     path = Path(path)
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        mode = path.stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", str(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", str(path))
     return path
 
 
-def is_possible(path: str) -> bool:
+def is_possible(path):
     """Whether there could be a file of this name: without NUL and halves of characters, no longer than the system takes."""
     try:
         os.stat(path)
@@ -199,7 +185,7 @@ def is_possible(path: str) -> bool:
     return True
 
 
-def sync(path: Path) -> None:
+def sync(path):
     """Wait until the disk itself holds a file, or the names in a folder."""
     number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows asks for the latter
     try:
@@ -208,48 +194,40 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
-def portable(name: str) -> str:
+def portable(name):
     """A name for a file as any system takes it: without what Windows forbids, and none of the names it keeps to itself."""
     name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name).rstrip(". ")
     reserved = re.fullmatch(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³]) *(\..*)?", name, re.I)
     return f"_{name}" if reserved else name
 
 
-def short_name(dataset: str | Path) -> str:
+def short_name(dataset):
     """The name of a data set, or the beginning of its folder's, to name files by."""
     return portable(Path(dataset).name[:40])
 
 
-def fingerprint(*arrays: NDArray[Any]) -> str:
+def fingerprint(*arrays):
     """Sixteen hexadecimal digits that tell these arrays from others."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.shape}{array.dtype}".encode())
-        for first in range(0, len(array), CHUNK):
-            digest.update(np.ascontiguousarray(array[first : first + CHUNK]).data)
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
 
 
-def save_grid(pictures: Floats, path: str | Path, columns: int = 8) -> None:
+def save_grid(pictures, path, columns=8):
     """`data.save_grid`, to a file that appears only when it is whole."""
     with whole_file(Path(path)) as part:
         data.save_grid(pictures, part, columns)
 
 
-def save_arrays(path: Path, option: str = "--data-dir", /, **arrays: Any) -> None:
+def save_arrays(path, option="--data-dir", /, **arrays):
     """Write arrays as an .npz file, which appears when it is whole. Raises UserError, see `writing`."""
     with writing(path, option), whole_file(path) as part, part.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def array_header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """What an open .npy file begins with: (shape, whether the first index runs fastest, dtype). Raises ValueError."""
-    if np.lib.format.read_magic(member) != (1, 0):
-        raise ValueError("an array is of another version")
-    return np.lib.format.read_array_header_1_0(member)
-
-
-def read_array(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
+def read_array(archive, name, most):
     """The array `name` of an .npz file, a ZipFile, read-only; nothing larger than `most` bytes is read or made.
 
     np.load makes room for whatever a file claims, and reads all that a compressed one unfolds to. Raises ValueError, and
@@ -259,7 +237,9 @@ def read_array(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed in a way that NumPy does not use")
     with archive.open(info) as member:
-        shape, in_columns, dtype = array_header(member)
+        if np.lib.format.read_magic(member) != (1, 0):
+            raise ValueError(f"{name} is of another version")
+        shape, in_columns, dtype = np.lib.format.read_array_header_1_0(member)
         size = math.prod(shape) * dtype.itemsize
         if not 0 <= size <= most:
             raise ValueError(f"{name} claims {size} bytes, more than {most}")
@@ -267,7 +247,7 @@ def read_array(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
     return np.frombuffer(content, dtype).reshape(shape, order="F" if in_columns else "C")
 
 
-def read_numbers(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[np.float64]:
+def read_numbers(archive, name, most):
     """`read_array` of real numbers: whole or floating-point, all finite. Raises ValueError for anything else, too."""
     array = read_array(archive, name, most)
     if array.dtype.kind not in "iuf":  # NumPy would make numbers of truth values, dates, words and halves of complex ones
@@ -278,18 +258,18 @@ def read_numbers(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[np.f
     return array
 
 
-def checksum(archive: zipfile.ZipFile, prefix: str) -> str:
+def checksum(archive, prefix):
     """Sixteen hexadecimal digits that tell the arrays of an .npz file whose names begin so from others."""
     found = sorted((member.filename, member.CRC) for member in archive.infolist() if member.filename.startswith(prefix))
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text):
     """What a JSON text says. Raises ValueError also for numbers that are not finite, which Python would take and no other
     program, and for a text that is nested deeper than Python can go.
     """
 
-    def finite(digits: str) -> float:
+    def finite(digits):
         if not math.isfinite(value := float(digits)):
             raise ValueError(f"{digits[:20]} is no number of JSON")
         return value

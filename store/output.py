@@ -1,8 +1,7 @@
 """How the program speaks to people and to other programs."""
 
-from __future__ import annotations
-
 import contextlib
+import datetime
 import json
 import math
 import multiprocessing
@@ -10,12 +9,11 @@ import os
 import shutil
 import sys
 import time
-from typing import TextIO
 
 mode = "lines"  # what standard output is given: "lines" for people, "json" for programs, or nothing, "quiet"
 
 
-def tell(line: str | None, **fields: object) -> None:
+def tell(line, **fields):
     """Say something on standard output: the line, if there is one; or with --json the fields, as one object in one line.
 
     A number that is not finite becomes null there, because JSON has no word for it.
@@ -27,26 +25,26 @@ def tell(line: str | None, **fields: object) -> None:
         print(line, flush=True)
 
 
-def note(line: str) -> None:
+def note(line):
     """Say on standard error what is going on, unless --quiet wants to hear of errors alone."""
     if mode != "quiet":
         warn(line)
 
 
-def warn(line: str) -> None:
+def warn(line):
     """Say on standard error what is not as it should be, though it stops nothing; once, where processes share a run."""
     if sys.stderr and not multiprocessing.parent_process():  # where a shell closed it, print would take standard output
         print(one_line(line), file=sys.stderr, flush=True)
 
 
-def end(message: str, code: int) -> None:
+def end(message, code):
     """Say why the program ends with this exit code, unless a terminal is gone, an output full, or nobody reads it."""
     with contextlib.suppress(OSError):
         warn(f"transgan: {message}")
         tell(None, event="end", exit_code=code, error=one_line(message))
 
 
-def is_live(stream: TextIO | None) -> bool:
+def is_live(stream):
     """Whether a line on this stream may change in place: on a terminal that takes escape sequences, and whose user does.
 
     TERM=dumb says that the terminal does not, any NO_COLOR but an empty one that the user does not (no-color.org).
@@ -55,17 +53,15 @@ def is_live(stream: TextIO | None) -> bool:
     return bool(stream and stream.isatty()) and not plain
 
 
-def one_line(message: str) -> str:
+def one_line(message):
     """A message as one line of printable characters, whatever names of files and damaged contents put into it."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
 
 
-def clock(seconds: float) -> str:
+def clock(seconds):
     """Seconds as h:mm:ss, or as days where there is more than one."""
-    if seconds >= 86400:
-        return f"{seconds / 86400:,.1f} days"
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    days = seconds / 86400
+    return f"{days:,.1f} days" if days >= 1 else str(datetime.timedelta(seconds=int(seconds)))
 
 
 class Progress:
@@ -74,12 +70,12 @@ class Progress:
     That is after three seconds, and then each time after twice as long, up to a minute.
     """
 
-    def __enter__(self) -> Progress:
+    def __enter__(self):
         self.live = mode != "quiet" and is_live(sys.stderr)
         self.wait, self.shown = (0.2, 0.0) if self.live else (3.0, time.monotonic())
         return self
 
-    def __call__(self, text: str) -> None:
+    def __call__(self, text):
         if mode == "quiet" or time.monotonic() - self.shown < self.wait:
             return
         self.shown = time.monotonic()
@@ -90,6 +86,6 @@ class Progress:
             note(one_line(text))
             self.wait = min(2 * self.wait, 60.0)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         if self.live:
             print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -4,8 +4,6 @@ Pillow opens some forty formats. What it decodes is taken where it is certain wh
 grey whose black and white are known. Floats, 32 bits and numbers with a sign say nowhere what is white.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools
@@ -16,14 +14,9 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from typing import IO
 
 import numpy as np
-from PIL import Image
-from PIL.Image import Transpose
-
-from data import Bytes
+from PIL import Image, ImageOps
 
 MEMORY = 870_000_000  # bytes that pictures may take together while they are decoded
 SMALL = 1 << 20  # bytes of a file that is read as a whole
@@ -39,12 +32,8 @@ DECODERS = {"PNG": 0, "BMP": 2, "DIB": 2, "GIF": 0, "PPM": 0, "TGA": 0, "PCX": 0
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 
-# EXIF's orientations from 2 on: how a picture is turned upright.
-UPRIGHT = dict(enumerate((Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
-                          Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90), 2))  # fmt: skip
 
-
-def is_passing(error: object) -> bool:
+def is_passing(error):
     """Whether what kept a picture from being read is no property of it: memory ran out, or its file could not be read."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and bool(error.errno))
 
@@ -52,11 +41,11 @@ def is_passing(error: object) -> bool:
 class Room:
     """MEMORY bytes, shared by threads: each takes what its picture needs, and waits until as much is free."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.used, self.changed = 0, threading.Condition()
 
     @contextlib.contextmanager
-    def take(self, size: int) -> Iterator[None]:
+    def take(self, size):
         """Within this context, so many bytes are taken. Raises ValueError for more than there are at all."""
         if size > MEMORY:
             raise ValueError(f"it is too large: to decode it takes {size / 1e6:,.0f} MB of memory")
@@ -71,7 +60,7 @@ class Room:
                 self.changed.notify_all()
 
 
-def read_picture(file: IO[bytes], side: int, room: Room) -> Bytes:
+def read_picture(file, side, room):
     """The picture in an open file, as `fit` makes it: bytes, (3, side, side). Raises whatever Pillow raises."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -92,7 +81,7 @@ def read_picture(file: IO[bytes], side: int, room: Room) -> Bytes:
             raise second if is_passing(second) else error from None
 
 
-def _decode(file: IO[bytes], side: int, room: Room, held: int = 0) -> Bytes:
+def _decode(file, side, room, held=0):
     with Image.open(file) as picture:
         if picture.format in ("EPS", "WMF"):
             raise ValueError("it is a drawing that another program would have to make a picture of")
@@ -102,7 +91,7 @@ def _decode(file: IO[bytes], side: int, room: Room, held: int = 0) -> Bytes:
             return fit(picture, side)
 
 
-def bare(file: IO[bytes]) -> bytes:
+def bare(file):
     """An open PNG or JPEG without what is said of its picture, such as EXIF, profiles or text; b"" if there is none."""
     parts, size = [file.read(8)], file.seek(0, os.SEEK_END)
     if parts[0].startswith(b"\xff\xd8"):
@@ -118,7 +107,7 @@ def bare(file: IO[bytes]) -> bytes:
     return b"".join(parts) if sum(map(len, parts)) < size else b""
 
 
-def extra_memory(picture: Image.Image) -> int:
+def extra_memory(picture):
     """About how many bytes its decoder takes beside an open picture's own, which has not been loaded."""
     pixels, channels = picture.width * picture.height, len(picture.getbands())
     if picture.format in ("JPEG", "MPO"):
@@ -133,7 +122,7 @@ def extra_memory(picture: Image.Image) -> int:
     return pixels * (6 * channels if picture.format == "JPEG2000" else DECODERS.get(picture.format, 4))
 
 
-def fit(picture: Image.Image, side: int) -> Bytes:
+def fit(picture, side):
     """The largest square in the middle of a Pillow picture, resized (bicubic): bytes, (3, side, side).
 
     A photograph is turned upright, and what is transparent becomes white. Raises ValueError where it is not certain what
@@ -141,7 +130,7 @@ def fit(picture: Image.Image, side: int) -> Bytes:
     """
     white, negative = meaning(picture)
     try:
-        orientation = picture.getexif().get(0x0112) if picture.format != "TIFF" else 1  # these, Pillow has turned itself
+        orientation = picture.getexif().get(0x0112, 1) if picture.format != "TIFF" else 1  # these, Pillow has turned itself
     except MemoryError:
         raise
     except Exception:  # it is damaged, which does not make it another picture
@@ -161,12 +150,11 @@ def fit(picture: Image.Image, side: int) -> Bytes:
         raise ValueError("all of it is transparent, if its fourth channel says so")
     box = x / 2 / factor, y / 2 / factor, (x / 2 + square) / factor, (y / 2 + square) / factor
     small = small.resize((side, side), Image.Resampling.BICUBIC, box)
-    if orientation in UPRIGHT:
-        small = small.transpose(UPRIGHT[orientation])
-    return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
+    small.getexif()[0x0112] = orientation
+    return np.ascontiguousarray(np.asarray(ImageOps.exif_transpose(small)).transpose(2, 0, 1))
 
 
-def meaning(picture: Image.Image) -> tuple[int, bool]:
+def meaning(picture):
     """Which number of 16-bit grey is white, and whether that means black; before the picture is loaded.
 
     What PNG says of a colour that is transparent is put as Pillow's conversion wants it. Raises ValueError for what is not
@@ -189,7 +177,7 @@ def meaning(picture: Image.Image) -> tuple[int, bool]:
     return (1 << int(bits)) - 1, tags.get(262) == 0
 
 
-def to_rgb(picture: Image.Image, white: int, negative: bool) -> tuple[Image.Image, bool]:
+def to_rgb(picture, white, negative):
     """A picture of any mode that `meaning` takes, in RGB and without transparency; and whether any of it was visible."""
     if picture.mode.startswith("I"):
         grey = np.clip(np.asarray(picture).astype(np.int64), 0, white)
@@ -203,11 +191,11 @@ def to_rgb(picture: Image.Image, white: int, negative: bool) -> tuple[Image.Imag
     return Image.alpha_composite(ground, picture).convert("RGB"), picture.getextrema()[3] != (0, 0)
 
 
-when_decoded: Callable[[], object] = int  # called when `lean` ends; for who wants freed memory kept. int does nothing
+when_decoded = int  # called when `lean` ends; for who wants freed memory kept. int does nothing
 
 
 @contextlib.contextmanager
-def lean() -> Iterator[None]:
+def lean():
     """Within this context, glibc returns what decoders free, and Room's count is what the process really takes.
 
     Left to itself, it keeps for each thread what that has ever freed, and a heap without M_MMAP_MAX breaks into pieces: two
@@ -226,7 +214,7 @@ def lean() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hushed() -> Iterator[None]:
+def hushed():
     """Within this context, what libraries say of odd files (Python's warnings, logs, C's standard error) is not shown.
 
     What Python prints on sys.stderr is.

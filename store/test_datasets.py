@@ -393,25 +393,16 @@ def test_odd_pictures_and_long_names_are_taken_without_a_word(tmp_path, monkeypa
     assert capsys.readouterr().err == ""
 
 
-def test_many_unreadable_files_are_counted_and_an_empty_folder_is_refused(tmp_path, capsys):
+def test_a_folder_without_a_picture_is_refused(tmp_path):
     folder = tmp_path / "pictures"
     with pytest.raises(UserError, match="there is no folder"):
         datasets.load_folder(folder, tmp_path, 8)
     folder.mkdir()
     with pytest.raises(UserError, match="holds no files"):
         datasets.load_folder(folder, tmp_path, 8)
-    for i in range(14):
-        (folder / f"{i}.txt").write_text("x")
-    with pytest.raises(UserError, match="holds no picture that can be read"):
+    (folder / "1.txt").write_text("x")
+    with pytest.raises(UserError, match="holds no picture that can be read .'1.txt': it is no picture of a known kind"):
         datasets.load_folder(folder, tmp_path, 8)
-    (folder / "one.png").write_bytes(encoded(slope(9, 9)))
-    capsys.readouterr()
-    assert len(datasets.load_folder(folder, tmp_path, 8)) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 11
-    (named,) = tmp_path.glob("*.skipped.txt")
-    assert lines[-1] == f"skipped 4 more of {folder}; all 14 are named in {named}"
-    assert all(f"'{i}.txt': it is no picture" in named.read_text() for i in range(14))
     with pytest.raises(UserError, match="cannot write in .* choose another --data-dir"):
         datasets.load_folder(folder, folder / "1.txt", 8)
 
@@ -469,11 +460,6 @@ def test_a_passing_trouble_is_no_property_of_a_picture(error, few, capsys, monke
     (cache,) = (few.parent / "data").glob("*.pictures")
     with files.being_made(cache):  # as by another process
         assert brightness(few) == [0, 1, 3]
-    with monkeypatch.context() as patch:  # if it lasts, it is the only one that is tried again
-        seen = []
-        patch.setattr(datasets, "read_picture", lambda file, *rest: seen.append(file.name) or sick(file, *rest))
-        assert brightness(few) == [0, 1, 3]
-        assert {Path(name).name for name in seen} == {"2.png"}
     capsys.readouterr()
     assert brightness(few) == [0, 1, 2, 3]
     assert capsys.readouterr().err == ""

@@ -15,10 +15,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import data
 from data import UserError
 from store import files
-from store.support import files_of_at_most, holds, leftovers
+from store.support import leftovers
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -32,20 +31,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with files.whole_file(path) as part:
         part.write_text("after")
     assert (path.read_text(), leftovers(tmp_path)) == ("after", ["file"])
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "folder"
-    said = pytest.raises(UserError, match="cannot write .*folder: full; free some space")
-    with said, files.being_made(path), files.whole_file(path) as part:
-        part.mkdir()
-        (part / "file").write_text("half")
-        raise OSError(28, "full")
-    assert leftovers(tmp_path) == []
-    with files.whole_file(path) as part:
-        part.mkdir()
-        (part / "file").write_text("all")
-    assert leftovers(tmp_path) == ["folder", "folder/file"]
 
 
 HOLD = """
@@ -125,18 +110,6 @@ def test_a_lock_that_its_owner_removes_in_between_is_taken_anew(tmp_path, monkey
     assert len(seen) == 3
 
 
-def test_a_grid_is_replaced_whole_or_not_at_all(tmp_path):
-    path, pictures = tmp_path / "grid.png", np.random.default_rng(0).uniform(-1, 1, (4, 3, 16, 16))
-    files.save_grid(pictures, path)
-    data.save_grid(pictures, tmp_path / "book.png")
-    before = path.read_bytes()
-    assert holds(tmp_path / "book.png", before)
-    with pytest.raises(OSError, match="File too large"), files_of_at_most(1000):
-        files.save_grid(-pictures, path)
-    assert holds(path, before)
-    assert leftovers(tmp_path) == ["book.png", "grid.png"]
-
-
 @pytest.mark.parametrize(
     ("name", "kept"),
     [
@@ -156,8 +129,7 @@ def test_names_of_files_are_such_as_any_system_takes(name, kept):
     assert files.portable(name) == kept
 
 
-def test_a_fingerprint_tells_every_byte_and_shape(monkeypatch):
-    monkeypatch.setattr(files, "CHUNK", 4)
+def test_a_fingerprint_tells_every_byte_and_shape():
     pictures = np.random.default_rng(0).integers(0, 256, (10, 3, 2, 2), dtype=np.uint8)
     first, last = pictures.copy(), pictures.copy()
     first[0, 0, 0, 0] ^= 1
