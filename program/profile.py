@@ -52,12 +52,14 @@ def wait():
         ag.xp.cuda.Device().synchronize()
 
 
-def tell_profile(times, total):
-    """Print what `profile` found in `total` seconds, the operations in falling order of the time they took."""
+def tell_profile(times, waited, total):
+    """Print what `profile` found, the operations in falling order of the time they took, and how many of `total` seconds
+    were waited for data."""
     names = ("operation", "direction", "seconds", "calls", "bytes")
     operations = [dict(zip(names, (*key, *entry), strict=True)) for key, entry in times.items()]
     rows, measured = [("operation", "direction", "seconds", "share", "calls", "MB")], sum(x[0] for x in times.values())
     for (name, direction), (seconds, calls, size) in sorted(times.items(), key=lambda item: -item[1][0]):
         share = f"{100 * seconds / max(measured, 1e-12):.1f}%"
         rows.append((name, direction, f"{seconds:.3f}", share, f"{calls:,}", f"{size / 1e6:,.1f}"))
-    output.tell(in_columns(rows, "<<>>>>"), event="profile", operations=operations, seconds=total)
+    text = f"{in_columns(rows, '<<>>>>')}\nwaiting for data: {waited:.3f} s of {total:.1f} s, {100 * waited / total:.2f}%"
+    output.tell(text, event="profile", operations=operations, waited=waited, seconds=total)

@@ -337,7 +337,7 @@ def begin(args, chosen, out, checkpoint, device, forms, load, commands):
     with profile() if args.profile else contextlib.nullcontext() as times:
         asked = train_on(trainer, out, args, measure, commands)
     if times is not None:
-        tell_profile(times, time.monotonic() - start)
+        tell_profile(times, trainer.inputs.waited, time.monotonic() - start)
     if asked:
         output.warn(f"stopped after step {trainer.step}, and saved; go on with: {commands[1]}")
         output.tell(None, event="stopped", step=trainer.step, signal=asked, resume=commands[1])

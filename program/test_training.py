@@ -140,6 +140,21 @@ def test_accumulating_gives_the_gradients_of_the_whole_batch(loss, threads, smal
         assert_same_state(runs[0], run, 1e-9)
 
 
+def test_the_next_steps_data_is_prepared_while_this_one_works(small):
+    trainer, asked = small_trainer(), []
+    ahead, inputs = trainer.inputs, trainer.inputs.inputs
+    ahead.inputs = lambda step: asked.append(step) or inputs(step)
+    for _ in range(3):
+        trainer.train_step()
+        ahead.waiting.result()
+    assert asked == [0, 1, 2, 3]
+    waited, trainer.step = ahead.waited, 5  # as after going back or on to a checkpoint
+    trainer.train_step()
+    ahead.waiting.result()
+    assert asked == [0, 1, 2, 3, 5, 6]
+    assert ahead.waited > waited > 0
+
+
 class Meeting:
     """What several threads share in place of NCCL: whoever calls hands over an array and gets everybody's."""
 

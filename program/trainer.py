@@ -10,7 +10,7 @@ from data import UserError
 from fast import cublas
 from paper import networks
 from paper.convolutions import Stateful
-from program.update import Played, Update, threads_that_pay
+from program.update import Ahead, Played, Update, threads_that_pay
 from store import files
 
 
@@ -48,7 +48,7 @@ def make_trainer(options, pictures, threads=None, dtype=np.float32, group=None):
     trainer = kind(options, pictures, generator, discriminator, update, update.map)
     if isinstance(update, Played):
         update.phase = lambda: trainer.half_width
-    trainer.learns_from = files.fingerprint(pictures)
+    trainer.inputs, trainer.learns_from = Ahead(trainer.inputs), files.fingerprint(pictures)
     return trainer
 
 

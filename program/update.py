@@ -1,9 +1,10 @@
 """A step's update, shared out: among a CPU's threads, among a machine's GPUs, and over time where memory is small.
 
 `Update` has the signature of the book's `update`, and makes the same step up to rounding; `Played` does so on one GPU,
-without asking Python for every launch.
+without asking Python for every launch. `Ahead` has the inputs of the next step ready when this one ends.
 """
 
+import time
 from concurrent import futures
 
 import autograd as ag
@@ -152,3 +153,23 @@ class Group:
     def add_up(self, x):
         """Replace an array by the sum of everybody's."""
         self.communicator.all_reduce(x, x)
+
+
+class Ahead:
+    """A Trainer's `inputs`, of which those of the next step are made while this one is at work.
+
+    waited: seconds that steps have waited for them.
+    """
+
+    def __init__(self, inputs):
+        self.inputs, self.waited, self.step, self.waiting = inputs, 0.0, None, None
+        self.pool = futures.ThreadPoolExecutor(1, thread_name_prefix="data")  # one, because batches know one epoch's order
+
+    def __call__(self, step):
+        if step != self.step:  # the first, or after going back or on to a checkpoint
+            self.waiting = self.pool.submit(self.inputs, step)
+        start = time.perf_counter()
+        made = self.waiting.result()
+        self.waited += time.perf_counter() - start
+        self.step, self.waiting = step + 1, self.pool.submit(self.inputs, step + 1)
+        return made
