@@ -148,16 +148,17 @@ def cached(data_dir, stem, state, side, source, count, results):
 
     The file goes by `stem`, the source's `state` and how pictures are read; older ones of that stem are removed. A source
     that is no longer there has what was made of it, in whatever state it was. Where the file is missing or damaged, or
-    lacks a picture that another try might read, it is made of what results() yields: names, each with a picture or with
-    the exception that says what is wrong with it; at most `count` pictures. If it only lacks some and cannot be made, it
-    is used as it is. What was skipped is named. Raises UserError.
+    lacks a picture that can be read now, it is made of what results() yields: names, each with a picture or with the
+    exception that says what is wrong with it; at most `count` pictures. results(names) tries these alone. If it only lacks
+    some and cannot be made, it is used as it is. What was skipped is named. Raises UserError.
     """
     sweep(data_dir)
     path = data_dir / f"{stem}-{_digest(f'{state} {READING} {PIL.__version__}')}{CACHE}"
     caches = sorted(data_dir.glob(f"{glob.escape(stem)}-{'[0-9a-f]' * 16}{CACHE}"))
     if caches and path not in caches and not source.exists():
         path = caches[0]
-    again = source.exists() and not multiprocessing.parent_process()  # of processes that share a run, the first tries
+    first = not multiprocessing.parent_process()  # of processes that share a run, which alone tries again
+    again = results if first and source.exists() else None
     if not (cache := kept(path, side, again)):
         try:
             with being_made(path):
@@ -174,11 +175,11 @@ def cached(data_dir, stem, state, side, source, count, results):
     return pictures
 
 
-def kept(path, side, again=False):
+def kept(path, side, results=None):
     """What a cache holds: pictures, bytes (N, 3, side, side), on disk until used; and what was skipped, {name: why}.
 
-    None if there is none, it is damaged, or, where one would try `again`, lacks pictures for a reason that may have passed.
-    Raises UserError for one that cannot be read.
+    None if there is none, it is damaged, or lacks what `results`, if they are given, now have. Raises UserError for one
+    that cannot be read.
     """
     try:
         content = np.memmap(plain(path), np.uint8, "r").view(np.ndarray)
@@ -186,28 +187,32 @@ def kept(path, side, again=False):
         told = json.loads(content[-8 - length : -8].tobytes())
         skipped = {str(name): str(reason) for name, reason in told["skipped"].items()}
         pictures = content[: -8 - length].reshape(told["pictures"], 3, side, side)
-        again = again and told["again"]
+        again = [str(name) for name in told["again"]]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; move it away, or choose another --data-dir") from None
     except Exception:  # a damaged file can raise anything at all
         return None
-    return None if again else (pictures, skipped)
+    if again and results:  # these alone, for what cannot be read for long is no reason to decode all at each start
+        with hushed(), lean(), contextlib.closing(results(again)) as tried:
+            if any(not isinstance(result, Exception) for _, result in tried):
+                return None
+    return pictures, skipped
 
 
 def make(path, side, source, count, results):
     """Write a cache, and return what it holds, see `kept`. Raises UserError and OSError."""
     need_space(path, count * 3 * side**2, "the decoded pictures need room")
     path.with_suffix(".skipped.txt").unlink(missing_ok=True)
-    skipped, again, done = {}, False, 0  # again: whether any of it is worth another try; done: how many pictures there are
+    skipped, again, done = {}, [], 0  # again: the names of what is worth another try; done: how many pictures there are
     with whole_file(path) as part, part.open("wb") as file, hushed(), lean(), contextlib.closing(results):
         for name, result in results:
             if isinstance(result, Exception):
                 unknown = isinstance(result, PIL.UnidentifiedImageError)
                 reason = getattr(result, "strerror", None) or first_line(result)
                 skipped[name] = "it is no picture of a known kind" if unknown else one_line(reason)
-                again |= is_passing(result)
+                again += [name] if is_passing(result) else []
             else:
                 file.write(result.tobytes())
                 done += 1
@@ -266,8 +271,8 @@ def load_folder(folder, data_dir, side):
     if not files and not unread:
         raise UserError(f"{folder} holds no files; name a folder of pictures as --dataset")
 
-    def results():
-        yield from decode([*files], lambda name: plain(folder / name).open("rb"), side, folder)
+    def results(again=None):
+        yield from decode(again or [*files], lambda name: plain(folder / name).open("rb"), side, folder)
         yield from ((name, ValueError(reason)) for name, reason in unread.items())
 
     stem, state = f"{short_name(folder)}-{side}-{_digest(str(folder))}", repr([*files.items(), *unread.items()])
@@ -329,7 +334,7 @@ def load_stl10(data_dir, archive=STL10):
     if (extracted := Path(data_dir) / STL10_FILE).exists():
         source, state = extracted, repr((extracted.stat().st_size, extracted.stat().st_mtime_ns))
 
-    def results():
+    def results(again=None):  # none of its pictures fails in a way that may pass
         if source != extracted:
             fetch(archive, data_dir)
         size, count = 3 * 96 * 96, 0
@@ -361,7 +366,7 @@ def load_celeba(data_dir, archive=CELEBA):
     if (folder := Path(data_dir) / "img_align_celeba").is_dir():
         return whole("celeba", load_folder(folder, data_dir, side), folder)
 
-    def results():
+    def results(again=None):
         fetch(archive, data_dir)
         with data.reading(source), zipfile.ZipFile(source) as file:
             faces = {face.filename: face for face in file.infolist() if face.filename.endswith(".jpg")}
@@ -371,7 +376,7 @@ def load_celeba(data_dir, archive=CELEBA):
                     raise ValueError("it is too large for a face of CelebA")
                 return io.BytesIO(file.read(name))
 
-            yield from decode(sorted(faces), opened, side, source)
+            yield from decode(again or sorted(faces), opened, side, source)
 
     pictures = cached(Path(data_dir), f"celeba-{side}", archive.digest, side, source, COUNTS["celeba"], results)
     return whole("celeba", pictures, source, f"{Path(data_dir) / f'celeba-{side}-'}*{CACHE}")

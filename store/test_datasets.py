@@ -460,6 +460,11 @@ def test_a_passing_trouble_is_no_property_of_a_picture(error, few, capsys, monke
     (cache,) = (few.parent / "data").glob("*.pictures")
     with files.being_made(cache):  # as by another process
         assert brightness(few) == [0, 1, 3]
+    with monkeypatch.context() as patch:  # if it lasts, it is the only one that is tried again
+        seen = []
+        patch.setattr(datasets, "read_picture", lambda file, *rest: seen.append(file.name) or sick(file, *rest))
+        assert brightness(few) == [0, 1, 3]
+        assert {Path(name).name for name in seen} == {"2.png"}
     capsys.readouterr()
     assert brightness(few) == [0, 1, 2, 3]
     assert capsys.readouterr().err == ""
