@@ -27,17 +27,18 @@ class NotFinite(UserError):
     """A number of training, named by the message, has become infinite or NaN."""
 
 
-def save(trainer, path):
+def save(trainer, path, keep=True):
     """Write a checkpoint: all arrays of training, the step and the options, from which the random state follows.
 
-    The one that lies there is kept as NAME-previous.npz. Raises NotFinite, and writes nothing, for a state that is not.
+    The one that lies there is kept as NAME-previous.npz; or replaced at once, without `keep`, where it is of the same step.
+    Raises NotFinite, and writes nothing, for a state that is not.
     """
     arrays = {name: ag.to_numpy(x) for name, x in trainer.state().items()}
     for name, x in arrays.items():
         if not np.isfinite(x).all():
             raise NotFinite(f"{name} is not finite after step {trainer.step}")
     options = json.dumps(dataclasses.asdict(trainer.options))
-    with files.whole_file(path, path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
+    with files.whole_file(path, keep and path.with_stem(f"{path.stem}-previous")) as part, part.open("wb") as file:
         np.savez(file, options=options, step=np.int64(trainer.step), rate_scale=np.float64(trainer.update.rate_scale),
                  pictures=np.uint64(int(trainer.learns_from, 16)), **arrays)  # fmt: skip
 

@@ -323,7 +323,7 @@ def begin(args, chosen, out, checkpoint, device, forms, load, commands):
             with contextlib.suppress(FileNotFoundError):
                 (out / CHECKPOINTS[0]).replace(out / "checkpoint-damaged.npz")
         if saved.options != chosen:  # first, so that whatever stops the run, it goes on with what was asked for now
-            checkpoints.save(trainer, out / CHECKPOINTS[0])
+            checkpoints.save(trainer, out / CHECKPOINTS[0], keep=False)
         if saved.pictures != trainer.learns_from:
             output.warn(f"transgan: the pictures are not those that {out} has learnt from so far; it goes on with these "
                         f"{len(pictures):,}")  # fmt: skip

@@ -465,7 +465,11 @@ def test_resuming_from_nonsense(small, tmp_path, capsys):
         before = checkpoint.read_bytes() if checkpoint.exists() else None
         assert message in fails(capsys, "--resume", bad, "--steps", 9), name
         assert (checkpoint.read_bytes() if checkpoint.exists() else None) == before, name
+    assert "leave out --size" in fails(capsys, "--resume", good, "--size", "S")
     assert "leave out --dataset" in fails(capsys, "--resume", good, "--dataset", tmp_path)
+    assert "--preset does nothing here" in fails(capsys, "--resume", good, "--preset", "cifar10-S")
+    assert "is finished" in fails(capsys, "--resume", good)
+    assert "holds a run already" in fails(capsys, *TRAIN, "--out", good)
     (good / "log.csv").write_bytes(b"step\n\xff\xfe")
     assert "log.csv" in fails(capsys, "--resume", good, "--steps", 9)
 
@@ -629,6 +633,30 @@ def test_a_fuzzed_checkpoint_only_ever_raises_our_own_error(seed, small, tmp_pat
     assert_same_state(state_of(trainer), expected)
 
 
+@functools.cache
+def exported_once():
+    """The export of that checkpoint's generator."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, path = Path(folder, CHECKPOINTS[0]), Path(folder, "x.npz")
+        checkpoint.write_bytes(saved_once()[0])
+        checkpoints.export(checkpoints.load_sampler(saved_once()[2].options, checkpoint), path)
+        return path.read_bytes()
+
+
+@fuzz(60)
+@given(seed=seeds)
+def test_a_fuzzed_export_only_ever_raises_our_own_error(seed, small, tmp_path):
+    path = tmp_path / "x.npz"
+    path.write_bytes(exported_once())
+    expected = checkpoints.load_sampler(saved_once()[2].options, path).generator.parameters()
+    path.write_bytes(fuzzed(exported_once(), seed))
+    with one_line_at_most():
+        sampler = checkpoints.load_sampler(checkpoints.newest_checkpoint(path)[1], path)
+        assert sampler.options == saved_once()[2].options
+        for name, weights in sampler.generator.parameters().items():
+            np.testing.assert_array_equal(weights.data, expected[name].data)
+
+
 @fuzz(150)
 @given(seed=seeds)
 def test_a_fuzzed_log_only_ever_raises_our_own_error(seed, small, tmp_path):
@@ -714,6 +742,7 @@ def test_quiet_says_nothing_but_errors(small, hasty, tmp_path, capsys, monkeypat
     assert "is finished" in fails(capsys, "--resume", out, "--quiet")
     assert run_main(*TRAIN, "--out", tmp_path / "loud") == 0  # the next run speaks again
     assert "done: " in capsys.readouterr().out
+    assert "do not go together" in fails(capsys, "--quiet", "--json")
 
 
 @pytest.mark.parametrize("words", ["--steps -1", "--summary --evaluate x", "--resume x", "--summary"])

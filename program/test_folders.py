@@ -109,11 +109,13 @@ def test_a_run_from_another_system_goes_on_when_told_where_its_pictures_are(else
 def test_what_a_resume_is_given_holds_from_then_on(change, begin, monkeypatch, capsys):
     """Also if it is stopped in its first step, and goes on by the command that it prints then."""
     assert begin("pictures", "--out", "run", "--save-every", 2) == 0
+    before = Path("run/checkpoint-previous.npz").read_bytes()
     if "photos" in change:
         Path("pictures").rename("photos")
     with monkeypatch.context() as patch:
         patch.setattr(transgan.Trainer, "train_step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_main("--resume", "run", "--steps", 6, *change) == 130
+    assert Path("run/checkpoint-previous.npz").read_bytes() == before
     command = re.search("with: (.*)", capsys.readouterr().err)[1]
     assert run_main(*shlex.split(command)[2:]) == 0, command
     assert step_of(Path("branch" if "branch" in change else "run")) == 6

@@ -33,6 +33,20 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert (path.read_text(), leftovers(tmp_path)) == ("after", ["file"])
 
 
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "folder"
+    said = pytest.raises(UserError, match="cannot write .*folder: full; free some space")
+    with said, files.being_made(path), files.whole_file(path) as part:
+        part.mkdir()
+        (part / "file").write_text("half")
+        raise OSError(28, "full")
+    assert leftovers(tmp_path) == []
+    with files.whole_file(path) as part:
+        part.mkdir()
+        (part / "file").write_text("all")
+    assert leftovers(tmp_path) == ["folder", "folder/file"]
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
