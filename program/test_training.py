@@ -273,6 +273,19 @@ def test_accumulating_saves_memory(small):
     assert peaks[1] < peaks[0] / 4
 
 
+def test_resuming_restores_the_window(small, tmp_path):
+    first = small_trainer(1, image_size=16, locality="1:800,3:1600", steps=4)
+    first.train_step()
+    checkpoints.save(first, tmp_path / "checkpoint.npz")
+    second = small_trainer(1, image_size=16, locality="1:800,3:1600", steps=4)
+    checkpoints.load(second, tmp_path / "checkpoint.npz")
+    for _ in range(2):
+        first.train_step()
+        second.train_step()
+    assert second.half_width == 3
+    assert_same_state(state_of(first), state_of(second))
+
+
 def test_locality_is_explained_by_a_picture(small, tmp_path):
     assert run_main(*TRAIN, "--image-size", 16, "--out", tmp_path / "run", "--locality", "2:22,4:60") == 0
     grid = np.asarray(Image.open(tmp_path / "run" / "locality.png")).astype(int)[::6, ::6]

@@ -393,16 +393,25 @@ def test_odd_pictures_and_long_names_are_taken_without_a_word(tmp_path, monkeypa
     assert capsys.readouterr().err == ""
 
 
-def test_a_folder_without_a_picture_is_refused(tmp_path):
+def test_many_unreadable_files_are_counted_and_an_empty_folder_is_refused(tmp_path, capsys):
     folder = tmp_path / "pictures"
     with pytest.raises(UserError, match="there is no folder"):
         datasets.load_folder(folder, tmp_path, 8)
     folder.mkdir()
     with pytest.raises(UserError, match="holds no files"):
         datasets.load_folder(folder, tmp_path, 8)
-    (folder / "1.txt").write_text("x")
-    with pytest.raises(UserError, match="holds no picture that can be read .'1.txt': it is no picture of a known kind"):
+    for i in range(14):
+        (folder / f"{i}.txt").write_text("x")
+    with pytest.raises(UserError, match="holds no picture that can be read"):
         datasets.load_folder(folder, tmp_path, 8)
+    (folder / "one.png").write_bytes(encoded(slope(9, 9)))
+    capsys.readouterr()
+    assert len(datasets.load_folder(folder, tmp_path, 8)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    (named,) = tmp_path.glob("*.skipped.txt")
+    assert lines[-1] == f"skipped 4 more of {folder}; all 14 are named in {named}"
+    assert all(f"'{i}.txt': it is no picture" in named.read_text() for i in range(14))
     with pytest.raises(UserError, match="cannot write in .* choose another --data-dir"):
         datasets.load_folder(folder, folder / "1.txt", 8)
 

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import data
 from data import UserError
 from store import files
-from store.support import leftovers
+from store.support import files_of_at_most, holds, leftovers
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -122,6 +123,18 @@ def test_a_lock_that_its_owner_removes_in_between_is_taken_anew(tmp_path, monkey
     with files.belongs_to_one(path, "taken"), pytest.raises(UserError), files.belongs_to_one(path, "taken"):
         pass
     assert len(seen) == 3
+
+
+def test_a_grid_is_replaced_whole_or_not_at_all(tmp_path):
+    path, pictures = tmp_path / "grid.png", np.random.default_rng(0).uniform(-1, 1, (4, 3, 16, 16))
+    files.save_grid(pictures, path)
+    data.save_grid(pictures, tmp_path / "book.png")
+    before = path.read_bytes()
+    assert holds(tmp_path / "book.png", before)
+    with pytest.raises(OSError, match="File too large"), files_of_at_most(1000):
+        files.save_grid(-pictures, path)
+    assert holds(path, before)
+    assert leftovers(tmp_path) == ["book.png", "grid.png"]
 
 
 @pytest.mark.parametrize(
