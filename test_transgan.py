@@ -880,7 +880,7 @@ def test_rate_stays_or_decays_in_a_line_and_the_average_follows(decay, small, mo
     for name, p in trainer.gen_parameters.items():
         p.data = trainer.average[name]
     averaged = trainer.generator(Tensor(trainer.array(z))).data
-    close(sampled, averaged, 1e-6)
+    close(sampled, averaged, 1e-5)  # a product of fewer rows may add up in another order
     assert abs(sampled - ag.to_numpy(own)).max() > 1e-4
 
 

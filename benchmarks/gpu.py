@@ -6,7 +6,8 @@
     kernels   benchmarks/kernels.py: which kernels a step's time goes to, batches of 32 and 128
     profile   size S in float32, tf32 and bfloat16: milliseconds a step; and which operations the time goes to, unrecorded
     train     size S on CIFAR-10 for --minutes, stopped as by kill, so that it can be gone on with
-    suite     the whole test suite, on CuPy (in parallel where pytest-xdist is installed)
+    suite     the whole test suite, on CuPy (in parallel where pytest-xdist is installed), with the examples that CI draws;
+              of a test that takes five minutes it is told where it is
     twice     the same seed twice gives the same run, to the bit
 The first three want the GPU for themselves, and two of them PyTorch; the training goes on beside the last two. The pictures
 are CIFAR-10's, downloaded into --data-dir unless they are there. What each command prints is kept in the folder --out, in a
@@ -16,6 +17,7 @@ file of its name, and runs in folders beside it: for another round name another,
 import argparse
 import csv
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -49,7 +51,8 @@ def jobs(args):
         yield "profile", *training(f"profile-{precision}", *short, "10", "--profile"), None
     yield "train", *training("train", "--precision", "tf32"), 60 * args.minutes
     workers = ["-n", "auto"] if importlib.util.find_spec("xdist") else []
-    yield "suite", "suite", ["-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", *workers, *args.tests], None
+    tests = ["-m", "pytest", "-vv", "--tb=short", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=300", *workers]
+    yield "suite", "suite", [*tests, *args.tests], None
     for name in ("first", "second"):
         yield "twice", *training(name, "--steps", "10", "--sample-every", "10"), None
 
@@ -58,7 +61,8 @@ def run(command, log, seconds):
     """Run one command, keeping what it prints; returns its exit code, 0 if it was stopped well, and its seconds."""
     start = time.monotonic()
     with open(log, "w") as file:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        env = os.environ | {"CI": "true"}  # what Hypothesis draws then can be drawn again without a GPU
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -4,6 +4,7 @@ CUDA calls it a graph. What was recorded reads and writes the same memory each t
 into arrays that stay, its results lie in arrays that the next time writes over, and memory between has a pool of its own.
 """
 
+import contextlib
 import functools
 
 import autograd as ag
@@ -55,8 +56,11 @@ class Recording:
             self.stream.begin_capture()
             try:
                 self.results = function(*self.inputs)
-            finally:
-                self.graph = self.stream.end_capture()
+            except BaseException:
+                with contextlib.suppress(Exception):  # which says no more than that something was wrong before
+                    self.stream.end_capture()
+                raise
+            self.graph = self.stream.end_capture()
 
     def play(self, inputs):
         """The results for other inputs: arrays that are written over when it is played again."""

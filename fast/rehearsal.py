@@ -35,6 +35,7 @@ EMULATOR = Path(__file__).with_name("emulator.cpp")
 
 
 tape = None  # while a stream is captured, a list of (what was done, the array it made or None)
+spoilt = False  # whether something was asked for meanwhile that cannot be captured
 
 
 def do(run):
@@ -49,7 +50,9 @@ def do(run):
 
 def fetched():
     """Called by whatever waits for the device or sends to it, which cannot be recorded."""
-    assert tape is None, "something waits for the device, or sends to it, while a stream is captured"
+    global spoilt
+    spoilt = tape is not None
+    assert not spoilt, "something waits for the device, or sends to it, while a stream is captured"
 
 
 class Graph:
@@ -98,12 +101,14 @@ class Stream:
         pass
 
     def begin_capture(self):
-        global tape
-        tape = []
+        global tape, spoilt
+        tape, spoilt = [], False
 
     def end_capture(self):
         global tape
         noted, tape = tape, None
+        if spoilt:
+            raise RuntimeError("cudaErrorStreamCaptureInvalidated")
         return Graph(noted)
 
 
@@ -135,6 +140,7 @@ class CuBLAS:
 class DeviceArray:
     """An array that, like CuPy's, refuses to meet NumPy's or to become one unasked; a rehearsal of the GPU on the CPU."""
 
+    __module__, __qualname__ = "cupy", "ndarray"  # what messages call it
     __array_ufunc__ = None  # so that NumPy's arrays ask this class, which then refuses
 
     def __init__(self, host):
@@ -146,6 +152,10 @@ class DeviceArray:
     def get(self):
         fetched()
         return self.host.copy()
+
+    def item(self):
+        fetched()
+        return self.host.item()
 
     def __getitem__(self, index):
         return to_device(do(functools.partial(self.host.__getitem__, to_host(index))))
@@ -200,10 +210,10 @@ def give_device_arrays_their_operators():
     for name in ("shape", "ndim", "size", "nbytes", "dtype", "base", "strides", "itemsize"):
         setattr(DeviceArray, name, property(lambda self, name=name: getattr(self.host, name)))
     DeviceArray.T = property(lambda self: DeviceArray(self.host.T))
-    for name in ("sum", "mean", "std", "max", "reshape", "transpose", "astype", "copy", "swapaxes", "item"):
+    for name in ("sum", "mean", "std", "max", "any", "reshape", "transpose", "astype", "copy", "swapaxes"):
         setattr(DeviceArray, name, on_device(getattr(np.ndarray, name)))
-    for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "gt", "ge", "lt", "eq"):
-        function = on_device(getattr(operator, name))
+    for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "and", "gt", "ge", "lt", "eq"):
+        function = on_device(getattr(operator, f"__{name}__"))
 
         def forward(a, b, function=function):
             return NotImplemented if isinstance(b, Tensor) else function(a, b)
@@ -213,7 +223,7 @@ def give_device_arrays_their_operators():
             return a
 
         setattr(DeviceArray, f"__{name}__", forward)
-        if name in ("add", "sub", "mul", "truediv", "pow", "matmul"):
+        if name in ("add", "sub", "mul", "truediv", "pow", "matmul", "and"):
             setattr(DeviceArray, f"__r{name}__", lambda a, b, function=function: function(b, a))
         if name in ("add", "sub", "mul", "truediv"):
             setattr(DeviceArray, f"__i{name}__", in_place)
@@ -282,6 +292,13 @@ class FakeCuPy(types.ModuleType):
         if not isinstance(x, DeviceArray):
             fetched()
         return DeviceArray(np.array(x.host if isinstance(x, DeviceArray) else x, dtype))
+
+    @staticmethod
+    def concatenate(arrays, axis=0):
+        if len(arrays) > 8:  # CuPy sends the device a list of where they lie
+            fetched()
+        FakeCuPy.used.add("concatenate")
+        return on_device(np.concatenate)(arrays, axis=axis)
 
     def __getattr__(self, name):
         return self.rehearsed(getattr(np, name), name)

@@ -17,7 +17,7 @@ import transgan
 from fast import augment
 from program import checkpoints, main, options, run
 from program.trainer import make_trainer
-from store import datasets
+from store import datasets, output
 
 for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -30,6 +30,16 @@ def make_small(patch):
     patch.setitem(transgan.SIZES, "tiny", transgan.Size(64, (1, 1, 1), 16, 2))
     patch.setattr(datasets, "SHAPES_COUNT", 40)
     patch.setattr(run, "JUDGED", 16)
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """What a run chooses, device, forms and to whom it speaks, is not left to the next test, whichever that is here."""
+    device, mode, installed = ag.xp, output.mode, bool(ag.faster)  # by a fixture of the test's module
+    yield
+    ag.xp, output.mode = device, mode
+    if not installed:
+        fast.uninstall()
 
 
 @pytest.fixture

@@ -19,12 +19,6 @@ from store import output
 NEWEST = {"disc_loss": -123.456, "gen_loss": -12.345, "penalty": 1.234, "sr_loss": 0.123}
 
 
-@pytest.fixture(autouse=True)
-def for_people(monkeypatch):
-    """Whatever a test before this one asked for."""
-    monkeypatch.setattr(output, "mode", "lines")
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """Time stands still but for what is added to this list."""
