@@ -89,15 +89,6 @@ def test_a_stage_for_the_gpu_is_ended_as_by_kill(tmp_path):
     assert gpu.run(["-c", "raise SystemExit(4)"], tmp_path / "log", None)[0] == 4
 
 
-def test_a_runs_pace_is_that_of_its_log_without_the_first_steps(tmp_path):
-    log = tmp_path / "log.csv"
-    assert gpu.pace(log) == ""
-    log.write_text("step,seconds\n1,9\n20,50\n21,50.5\n")
-    assert gpu.pace(log) == ""
-    log.write_text("step,seconds\n1,9\n20,50\n21,50.5\n22,50.75\n25,51.5\n")
-    assert gpu.pace(log).split() == ["250.0", "ms", "a", "step"]
-
-
 def test_a_trace_is_summed_up_by_kernel(monkeypatch):
     """All of cuBLAS's are one, and what is no work of the device is left out."""
     events = [("kernel", "gelu", 1e6), ("kernel", "sm90_xmma_gemm_f32", 2e6), ("kernel", "nvjet_tss_64x8", 3e6),
@@ -129,7 +120,7 @@ def test_two_checkpoints_are_compared_to_the_bit(tmp_path):
         np.savez(tmp_path / f"{name}.npz", **arrays)
     one, other, less = (tmp_path / f"{name}.npz" for name in "abc")
     assert gpu.differing(one, one) == []
-    assert gpu.differing(one, other) == gpu.differing(one, less) == gpu.differing(less, one) == ["y"]
+    assert gpu.differing(one, other) == gpu.differing(one, less) == gpu.differing(less, one) == ["y.npy"]
 
 
 @on_cpu
