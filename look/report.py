@@ -2,11 +2,6 @@
 
 `Report.update` is called by training whenever there is a new grid of samples, and reads only what already lies in the run's
 folder: log.csv and samples/. It writes curves.png, progress.gif and report.html, each of them whole or not at all.
-
-Contents
-    1. Curves      read_log, curves
-    2. Progress    progress
-    3. The page    page, Report
 """
 
 import base64

@@ -2,10 +2,6 @@
 
 Pictures are (B, C, H, W); kernel, stride and padding are numbers, or pairs of one for the rows and one for the columns.
 Errors are those of autograd.py's operations.
-
-Contents
-    1. Operations    unfold, fold, conv2d, max_pool2d, avg_pool2d, upsample_nearest, resize_bilinear
-    2. Normalization batch_norm, spectral_norm, and Stateful, a module with more than parameters
 """
 
 import itertools

@@ -2,12 +2,6 @@
 
 Files are made here, instruction by instruction, so that nothing but NumPy is needed, and so that they can be wrong. Where
 PyTorch is installed, it writes files for the reader, too, and reads those made here.
-
-Contents
-    1. Making files          pickles, and both formats
-    2. Right files           every dtype, shape and view; PyTorch's own files
-    3. Hostile files         limits, claims, names that are not to be called
-    4. Damaged files         any byte of them
 """
 
 import contextlib

@@ -7,12 +7,6 @@ so a file from the network could run anything. Here it is left the instructions 
 it gets functions of ours. All they make is a description: which storage each tensor looks at, and how. That is held against
 the storages before a single array is made.
 
-Contents
-    1. Reading              read_weights
-    2. Two formats          a zip file (since 2020), or pickles in a row (since 2017)
-    3. Storages, tensors    what a pickle describes
-    4. The pickle           the names and instructions it may use
-
 The tar files of before are older than FID, and PyTorch refuses them, too, unless it may run what they say. Whatever is
 wrong with a file is a ValueError, or what Python happens to raise, until read_weights makes it a UserError.
 """
