@@ -1,4 +1,4 @@
-"""Convolutions and what goes with them: derivatives, and values by hand and by PyTorch."""
+"""Convolutions and what goes with them: derivatives, and values by hand."""
 
 import math
 
@@ -209,28 +209,3 @@ PICTURE = np.ones((1, 2, 4, 4))
 def test_errors_of_pictures_name_operation_and_shapes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_operations_on_pictures_agree_with_pytorch():
-    torch = pytest.importorskip("torch")
-    functional = torch.nn.functional
-    x, weight, bias = normal(0, (2, 3, 9, 8), (4, 3, 3, 2), (4,))
-    scale, shift = normal(1, (3,), (3,))
-    for ours, theirs, inputs in (
-        (lambda x, w, b: conv2d(x, w, b, (2, 1), (1, 0)), lambda x, w, b: functional.conv2d(x, w, b, (2, 1), (1, 0)),
-         (x, weight, bias)),
-        (lambda x: max_pool2d(x, 3, 2, 1), lambda x: functional.max_pool2d(x, 3, 2, 1), (x,)),
-        (lambda x: avg_pool2d(x, 3, 1, 1),
-         lambda x: functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False), (x,)),
-        (lambda x: upsample_nearest(x, 2), lambda x: functional.interpolate(x, scale_factor=2), (x,)),
-        (lambda x: resize_bilinear(x, 23, 5),
-         lambda x: functional.interpolate(x, (23, 5), mode="bilinear", align_corners=False), (x,)),
-        (lambda x, w, b: batch_norm(x, *batch_statistics(x), w, b),
-         lambda x, w, b: functional.batch_norm(x, None, None, w, b, training=True), (x, scale, shift)),
-    ):  # fmt: skip
-        mine, leaves = tensors(*inputs), [torch.tensor(a, requires_grad=True) for a in inputs]
-        y, z = ours(*mine), theirs(*leaves)
-        close(y, z.detach().numpy())
-        gradients = torch.autograd.grad((z * z).sum(), leaves)
-        for a, b in zip(grad((y * y).sum(), mine), gradients, strict=True):
-            close(a, b.numpy(), 1e-9)
