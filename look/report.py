@@ -6,7 +6,6 @@ folder: log.csv and samples/. It writes curves.png, progress.gif and report.html
 
 import base64
 import contextlib
-import csv
 import datetime
 import html
 import string
@@ -39,21 +38,11 @@ PANELS = (
 LABELS = {"distance": "distance", "fid_own": "FID-own", "is_own": "IS-own"}  # what is measured, in few rows: all are shown
 
 
-def number(text):
-    """What a cell of a log says, NaN where that is no number."""
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
 def read_log(path):
     """The finite numbers in a run's log.csv by column: {"disc_loss": (steps, values), ...}, float arrays of one length."""
-    with files.plain(path).open(newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.reader(file)
-        names = next(reader)
-        rows = np.fromiter((number(x) for row in reader for x in row), float).reshape(-1, len(names))
-    return {name: rows[np.isfinite(rows[:, i])][:, [0, i]].T for i, name in enumerate(names)}
+    with files.plain(path).open(encoding="utf-8", errors="replace") as file:
+        rows = np.genfromtxt(file, delimiter=",", names=True, comments=None, ndmin=1)  # NaN for what is no number
+    return {name: np.stack([rows["step"], rows[name]])[:, np.isfinite(rows[name])] for name in rows.dtype.names}
 
 
 def lines_of(log):
