@@ -1,4 +1,4 @@
-"""TransGAN and its training in PyTorch, as functions of our parameters' names: a second reading of the same facts.
+"""TransGAN and its training in PyTorch, by our parameters' names: a second reading of the same facts.
 
 Ours is held against it by benchmarks/test_parity.py, and timed beside it by benchmarks/step.py.
 """
@@ -36,8 +36,8 @@ def norm(p, name, x):
     return F.layer_norm(x, x.shape[-1:], p[name + ".weight"], p[name + ".bias"], 1e-5)
 
 
-def block(p, name, x, num_heads, fused=False, mask=None):
-    batch, tokens, width = x.shape
+def block(p, name, x, fused, mask=None):
+    (batch, tokens, width), num_heads = x.shape, transgan.NUM_HEADS
     qkv = linear(p, name + ".attention.qkv", norm(p, name + ".norm1", x))
     q, k, v = qkv.reshape(batch, tokens, 3, num_heads, width // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
     if fused:
@@ -48,35 +48,6 @@ def block(p, name, x, num_heads, fused=False, mask=None):
     x = x + linear(p, name + ".attention.projection", out.transpose(1, 2).reshape(batch, tokens, width))
     hidden = F.gelu(linear(p, name + ".mlp.expand", norm(p, name + ".norm2", x)))
     return x + linear(p, name + ".mlp.reduce", hidden)
-
-
-def generator(p, z, depths, num_heads=4, fused=False, small=None, mask=None):
-    """Pictures from noise, or, of three stages, from small pictures through the last two; the mask is for the last."""
-    first = 0 if small is None else 1
-    if first:
-        x = linear(p, "from_rgb", small.flatten(2).transpose(1, 2))
-    else:
-        x = linear(p, "project", z).reshape(len(z), -1, z.shape[1])
-    for k, depth in list(enumerate(depths))[first:]:
-        if k > first:
-            batch, tokens, width = x.shape
-            side = math.isqrt(tokens)
-            x = F.pixel_shuffle(x.transpose(1, 2).reshape(batch, width, side, side), 2).flatten(2).transpose(1, 2)
-        x = x + p[f"stages.{k}.position"]
-        for i in range(depth):
-            x = block(p, f"stages.{k}.blocks.{i}", x, num_heads, fused, mask if k == len(depths) - 1 else None)
-    x = linear(p, "to_rgb", x)
-    side = math.isqrt(x.shape[1])
-    return x.transpose(1, 2).reshape(len(x), 3, side, side)
-
-
-def discriminator(p, pictures, depth, patch_size, num_heads=4, fused=False):
-    x = F.unfold(pictures, patch_size, stride=patch_size).transpose(1, 2)  # (B, N, 3pp), channel by channel as ours
-    x = linear(p, "embed", x)
-    x = torch.cat([p["cls"].expand(len(x), -1, -1), x], dim=1) + p["position"]
-    for i in range(depth):
-        x = block(p, f"blocks.{i}", x, num_heads, fused)
-    return linear(p, "head", norm(p, "norm", x)[:, 0])[:, 0]
 
 
 def diff_augment(x, policy, draws):
@@ -137,7 +108,7 @@ class Trainer(transgan.Trainer):
         self.options, self.generator, self.batches = options, trainer.generator, trainer.batches
         if options.sr_weight:
             self.co_batches = trainer.co_batches
-        self.size, self.fused, self.mask = transgan.SIZES[options.size], fused, None
+        self.fused, self.mask = fused, None
         self.depths = transgan.stage_depths(options.size, options.image_size)
         self.g, self.d = parameters(trainer.gen_parameters), parameters(trainer.disc_parameters)
         self.average = {name: p.detach().clone() for name, p in self.g.items()}
@@ -155,7 +126,23 @@ class Trainer(transgan.Trainer):
         self.mask = near.to(self.g["to_rgb.bias"].device) if half_width else None
 
     def generate(self, z, small=None, parameters=None):
-        return generator(parameters or self.g, z, self.depths, fused=self.fused, small=small, mask=self.mask)
+        """Pictures from noise, or, of three stages, from small pictures through the last two; the mask is for the last."""
+        p, first = parameters or self.g, 0 if small is None else 1
+        if first:
+            x = linear(p, "from_rgb", small.flatten(2).transpose(1, 2))
+        else:
+            x = linear(p, "project", z).reshape(len(z), -1, z.shape[1])
+        for k, depth in list(enumerate(self.depths))[first:]:
+            if k > first:
+                batch, tokens, width = x.shape
+                side = math.isqrt(tokens)
+                x = F.pixel_shuffle(x.transpose(1, 2).reshape(batch, width, side, side), 2).flatten(2).transpose(1, 2)
+            x = x + p[f"stages.{k}.position"]
+            for i in range(depth):
+                x = block(p, f"stages.{k}.blocks.{i}", x, self.fused, self.mask if k == len(self.depths) - 1 else None)
+        x = linear(p, "to_rgb", x)
+        side = math.isqrt(x.shape[1])
+        return x.transpose(1, 2).reshape(len(x), 3, side, side)
 
     def sample(self, z):
         """Pictures of the averaged generator from noise (n, Z), 64 at a time: NumPy (n, 3, H, W)."""
@@ -166,7 +153,13 @@ class Trainer(transgan.Trainer):
     def discriminate(self, x, draws, fused=False):
         if self.options.diff_aug != "none":
             x = diff_augment(x, self.options.diff_aug, draws)
-        return discriminator(self.d, x, self.size.disc_depth, self.options.patch_size, fused=fused)
+        side, p = self.options.patch_size, self.d
+        x = F.unfold(x, side, stride=side).transpose(1, 2)  # (B, N, 3 side^2), channel by channel as ours
+        x = linear(p, "embed", x)
+        x = torch.cat([p["cls"].expand(len(x), -1, -1), x], dim=1) + p["position"]
+        for i in range(transgan.SIZES[self.options.size].disc_depth):
+            x = block(p, f"blocks.{i}", x, fused)
+        return linear(p, "head", norm(p, "norm", x)[:, 0])[:, 0]
 
     def judge(self, x, draws):
         """`discriminate` where first derivatives are enough."""
