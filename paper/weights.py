@@ -134,15 +134,6 @@ def _need_tensors(value):
     return value
 
 
-def _storage(identity):
-    """What stands for a storage: ("storage", type, key, device, count), once followed by None or (key, first, count)."""
-    kind, dtype, key, _, _, *view = _need(identity, tuple)
-    if kind != "storage" or not isinstance(dtype, np.dtype):
-        raise ValueError("it has something else where a storage belongs")
-    storage = _Storage(_need(key, str), dtype, 0)
-    return storage if not view or view[0] is None else storage._replace(first=_need(view[0], tuple)[1])
-
-
 def _tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None):
     """torch._utils._rebuild_tensor and _rebuild_tensor_v2, which says more. Raises ValueError."""
     if metadata:
@@ -209,7 +200,13 @@ KNOWN = {getattr(pickle, name)[0] for name in INSTRUCTIONS.split()}
 class _Pickles(pickle._Unpickler):  # the one in Python, whose memo is a dict, and whose instructions are in a table
     """A pickle that can make a state dict, and nothing else."""
 
-    persistent_load = staticmethod(_storage)
+    def persistent_load(self, identity):
+        """What stands for a storage: ("storage", type, key, device, count), once also None or (key, first, count)."""
+        kind, dtype, key, _, _, *view = _need(identity, tuple)
+        if kind != "storage" or not isinstance(dtype, np.dtype):
+            raise ValueError("it has something else where a storage belongs")
+        storage = _Storage(_need(key, str), dtype, 0)
+        return storage if not view or view[0] is None else storage._replace(first=_need(view[0], tuple)[1])
 
     def find_class(self, module, name):
         if (asked := f"{module} {name}") not in NAMES:
