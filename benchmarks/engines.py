@@ -26,10 +26,11 @@ def numbers():
     return [x.astype(np.float32) for x in (rng.standard_normal((BATCH, WIDTHS[0])), *weights)]
 
 
-def tasks(tensor, tanh, matmul, gradients):
-    """Both tasks in an engine's words, as functions that return its gradients.
+def tasks(tensor, tanh, matmul, gradients, array):
+    """Both tasks in an engine's words, as functions that return gradients as NumPy's arrays.
 
-    tensor: of an array, one that gradients are wanted of; gradients: of y towards each of xs, from which one can go on.
+    tensor: of an array, one that gradients are wanted of; gradients: of y towards each of xs, from which one can go on;
+    array: of such a gradient, NumPy's.
     """
     x, *weights = (tensor(a) for a in numbers())
 
@@ -37,12 +38,12 @@ def tasks(tensor, tanh, matmul, gradients):
         return matmul(tanh(matmul(tanh(matmul(x, w1)), w2)), w3).sum()
 
     def first():
-        return gradients(run(x, *weights), weights)
+        return [array(g) for g in gradients(run(x, *weights), weights)]
 
     def second():
         (slope,) = gradients(run(x, *weights), [x], create_graph=True)
         norm = (slope * slope).sum(axis=1) ** 0.5
-        return gradients(((norm - 1) ** 2).sum() / BATCH, weights)
+        return [array(g) for g in gradients(((norm - 1) ** 2).sum() / BATCH, weights)]
 
     return first, second
 
@@ -54,14 +55,13 @@ def ours():
 
     ag.use_device("cpu")
     fast.install()
-    first, second = tasks(lambda a: ag.Tensor(a, requires_grad=True), ag.tanh, ag.matmul, ag.grad)
-    return lambda: [g.data for g in first()], lambda: [g.data for g in second()]
+    return tasks(lambda a: ag.Tensor(a, requires_grad=True), ag.tanh, ag.matmul, ag.grad, ag.to_numpy)
 
 
 def pytorch():
     import torch
 
-    return tasks(lambda a: torch.tensor(a, requires_grad=True), torch.tanh, torch.matmul, torch.autograd.grad)
+    return tasks(lambda a: torch.tensor(a, requires_grad=True), torch.tanh, torch.matmul, torch.autograd.grad, np.asarray)
 
 
 def dezero():
@@ -81,8 +81,7 @@ def dezero():
         y.backward(create_graph=create_graph)
         return [x.grad for x in xs]
 
-    first, second = tasks(tensor, F.tanh, F.matmul, gradients)
-    return lambda: [g.data for g in first()], lambda: [g.data for g in second()]
+    return tasks(tensor, F.tanh, F.matmul, gradients, lambda g: g.data)
 
 
 def hips():
@@ -107,22 +106,16 @@ def tinygrad():
     from tinygrad import Tensor, TinyJit
 
     def compiled(task):
-        run = TinyJit(lambda: tuple(g.realize() for g in task()))
+        run = TinyJit(lambda: tuple(task()))
         return lambda: [g.numpy() for g in run()]
 
     def gradients(y, xs, create_graph=True):  # which it does anyway
         return y.gradient(*xs)
 
-    return [compiled(task) for task in tasks(Tensor, Tensor.tanh, Tensor.matmul, gradients)]
+    return [compiled(task) for task in tasks(Tensor, Tensor.tanh, Tensor.matmul, gradients, Tensor.realize)]
 
 
 ENGINES = {"this project": ours, "PyTorch": pytorch, "HIPS autograd": hips, "DeZero": dezero, "tinygrad": tinygrad}
-
-
-def make(name):
-    """An engine's two tasks, in its process, as functions that return gradients as NumPy's arrays."""
-    first, second = ENGINES[name]()
-    return lambda: [np.asarray(g) for g in first()], lambda: [np.asarray(g) for g in second()]
 
 
 def main():
@@ -131,7 +124,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds after three that are not (default 7)")
     if (rounds := parser.parse_args().rounds) < 1:
         parser.error("--rounds must be from 1")
-    measured, failed = turns.take_turns({name: (make, name) for name in ENGINES}, 2, rounds, untimed=3)
+    measured, failed = turns.take_turns({name: (make,) for name, make in ENGINES.items()}, 2, rounds, untimed=3)
     print(f"{'':16}{'first':>22}{'second':>22}   (in brackets: times as long as this project)")
     for name in ENGINES:
         if name in failed:

@@ -27,14 +27,14 @@ PRODUCTS = re.compile("gemm|gemv|cutlass|nvjet|splitk|cublas", re.IGNORECASE)  #
 
 
 def by_kernel(trace):
-    """{kernel: [seconds, launches]} of a trace of PyTorch's, all of cuBLAS's as one, in falling order of seconds."""
-    found = collections.defaultdict(lambda: [0.0, 0])
+    """The seconds and the launches of each kernel in a trace of PyTorch's, a Counter each, all of cuBLAS's as one."""
+    seconds, launches = collections.Counter(), collections.Counter()
     for event in trace["traceEvents"]:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            entry = found["matrix products" if PRODUCTS.search(event["name"]) else event["name"]]
-            entry[0] += event["dur"] / 1e6
-            entry[1] += 1
-    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+            name = "matrix products" if PRODUCTS.search(event["name"]) else event["name"]
+            seconds[name] += event["dur"] / 1e6
+            launches[name] += 1
+    return seconds, launches
 
 
 def watched(profiler, run, rounds):
@@ -69,12 +69,12 @@ def main():
     for what, run in zip(step.STEPS, runs, strict=True):
         for _ in range(2):  # recorded, then played
             run()
-        trace, seconds = watched(profiler, run, args.rounds)
-        found = by_kernel(trace)
-        busy = sum(spent for spent, _ in found.values())
-        print(f"{what}: {1000 * seconds / args.rounds:.2f} ms, busy {1000 * busy / args.rounds:.2f} ms")
-        for kernel, (spent, launches) in list(found.items())[:MOST]:
-            each = f"{spent / busy:7.1%}{1000 * spent / args.rounds:9.3f} ms{launches / args.rounds:8.1f} times"
+        trace, took = watched(profiler, run, args.rounds)
+        seconds, launches = by_kernel(trace)
+        busy = seconds.total()
+        print(f"{what}: {1000 * took / args.rounds:.2f} ms, busy {1000 * busy / args.rounds:.2f} ms")
+        for kernel, spent in seconds.most_common(MOST):
+            each = f"{spent / busy:7.1%}{1000 * spent / args.rounds:9.3f} ms{launches[kernel] / args.rounds:8.1f} times"
             print(f"{each}  {kernel[:60]}", flush=True)
 
 

@@ -4,23 +4,24 @@ So whatever else the machine does meets all of them. Nothing of this project is 
 that side needs, and no more.
 """
 
+import functools
 import multiprocessing
 import statistics
 import time
+from concurrent import futures
 
 
-def work(make, arguments, pipe):
-    """A side's process: answers the number of a task with its seconds and its result, or with why there are none."""
-    tasks = None
-    while (task := pipe.recv()) is not None:
-        try:
-            tasks = tasks or make(*arguments)
-            start = time.perf_counter()
-            result = tasks[task]()
-            pipe.send((time.perf_counter() - start, result))
-        except Exception as error:  # whatever a side finds to say
-            pipe.send((str(error).splitlines() or [type(error).__name__])[0])
-            return
+@functools.cache
+def tasks_of(make, *arguments):
+    return make(*arguments)
+
+
+def work(task, *side):
+    """In a side's process: the seconds that its task of this number takes, and the result."""
+    run = tasks_of(*side)[task]
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
 
 
 def take_turns(sides, tasks, rounds, untimed=1):
@@ -29,29 +30,21 @@ def take_turns(sides, tasks, rounds, untimed=1):
     sides: {name: (function that returns a side's tasks, its arguments ...)}; the function runs in the side's process.
     Returns {name: [(median seconds, last result) of each task]} and, of the sides that failed, {name: why}.
     """
-    context, pipes, failed = multiprocessing.get_context("spawn"), {}, {}
-    for name, (make, *arguments) in sides.items():
-        pipes[name], other = context.Pipe()
-        context.Process(target=work, args=(make, arguments, other), daemon=True).start()
-        other.close()  # so that a process that ends early is heard of
+    context, failed = multiprocessing.get_context("spawn"), {}
+    pools = {name: futures.ProcessPoolExecutor(1, context) for name in sides}
     answers = {name: [[] for _ in range(tasks)] for name in sides}
     for _ in range(untimed + rounds):
         for task in range(tasks):
-            for name in list(pipes):
+            for name in list(pools):
                 try:
-                    pipes[name].send(task)
-                    answer = pipes[name].recv()
-                except (EOFError, OSError):
-                    answer = "ended early"
-                if isinstance(answer, str):
-                    failed[name] = answer
-                    del pipes[name]
-                else:
-                    answers[name][task].append(answer)
-    for pipe in pipes.values():
-        pipe.send(None)
+                    answers[name][task].append(pools[name].submit(work, task, *sides[name]).result())
+                except Exception as error:  # whatever a side finds to say, or that its process is gone
+                    failed[name] = (str(error).splitlines() or [type(error).__name__])[0]
+                    pools.pop(name).shutdown()
     measured = {
         name: [(statistics.median(seconds for seconds, _ in runs[untimed:]), runs[-1][1]) for runs in answers[name]]
-        for name in pipes
+        for name in pools
     }
+    for pool in pools.values():
+        pool.shutdown()
     return measured, failed

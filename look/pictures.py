@@ -1,16 +1,10 @@
 """Pictures of what a trained run can do and what it looks at, made from its checkpoint.
 
-    python transgan.py --from runs/NAME --sample 64           new samples; another --seed gives others
-    python transgan.py --from runs/NAME --interpolate 8       a walk through noise, over 8 points and back to the first
-    python transgan.py --from runs/NAME --attention           where both networks look, block by block, head by head
-    python transgan.py --from runs/NAME --nearest 8           samples beside the training pictures most like them
-    python transgan.py --from runs/NAME --export FILE         keep the generator alone; --from FILE does all of the above
-
-Contents
-    1. Walks                 slerp, walk, interpolate
-    2. Attention             attention_probabilities, watched, views, attention
-    3. Nearest neighbours    nearest_pictures, nearest
-    4. Command line          add_options, make
+python transgan.py --from runs/NAME --sample 64           new samples; another --seed gives others
+python transgan.py --from runs/NAME --interpolate 8       a walk through noise, over 8 points and back to the first
+python transgan.py --from runs/NAME --attention           where both networks look, block by block, head by head
+python transgan.py --from runs/NAME --nearest 8           samples beside the training pictures most like them
+python transgan.py --from runs/NAME --export FILE         keep the generator alone; --from FILE does all of the above
 """
 
 import argparse

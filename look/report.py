@@ -2,16 +2,10 @@
 
 `Report.update` is called by training whenever there is a new grid of samples, and reads only what already lies in the run's
 folder: log.csv and samples/. It writes curves.png, progress.gif and report.html, each of them whole or not at all.
-
-Contents
-    1. Curves      read_log, curves
-    2. Progress    progress
-    3. The page    page, Report
 """
 
 import base64
 import contextlib
-import csv
 import datetime
 import html
 import string
@@ -44,36 +38,21 @@ PANELS = (
 LABELS = {"distance": "distance", "fid_own": "FID-own", "is_own": "IS-own"}  # what is measured, in few rows: all are shown
 
 
-def number(text):
-    """What a cell of a log says, NaN where that is no number."""
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
 def read_log(path):
     """The finite numbers in a run's log.csv by column: {"disc_loss": (steps, values), ...}, float arrays of one length."""
-    with files.plain(path).open(newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.reader(file)
-        names = next(reader)
-        rows = np.fromiter((number(x) for row in reader for x in row), float).reshape(-1, len(names))
-    return {name: rows[np.isfinite(rows[:, i])][:, [0, i]].T for i, name in enumerate(names)}
-
-
-def lines_of(log):
-    """What `read_log` returned by panel, of those that have numbers: {title: {(legend, colour): (steps, values)}}."""
-    found = {title: {look: log[name] for name, look in columns.items() if name in log and log[name].size}
-             for title, columns in PANELS}  # fmt: skip
-    return {title: lines for title, lines in found.items() if lines}
+    with files.plain(path).open(encoding="utf-8", errors="replace") as file:
+        rows = np.genfromtxt(file, delimiter=",", names=True, comments=None, ndmin=1)  # NaN for what is no number
+    return {name: np.stack([rows["step"], rows[name]])[:, np.isfinite(rows[name])] for name in rows.dtype.names}
 
 
 def curves(log, path):
-    """Draw `lines_of` a log into a PNG, over steps; nothing without numbers."""
-    panels = lines_of(log)
+    """Draw what `read_log` returned into a PNG, over steps: the panels that have numbers; nothing without any."""
+    found = [(title, {look: log[name] for name, look in columns.items() if name in log and log[name].size})
+             for title, columns in PANELS]  # fmt: skip
+    panels = [(title, lines) for title, lines in found if lines]
     if panels:
-        end = max(1, *(steps[-1] for lines in panels.values() for steps, _ in lines.values()))
-        plot([(title, "step", end, lines) for title, lines in panels.items()], path)
+        end = max(1, *(steps[-1] for _, lines in panels for steps, _ in lines.values()))
+        plot([(title, "step", end, lines) for title, lines in panels], path)
 
 
 # --- 2. Progress ------------------------------------------------------------------------------------------------------
@@ -126,13 +105,6 @@ def listed(pairs, kind):
     return f'<dl class="{kind}">{"".join(rows)}</dl>'
 
 
-def legend(log):
-    """The curves' names, colours and newest values as HTML, which takes as many lines as a narrow window needs."""
-    words = [f'<span><b style="background: rgb{colour}"></b>{html.escape(label)}, now {values[-1]:.4g}</span>'
-             for lines in lines_of(log).values() for (label, colour), (_, values) in lines.items()]  # fmt: skip
-    return f'<p class="legend">{"".join(words)}</p>'
-
-
 def key_numbers(log, step, steps):
     """What a person asks first, (name, value) as text each: how fast, how long, how good."""
     if not log["seconds"].size:
@@ -178,7 +150,6 @@ def page(trainer, out, log, commands, stopped=False):
         weights=f"{size(trainer.generator):,} of the generator, {size(trainer.discriminator):,} of the discriminator",
         numbers=listed(key_numbers(log, step, options.steps), "numbers"),
         pictures=pictures,
-        legend=legend(log),
         curves=embedded(out / "curves.png", "Bands: four fifths of the steps. Far numbers lie on the edge", "drawn"),
         restored=f"<section><h2>Restored</h2>{restored}</section>" if restored else "",
         begin=begin,

@@ -5,11 +5,6 @@ classifier will do to compare generators by, as long as nobody takes its numbers
 FID-own and IS-own. It is trained on the data set itself, once, with the engine of this project: on classes where they are
 known (CIFAR-10; kind and colour of the shapes), and else on telling by how many quarters a picture was turned (Gidaris et
 al. 2018), which takes seeing what is in it. What it has learnt is kept in a file that goes by the pictures' fingerprint.
-
-Contents
-    1. The network     Classifier
-    2. Training it     cross_entropy, train_classifier
-    3. Keeping it      Extractor, load_classifier, kept_classifier
 """
 
 import contextlib

@@ -2,10 +2,6 @@
 
 Pictures are (B, C, H, W); kernel, stride and padding are numbers, or pairs of one for the rows and one for the columns.
 Errors are those of autograd.py's operations.
-
-Contents
-    1. Operations    unfold, fold, conv2d, max_pool2d, avg_pool2d, upsample_nearest, resize_bilinear
-    2. Normalization batch_norm, spectral_norm, and Stateful, a module with more than parameters
 """
 
 import itertools
@@ -24,7 +20,7 @@ PAIR = "{} must be a whole number, or a pair of them (for rows, for columns)"
 ag.KINDS |= dict.fromkeys(SIZES, ((int, np.integer), "", PAIR)) | dict.fromkeys(("height", "width"), ag.KINDS["factor"])
 ag.SEVERAL |= dict.fromkeys(SIZES, tuple)
 ag.LEAST |= {"kernel": 1, "stride": 1, "padding": 0, "height": 1, "width": 1}
-ag.KINDS |= dict.fromkeys(("mean", "variance"), ag.KINDS["x"]) | {"fill": (ag.NUMBER, "", "{} must be a number")}
+ag.KINDS |= dict.fromkeys(("mean", "variance"), ag.KINDS["x"])
 
 
 def _check_pictures(shape):
@@ -60,7 +56,7 @@ def _pool_geometry(shape, kernel, stride, padding):
     return kernel, stride, padding, counts
 
 
-def _padded(x, padding, fill):
+def _padded(x, padding, fill=0):
     """An array (B, C, H, W) with `padding` rows and columns of `fill` around it; itself where there are none."""
     margins = ((0, 0), (0, 0), *((n, n) for n in padding))
     return ag.xp.pad(x, margins, constant_values=fill) if any(padding) else x
@@ -74,14 +70,14 @@ def _windows(x, kernel, stride):
 
 
 @operation
-def unfold(x, kernel, stride=1, padding=0, fill=0.0):
+def unfold(x, kernel, stride=1, padding=0):
     """All windows of a picture: (B, C, H, W) -> (B, C, kh, kw, H', W'), H' = (H + 2 padding - kh) // stride + 1.
 
     out[b, c, i, j, y, x] is pixel (i, j) of the window whose corner lies at (y, x) * stride, in the picture with a margin
-    of `fill`. An element lies in several windows, so its gradient is a sum: `fold`.
+    of zeros. An element lies in several windows, so its gradient is a sum: `fold`.
     """
     kernel, stride, padding, _ = _geometry(x.shape, kernel, stride, padding)
-    data = _windows(_padded(x.data, padding, fill), kernel, stride)
+    data = _windows(_padded(x.data, padding), kernel, stride)
     return result(data, (x, lambda g: fold(g, x.shape, stride, padding)))
 
 
@@ -92,7 +88,7 @@ def fold(x, shape, stride=1, padding=0):
     if x.shape != (*shape[:2], *kernel, *counts):
         raise ValueError(f"pictures of {tuple(shape)} have windows of {(*shape[:2], *kernel, *counts)}")
     (down, right), (top, left), (rows, columns) = stride, padding, counts
-    total = _padded(ag.xp.zeros(shape, x.dtype), padding, 0)
+    total = _padded(ag.xp.zeros(shape, x.dtype), padding)
     for i, j in itertools.product(*map(range, kernel)):
         total[:, :, i : i + down * rows : down, j : j + right * columns : right] += x.data[:, :, i, j]
     data = total[:, :, top : top + shape[2], left : left + shape[3]]
@@ -113,7 +109,7 @@ def conv2d(x, weight, bias=None, stride=1, padding=0):
         raise ValueError("expected (B, C, H, W), (O, C, kh, kw) and (O,)")
     kernel, stride, padding, (rows, columns) = _geometry(x.shape, weight.shape[2:], stride, padding)
     batch, outputs, inner = len(x), len(weight), math.prod(weight.shape[1:])
-    windows = _windows(_padded(x.data, padding, 0), kernel, stride)  # (B, C, kh, kw, H', W'), a view
+    windows = _windows(_padded(x.data, padding), kernel, stride)  # (B, C, kh, kw, H', W'), a view
     laid_out = Tensor(windows.reshape(batch, inner, rows * columns))  # (B, C kh kw, H'W')
     data = (Tensor(weight.data.reshape(outputs, inner)) @ laid_out).data.reshape(batch, outputs, rows, columns)
     shape = windows.shape
@@ -159,8 +155,8 @@ def max_pool2d(x, kernel, stride, padding=0):
 def avg_pool2d(x, kernel, stride, padding=0):
     """The mean of each window's pixels in the picture: (B, C, H, W) -> (B, C, H', W')."""
     kernel, stride, padding, _ = _pool_geometry(x.shape, kernel, stride, padding)
-    data = _over_windows(ag.xp.add, _windows(_padded(x.data, padding, 0), kernel, stride))
-    inside = _padded(ag.xp.ones((1, 1, *x.shape[2:]), x.dtype), padding, 0)
+    data = _over_windows(ag.xp.add, _windows(_padded(x.data, padding), kernel, stride))
+    inside = _padded(ag.xp.ones((1, 1, *x.shape[2:]), x.dtype), padding)
     share = 1 / _over_windows(ag.xp.add, _windows(inside, kernel, stride))  # (1, 1, H', W')
     data *= share
 

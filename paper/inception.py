@@ -7,11 +7,6 @@ compared only where the network is the same to the last detail, so this is the o
 2015, arXiv 1512.00567; Heusel et al. 2017, arXiv 1706.08500): TensorFlow's graph of 2015-12-05, with the weights as
 pytorch-fid publishes them. The network is a table; two short walks over it say which weights it needs, and run it.
 
-Contents
-    1. The table     Conv, Fork, the five blocks, NETWORK, SHAPES
-    2. The network   Inception: pictures to features and logits
-    3. Its weights   WEIGHTS, load_inception: downloaded once, and checked
-
 In comments on shapes: B batch, C channels, H and W height and width.
 """
 

@@ -5,11 +5,6 @@ a generator of convolutions doubles its picture between them, a discriminator ha
 residual blocks; they differ in how these are wired, and in what keeps the discriminator's slope in bounds: AutoGAN divides
 every weight by its largest singular value, WGAN-GP leaves that to the gradient penalty in the loss.
 
-Contents
-    1. Layers           Conv2d, SpectralLinear, BatchNorm
-    2. Generators       PeerGenerator: AutoGANGenerator with its Cell, ResNetGenerator with its UpBlock
-    3. Discriminators   ResidualDiscriminator with its DownBlock, which serves both
-
 In comments on shapes: B batch, C channels, H and W height and width, Z latent_dim.
 """
 

@@ -4,11 +4,6 @@ The story of this chapter: a network that was trained to classify pictures looks
 that it be sure of each (sharp objects) and see many classes over all (variety). The Frechet Inception Distance compares the
 layer before the classes, as it answers to generated and to real pictures, each taken for a normal distribution: how far
 apart do mean and covariance lie? Both are computed in one pass over the pictures, in float64.
-
-Contents
-    1. One pass            Statistics, inception_score
-    2. The distance        frechet_distance
-    3. A run's scores      reference_statistics, read_statistics, score_generator, own_scores, read_scores, evaluate
 """
 
 import contextlib

@@ -6,11 +6,6 @@
 trains each row once for each seed, as runs of transgan.py with the row's options (and those after --, for every row),
 scores them and prints the table. Nothing is printed that was not run. Runs are kept in --out, so that a command that was
 stopped goes on where it was, and one that is repeated prints at once.
-
-Contents
-    1. The tables    TABLES: what the paper reports, and the options that make it here
-    2. Running       train, score, run_all
-    3. Printing      table
 """
 
 import argparse

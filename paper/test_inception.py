@@ -3,11 +3,6 @@
 The network is held against the same one in PyTorch, written down here a second time, under random weights in a file like
 the published one. Each rule that implementations disagree about is then broken on PyTorch's side, which the comparison must
 notice.
-
-Contents
-    1. The same network in PyTorch   Reference
-    2. Parity                        features and logits, the special rules, threads, a rehearsed GPU
-    3. Weights                       how many, what can be wrong with them, the download
 """
 
 import dataclasses

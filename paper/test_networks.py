@@ -18,7 +18,7 @@ from program import checkpoints, main, options, support
 
 PEERS = ("autogan", "resnet")
 PAIRS = [("autogan", "autogan"), ("resnet", "resnet"), ("transgan", "autogan"), ("autogan", "transgan")]
-COUNTS = {"autogan": (4_405_251, 1_053_824), "resnet": (1_204_483, 1_053_825)}  # of the same layers in PyTorch, below
+COUNTS = {"autogan": (4_405_251, 1_053_824), "resnet": (1_204_483, 1_053_825)}  # of the same layers in PyTorch
 
 
 def small_pair(name, dtype=np.float64, seed=0, side=8):
@@ -34,21 +34,13 @@ def test_derivatives_of_whole_networks(name, seed):
     generator, discriminator = small_pair(name, seed=seed)
     z, x = base.normal(seed, (3, networks.LATENT_DIM), (2, 3, 8, 8))
     for network, inputs in ((generator, z), (discriminator, x)):
-        parameters = network.parameters()
+        smooth = [ag.xp.asarray(a) for a in (inputs, *(ag.to_numpy(p) for p in network.parameters().values()))]
+        filled, _ = base.as_function(network, lambda network: network, seed)
 
-        def function(inputs, *values, network=network, parameters=parameters):
-            before = [p.data for p in parameters.values()]
-            nodes = [p.node for p in parameters.values()]
-            for p, value in zip(parameters.values(), values, strict=True):
-                p.data, p.node = value.data, value.node
-            try:
-                return network(inputs)
-            finally:
-                for p, array, node in zip(parameters.values(), before, nodes, strict=True):
-                    p.data, p.node = array, node
+        def function(x, *values, filled=filled):
+            return filled(*values)(x)
 
-        smooth = [inputs, *(ag.to_numpy(p) for p in parameters.values())]
-        assert ag.gradient_check(function, [ag.xp.asarray(a) for a in smooth], order=2, coordinates=1, step=1e-6) < 1e-4
+        assert ag.gradient_check(function, smooth, order=2, coordinates=1, step=1e-6) < 1e-4
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -152,140 +144,80 @@ def test_batch_norm_keeps_running_averages_and_uses_them_for_samples():
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
+# WGAN-GP's networks alone: AutoGAN's are held against what the published code computes, in test_golden.py.
 
 
-def torch_layers(torch, name, channels):
-    """The layers of the published code with so many channels, (generator's, discriminator's), by our names."""
-    nn, (g, d) = torch.nn, channels
-    norm, conv = nn.BatchNorm2d, nn.Conv2d
-    if name == "autogan":
-        generator = {"project": nn.Linear(128, 16 * g), "norm": norm(g), "to_rgb": conv(g, 3, 3, padding=1)}
-        for i in range(3):
-            generator |= {f"cells.{i}.conv{k}": conv(g, g, 3, padding=1) for k in (1, 2)}
-            generator |= {f"cells.{i}.skips.{k}": conv(g, g, 1) for k in range(i)}
-            generator |= {f"cells.{i}.shortcut": conv(g, g, 1)} if i < 2 else {}
-    else:
-        generator = {"project": nn.Linear(128, 16 * g), "norm": norm(g), "to_rgb": conv(g, 3, 3, padding=1)}
-        for i in range(3):
-            generator |= {f"blocks.{i}.conv{k}": conv(g, g, 3, padding=1) for k in (1, 2)}
-            generator |= {f"blocks.{i}.norm{k}": norm(g) for k in (1, 2)}
-            generator |= {f"blocks.{i}.shortcut": conv(g, g, 1)}
-    discriminator = {"score": nn.Linear(d, 1, bias=name != "autogan")}
+def torch_layers(nn, g, d):
+    """The layers of WGAN-GP's networks with so many channels, (generator's, discriminator's), by our names."""
+    generator = {"project": nn.Linear(128, 16 * g), "norm": nn.BatchNorm2d(g), "to_rgb": nn.Conv2d(g, 3, 3, padding=1)}
+    for i in range(3):
+        generator |= {f"blocks.{i}.conv{k}": nn.Conv2d(g, g, 3, padding=1) for k in (1, 2)}
+        generator |= {f"blocks.{i}.norm{k}": nn.BatchNorm2d(g) for k in (1, 2)}
+        generator |= {f"blocks.{i}.shortcut": nn.Conv2d(g, g, 1)}
+    discriminator = {"score": nn.Linear(d, 1)}
     for i in range(4):
-        discriminator |= {f"blocks.{i}.conv1": conv(d if i else 3, d, 3, padding=1)}
-        discriminator |= {f"blocks.{i}.conv2": conv(d, d, 3, padding=1)}
-        discriminator |= {f"blocks.{i}.shortcut": conv(d if i else 3, d, 1)} if i < 2 else {}
+        discriminator |= {f"blocks.{i}.conv1": nn.Conv2d(d if i else 3, d, 3, padding=1)}
+        discriminator |= {f"blocks.{i}.conv2": nn.Conv2d(d, d, 3, padding=1)}
+        discriminator |= {f"blocks.{i}.shortcut": nn.Conv2d(d if i else 3, d, 1)} if i < 2 else {}
     return generator, discriminator
 
 
-def torch_generator(torch, layers, name, z, channels):
-    """The published generators' forward pass, written with PyTorch's functions."""
-    f = torch.nn.functional
-    x = layers["project"](z).view(len(z), channels, 4, 4)
-    if name == "autogan":
-        skips = []
-        for i, mode in enumerate(("nearest", "bilinear", "nearest")):
-            side, cell = 2 * x.shape[2], f"cells.{i}"
-            h = layers[f"{cell}.conv1"](f.interpolate(f.relu(x), scale_factor=2, mode=mode))
-            for k, feature in enumerate(skips):
-                h = h + layers[f"{cell}.skips.{k}"](f.interpolate(feature, size=(side, side), mode=mode))
-            skips.append(h)  # with what was added, as the published code has it
-            h = layers[f"{cell}.conv2"](f.relu(h))
-            if i < 2:
-                h = h + layers[f"{cell}.shortcut"](f.interpolate(x, scale_factor=2, mode=mode))
-            x = h
-    else:
-        for i in range(3):
-            block = f"blocks.{i}"
-            h = f.interpolate(f.relu(layers[f"{block}.norm1"](x)), scale_factor=2)
-            h = layers[f"{block}.conv2"](f.relu(layers[f"{block}.norm2"](layers[f"{block}.conv1"](h))))
-            x = layers[f"{block}.shortcut"](f.interpolate(x, scale_factor=2)) + h
-    return torch.tanh(layers["to_rgb"](f.relu(layers["norm"](x))))
+def torch_generator(f, layers, z):
+    """The published generator's forward pass, written with PyTorch's functions."""
+    x = layers["project"](z).view(len(z), -1, 4, 4)
+    for i in range(3):
+        block = f"blocks.{i}"
+        h = f.interpolate(f.relu(layers[f"{block}.norm1"](x)), scale_factor=2)
+        h = layers[f"{block}.conv2"](f.relu(layers[f"{block}.norm2"](layers[f"{block}.conv1"](h))))
+        x = layers[f"{block}.shortcut"](f.interpolate(x, scale_factor=2)) + h
+    return f.tanh(layers["to_rgb"](f.relu(layers["norm"](x))))
 
 
-def torch_discriminator(torch, layers, name, x):
-    """The published discriminators' forward pass: averages after the convolutions, as they have them."""
-    f = torch.nn.functional
+def torch_discriminator(f, layers, x):
+    """The published discriminator's forward pass: averages after the convolutions, but before the first shortcut."""
     for i in range(4):
         block = f"blocks.{i}"
         h = layers[f"{block}.conv2"](f.relu(layers[f"{block}.conv1"](x if i == 0 else f.relu(x))))
         if i < 2:
             h = f.avg_pool2d(h, 2)
-            x = (
-                layers[f"{block}.shortcut"](f.avg_pool2d(x, 2))
-                if i == 0
-                else f.avg_pool2d(layers[f"{block}.shortcut"](x), 2)
-            )
+            shortcut = layers[f"{block}.shortcut"]
+            x = shortcut(f.avg_pool2d(x, 2)) if i == 0 else f.avg_pool2d(shortcut(x), 2)
         x = h + x
-    x = f.relu(x)
-    return layers["score"](x.sum((2, 3)) if name == "autogan" else x.mean((2, 3))).reshape(-1)
+    return layers["score"](f.relu(x).mean((2, 3))).reshape(-1)
 
 
-def count_torch(layers):
-    return sum(p.numel() for layer in layers.values() for p in layer.parameters())
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_counts_outputs_and_gradients_agree_with_pytorch(name, monkeypatch):
+def test_outputs_and_gradients_agree_with_pytorch(monkeypatch):
     torch = pytest.importorskip("torch")
-    assert tuple(map(count_torch, torch_layers(torch, name, networks.PUBLISHED[name]))) == COUNTS[name]
     torch.manual_seed(0)
-    channels = (5, 4)
-    layers = torch_layers(torch, name, channels)
-    monkeypatch.setitem(networks.CHANNELS, "tiny", {name: channels})
+    layers, f = torch_layers(torch.nn, 5, 4), torch.nn.functional
+    monkeypatch.setitem(networks.CHANNELS, "tiny", {"resnet": (5, 4)})
     rng = np.random.default_rng(0)
-    ours = [make(name, "tiny", 32, rng, np.float64) for make in (networks.make_generator, networks.make_discriminator)]
-    leaves = []
+    ours = [make("resnet", "tiny", 32, rng, np.float64)
+            for make in (networks.make_generator, networks.make_discriminator)]  # fmt: skip
+    pairs = []
     for network, group in zip(ours, layers, strict=True):
-        assert set(network.parameters()) == {f"{k}.{p}" for k, v in group.items() for p, _ in v.named_parameters()}
-        for key, layer in group.items():
-            layer.double()
-            for part, p in layer.named_parameters():
-                mine, transposed = network.parameters()[f"{key}.{part}"], part == "weight" and p.ndim == 2
-                p.data = torch.tensor(ag.to_numpy(mine).T if transposed else ag.to_numpy(mine))
-                leaves.append((f"{key}.{part}", mine, p, transposed))
-        if name == "autogan" and network is ours[1]:
-            # PyTorch's own spectral normalization, made to stand where ours does: no step of the power method in evaluation
-            for key, layer in group.items():
-                layer = torch.nn.utils.spectral_norm(layer).eval()
-                u = next(m for n, m in named(network) if n == key).u
-                weight = layer.weight_orig.detach().reshape(len(layer.weight_orig), -1)
-                if key == "score":
-                    weight, u = layer.weight_orig.detach(), np.ones(1)
-                v = torch.nn.functional.normalize(weight.T @ torch.tensor(ag.to_numpy(u)), dim=0)
-                layer.weight_u.data, layer.weight_v.data = torch.tensor(ag.to_numpy(u)), v
-    rng = np.random.default_rng(1)
+        theirs = {f"{key}.{part}": p for key, layer in group.items() for part, p in layer.double().named_parameters()}
+        assert set(network.parameters()) == set(theirs)
+        for name, p in network.parameters().items():
+            values = torch.tensor(ag.to_numpy(p))
+            theirs[name].data = values.T if name.endswith("weight") and p.ndim == 2 else values
+            pairs.append((name, p, theirs[name]))
     z, x = rng.standard_normal((3, 128)), rng.uniform(-1, 1, (3, 3, 32, 32))
-    made, theirs = ours[0](Tensor(ag.xp.asarray(z))), torch_generator(torch, layers[0], name, torch.tensor(z), channels[0])
-    close_to_torch(made, theirs, "generator")
-    scores = ours[1](Tensor(ag.xp.asarray(x)))
-    their_scores = torch_discriminator(torch, layers[1], name, torch.tensor(x))
-    close_to_torch(scores, their_scores, "discriminator")
-    parameters = [mine for _, mine, _, _ in leaves]
-    loss, their_loss = (made * made).sum() + (scores * scores).sum(), (theirs**2).sum() + (their_scores**2).sum()
-    gradients = torch.autograd.grad(their_loss, [p for _, _, p, _ in leaves])
+    made, scores = (network(Tensor(ag.xp.asarray(a))) for network, a in zip(ours, (z, x), strict=True))
+    their_made = torch_generator(f, layers[0], torch.tensor(z))
+    their_scores = torch_discriminator(f, layers[1], torch.tensor(x))
+    for a, b in ((made, their_made), (scores, their_scores)):
+        b = b.detach().numpy()
+        np.testing.assert_allclose(ag.to_numpy(a), b, rtol=0, atol=1e-8 * np.abs(b).max())
+    names, mine, leaves = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad((their_made**2).sum() + (their_scores**2).sum(), leaves)
     largest = max(float(g.abs().max()) for g in gradients)  # a bias before a batch norm has none but rounding's
-    for (key, _, _, transposed), a, b in zip(leaves, grad(loss, parameters), gradients, strict=True):
-        a, b = ag.to_numpy(a), b.numpy()
-        np.testing.assert_allclose(a.T if transposed else a, b, atol=1e-10 * largest, rtol=1e-7, err_msg=key)
-
-
-def named(network, prefix=""):
-    """All modules of a network by name."""
-    for name, value in vars(network).items():
-        for part, module in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            if isinstance(module, transgan.Module):
-                path = prefix + (name if part is None else f"{name}.{part}")
-                yield path, module
-                yield from named(module, path + ".")
+    for name, a, b in zip(names, grad((made * made).sum() + (scores * scores).sum(), mine), gradients, strict=True):
+        a = ag.to_numpy(a)
+        np.testing.assert_allclose(a if a.shape == b.shape else a.T, b, atol=1e-10 * largest, rtol=1e-7, err_msg=name)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
-
-
-def close_to_torch(ours, theirs, name, tolerance=1e-8):
-    ours, theirs = ag.to_numpy(ours), theirs.detach().cpu().numpy()
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max(), err_msg=name)
 
 
 def pair_trainer(generator, discriminator, threads=None, dtype=np.float32, **options):

@@ -7,13 +7,8 @@ so a file from the network could run anything. Here it is left the instructions 
 it gets functions of ours. All they make is a description: which storage each tensor looks at, and how. That is held against
 the storages before a single array is made.
 
-Contents
-    1. Reading              read_weights
-    2. Three formats        a zip file (since 2020), pickles in a row, or a tar file (until 2017)
-    3. Storages, tensors    what a pickle describes
-    4. The pickle           the names and instructions it may use
-
-Whatever is wrong with a file is a ValueError, or what Python happens to raise, until read_weights makes it a UserError.
+The tar files of before are older than FID, and PyTorch refuses them, too, unless it may run what they say. Whatever is
+wrong with a file is a ValueError, or what Python happens to raise, until read_weights makes it a UserError.
 """
 
 import io
@@ -30,7 +25,7 @@ from data import UserError, first_line
 # --- 1. Reading -------------------------------------------------------------------------------------------------------
 
 MAX_FILE = 1 << 30  # bytes; the weights of the Inception network take 95 MB
-MAX_PICKLED = 1 << 20  # bytes of all pickles in a stream; each tensor takes about 200
+MAX_PICKLED = 1 << 20  # bytes of all pickles that are looked at; each tensor takes about 200
 MAX_MEMBERS = 5_000  # of a zip file, one for each storage; Python keeps half a kilobyte about each
 MAX_COPIES = 4  # how many times the file's size all arrays may take: tensors may share a storage, or repeat it
 
@@ -46,8 +41,7 @@ def read_weights(path):
         if path.stat().st_size > MAX_FILE or not path.is_file():
             raise ValueError(f"it is not a plain file of at most {MAX_FILE} bytes")
         content = path.read_bytes()
-        read = _read_zip if content[:2] == b"PK" else _read_tar if content[257:262] == b"ustar" else _read_pickles
-        tensors, raw, order = read(content)
+        tensors, raw, order = _read_zip(content) if content[:2] == b"PK" else _read_pickles(content)
         views = {name: _view(x, raw, order) for name, x in tensors.items()}
         if sum(x.nbytes for x in views.values()) > MAX_COPIES * len(content):
             raise ValueError("its tensors are far larger than the file")
@@ -57,7 +51,7 @@ def read_weights(path):
         raise UserError(f"cannot read weights from {path}: {reason}; name another file, or fetch it anew") from None
 
 
-# --- 2. Three formats -------------------------------------------------------------------------------------------------
+# --- 2. Two formats ---------------------------------------------------------------------------------------------------
 # Each function takes a file's bytes and returns its tensors' descriptions by name, the bytes of each storage by key, and
 # the order of the bytes in a number, "<" or ">".
 
@@ -74,7 +68,7 @@ def _read_zip(content):
         if len(pickles) != 1:
             raise ValueError("its zip file does not hold one data.pkl")
         top = pickles[0].removesuffix("data.pkl")
-        tensors = _need_tensors(_Pickles(io.BytesIO(archive.read(pickles[0])), _storage).load())
+        tensors = _need_tensors(_unpickle(io.BytesIO(archive.read(pickles[0])[:MAX_PICKLED])))
         order = archive.read(top + "byteorder") if top + "byteorder" in archive.namelist() else b"little"
         keys = {x.storage.key for x in tensors.values()}
         return tensors, {key: archive.read(f"{top}data/{key}") for key in keys}, {b"little": "<", b"big": ">"}[order]
@@ -82,49 +76,16 @@ def _read_zip(content):
 
 def _read_pickles(content):
     """The format before that: five pickles in a row, then the storages, each as a count and that many numbers."""
-    stream = io.BytesIO(content)
-    pickles = _Pickles(stream, _storage)
-    magic, version, _, tensors, keys = [pickles.load() for _ in range(5)]
+    if content[:1] != pickle.PROTO:
+        raise ValueError("it is neither a zip file nor pickles, as PyTorch's files are")
+    stream = io.BytesIO(content[:MAX_PICKLED])
+    magic, version, _, tensors, keys = [_unpickle(stream) for _ in range(5)]
     if magic != 0x1950A86A20F9469CFC6C or version != 1001:
         raise ValueError("it does not begin as PyTorch's files do")
     dtypes = {x.storage.key: x.storage.dtype for x in _need_tensors(tensors).values()}
-    return tensors, {key: _counted(stream, dtypes[_need(key, str)]) for key in keys}, "<"
-
-
-def _read_tar(content):
-    """The first format: a tar file of `storages`, `tensors` that look at them, and a `pickle` that gives those names."""
-    members, storages, tensors, raw = _tar_members(content), {}, {}, {}
-    stream = members[b"storages"]
-    pickles = _Pickles(stream)
-    for _ in range(pickles.load()):
-        key, _, dtype = pickles.load()
-        storages[_need(key, int)], raw[key] = _Storage(key, dtype, 0), _counted(stream, dtype)
-    for key, root, first, _ in pickles.load():
-        storage = storages[_need(root, int)]
-        storages[_need(key, int)] = storage._replace(first=storage.first + first)
-    stream = members[b"tensors"]
-    pickles = _Pickles(stream)
-    for _ in range(pickles.load()):
-        key, storage, _ = pickles.load()
-        (ndim,) = struct.unpack("<i4x", stream.read(8))
-        numbers = struct.unpack(f"<{2 * ndim + 1}q", stream.read(16 * ndim + 8))  # the shape, the strides, the offset
-        storage = storages[_need(storage, int)]
-        tensors[_need(key, int)] = _tensor(storage, numbers[-1], numbers[:ndim], numbers[ndim:-1])
-    named = _Pickles(members[b"pickle"], lambda key: tensors[int(_need(key, str))]).load()
-    return _need_tensors(named), raw, "<"
-
-
-def _tar_members(content):
-    """The plain files in a tar file by name, each as a stream. tarfile could be kept busy for hours by a hostile one."""
-    members, at = {}, 0
-    while any(content[at : at + 1]):  # an empty block, or the end, comes after the last member
-        name, size = content[at : at + 100].rstrip(b"\0"), content[at + 124 : at + 136].strip(b" \0")
-        if not size.isdigit() or len(content) < (end := at + 512 + int(size, 8)):
-            raise ValueError("its tar file is damaged or ends early")
-        if content[at + 156] in b"0\0":
-            members[name] = io.BytesIO(content[at + 512 : end])
-        at = end + -end % 512
-    return members
+    rest = io.BytesIO(content)
+    rest.seek(stream.tell())
+    return tensors, {key: _counted(rest, dtypes[_need(key, str)]) for key in keys}, "<"
 
 
 def _counted(stream, dtype):
@@ -171,15 +132,6 @@ def _need_tensors(value):
         if type(tensor) is not _Tensor:
             raise ValueError(f"its {name!r:.80} is no tensor")
     return value
-
-
-def _storage(identity):
-    """What stands for a storage: ("storage", type, key, device, count), once followed by None or (key, first, count)."""
-    kind, dtype, key, _, _, *view = _need(identity, tuple)
-    if kind != "storage" or not isinstance(dtype, np.dtype):
-        raise ValueError("it has something else where a storage belongs")
-    storage = _Storage(_need(key, str), dtype, 0)
-    return storage if not view or view[0] is None else storage._replace(first=_need(view[0], tuple)[1])
 
 
 def _tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None):
@@ -235,7 +187,7 @@ NAMES = {  # all that a pickle may name, and what it gets for it
     "torch._utils _rebuild_tensor": _tensor,
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch.nn.parameter Parameter": _parameter,
-    **{f"torch {kind}{what}": np.dtype(code) for kind, code in DTYPES.items() for what in ("Storage", "Tensor")},
+    **{f"torch {kind}Storage": np.dtype(code) for kind, code in DTYPES.items()},
 }
 INSTRUCTIONS = (  # all that it may say, by the names that Python's module pickle has for them
     "PROTO FRAME STOP MARK BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 "
@@ -245,36 +197,16 @@ INSTRUCTIONS = (  # all that it may say, by the names that Python's module pickl
 KNOWN = {getattr(pickle, name)[0] for name in INSTRUCTIONS.split()}
 
 
-class _Limited:
-    """The next bytes of a stream, at most MAX_PICKLED of them."""
-
-    def __init__(self, stream):
-        self.stream, self.left = stream, MAX_PICKLED
-
-    def read(self, size):
-        return self.counted(self.stream.read(size))
-
-    def readline(self):
-        return self.counted(self.stream.readline())
-
-    def counted(self, content):
-        self.left -= len(content)
-        if self.left < 0:
-            raise ValueError(f"its pickles take more than {MAX_PICKLED} bytes")
-        return content
-
-
 class _Pickles(pickle._Unpickler):  # the one in Python, whose memo is a dict, and whose instructions are in a table
-    """The pickles in a stream of bytes, one with each `load`. persistent_load: makes a value of a persistent id."""
+    """A pickle that can make a state dict, and nothing else."""
 
-    def __init__(self, stream, persistent_load=None):
-        super().__init__(_Limited(stream), encoding="utf-8")
-        self.persistent_load = persistent_load
-
-    def load(self):
-        """The value of the pickle that comes next."""
-        self.memo.clear()
-        return super().load()
+    def persistent_load(self, identity):
+        """What stands for a storage: ("storage", type, key, device, count), once also None or (key, first, count)."""
+        kind, dtype, key, _, _, *view = _need(identity, tuple)
+        if kind != "storage" or not isinstance(dtype, np.dtype):
+            raise ValueError("it has something else where a storage belongs")
+        storage = _Storage(_need(key, str), dtype, 0)
+        return storage if not view or view[0] is None else storage._replace(first=_need(view[0], tuple)[1])
 
     def find_class(self, module, name):
         if (asked := f"{module} {name}") not in NAMES:
@@ -296,3 +228,8 @@ class _Pickles(pickle._Unpickler):  # the one in Python, whose memo is a dict, a
     dispatch = dict.fromkeys(range(256), refuse)
     dispatch |= filter(lambda item: item[0] in KNOWN, pickle._Unpickler.dispatch.items())
     dispatch |= {pickle.EMPTY_DICT[0]: make_dict, pickle.BUILD[0]: build}
+
+
+def _unpickle(stream):
+    """The value of the pickle that comes next in a stream of bytes."""
+    return _Pickles(stream, encoding="utf-8").load()
