@@ -45,14 +45,19 @@ def read_log(path):
     return {name: np.stack([rows["step"], rows[name]])[:, np.isfinite(rows[name])] for name in rows.dtype.names}
 
 
+def lines_of(log):
+    """What `read_log` returned by panel, of those that have numbers: {title: {(legend, colour): (steps, values)}}."""
+    found = {title: {look: log[name] for name, look in columns.items() if name in log and log[name].size}
+             for title, columns in PANELS}  # fmt: skip
+    return {title: lines for title, lines in found.items() if lines}
+
+
 def curves(log, path):
-    """Draw what `read_log` returned into a PNG, over steps: the panels that have numbers; nothing without any."""
-    found = [(title, {look: log[name] for name, look in columns.items() if name in log and log[name].size})
-             for title, columns in PANELS]  # fmt: skip
-    panels = [(title, lines) for title, lines in found if lines]
+    """Draw `lines_of` a log into a PNG, over steps; nothing without numbers."""
+    panels = lines_of(log)
     if panels:
-        end = max(1, *(steps[-1] for _, lines in panels for steps, _ in lines.values()))
-        plot([(title, "step", end, lines) for title, lines in panels], path)
+        end = max(1, *(steps[-1] for lines in panels.values() for steps, _ in lines.values()))
+        plot([(title, "step", end, lines) for title, lines in panels.items()], path)
 
 
 # --- 2. Progress ------------------------------------------------------------------------------------------------------
@@ -105,6 +110,13 @@ def listed(pairs, kind):
     return f'<dl class="{kind}">{"".join(rows)}</dl>'
 
 
+def legend(log):
+    """The curves' names, colours and newest values as HTML, which takes as many lines as a narrow window needs."""
+    words = [f'<span><b style="background: rgb{colour}"></b>{html.escape(label)}, now {values[-1]:.4g}</span>'
+             for lines in lines_of(log).values() for (label, colour), (_, values) in lines.items()]  # fmt: skip
+    return f'<p class="legend">{"".join(words)}</p>'
+
+
 def key_numbers(log, step, steps):
     """What a person asks first, (name, value) as text each: how fast, how long, how good."""
     if not log["seconds"].size:
@@ -150,6 +162,7 @@ def page(trainer, out, log, commands, stopped=False):
         weights=f"{size(trainer.generator):,} of the generator, {size(trainer.discriminator):,} of the discriminator",
         numbers=listed(key_numbers(log, step, options.steps), "numbers"),
         pictures=pictures,
+        legend=legend(log),
         curves=embedded(out / "curves.png", "Bands: four fifths of the steps. Far numbers lie on the edge", "drawn"),
         restored=f"<section><h2>Restored</h2>{restored}</section>" if restored else "",
         begin=begin,

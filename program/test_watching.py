@@ -268,6 +268,8 @@ def test_the_page_says_how_its_run_is_and_reloads_while_that_goes_on(small, tmp_
     content = (out / "report.html").read_text("utf-8")
     assert "low is good" in content
     assert "A healthy run:" in content
+    assert "flex-wrap: wrap" in re.search(r"\.legend {(.*?)}", content)[1]  # so that it fits a narrow window
+    assert re.search(r'class="legend">.*discriminator, now -?\d.*sliced Wasserstein, now \d', content)
 
 
 def test_grids_are_in_order_of_their_steps(tmp_path):
