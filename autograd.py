@@ -9,20 +9,20 @@ differentiated again. TransGAN's loss needs exactly that, because it penalises t
 
 Contents
     1. Where arrays live      xp, use_device, to_numpy
-    2. Tensor                 Tensor, Node, recording, result, operation, KINDS of its arguments
+    2. Tensor                 Tensor, Node, recording, result, operation
     3. Walking back           grad, unbroadcast
     4. Primitive operations   add ... concatenate
     5. Parts of networks      linear, gelu, softmax, layer_norm, attention, pixel_shuffle, as their definitions read
-    6. Checking derivatives   gradient_check
+    6. Checking               gradient_check of derivatives; check_arguments, of the KINDS that operations take
     7. Modules                Module, Linear, LayerNorm
     8. Optimisation           clip_by_global_norm, Adam over flat arrays
 
 All of it is written to be understood. The folder fast/ holds some operations again, arranged for a processor, and enters
 them into the table `faster`; each is tested to equal its definition here, which knows nothing of them.
 
-Errors: every operation raises ValueError (IndexError for an index out of range) with one line naming the operation, or
-the one within it that failed, and the shapes it was given, and TypeError when float32 and float64 meet or an argument is
-of another kind than KINDS says. The docstrings below name only what goes beyond.
+Errors: every operation raises ValueError (IndexError for an index out of range), naming itself or the one within it that
+failed, and the shapes it was given; TypeError when float32 and float64 meet or an argument is of another kind than KINDS
+says. The docstrings below name only what goes beyond.
 """
 
 from __future__ import annotations
@@ -237,38 +237,6 @@ def result(data: Array | float, *edges: tuple[Operand | None, Vjp]) -> Tensor:
 
 faster: dict[Callable[..., Any], Callable[..., Any]] = {}  # an operation -> a form of it that runs in its place
 hook: Callable[..., Any] | None = None  # for a profiler: hook(operation's name, direction, function, *arguments) runs it
-NUMBER = (int, float, np.bool_, np.integer, np.floating)
-KINDS: dict[str, tuple[Any, str, str]] = {  # of a parameter by its name: the types, dtypes of an array, and both in words
-    **dict.fromkeys(("x", "weight", "bias", "qkv", "output", "output_grad"), (Tensor, "", "{} must be a Tensor")),
-    **dict.fromkeys(("tensors", "inputs", "parameters", "gradients"), (Tensor, "", "{} must be Tensors")),
-    **dict.fromkeys(("a", "b"), ((Tensor, *NUMBER), "biuf", "{} must be a Tensor, an array of real numbers or a number")),
-    **dict.fromkeys(("num_heads", "factor"), ((int, np.integer), "", "{} must be a whole number")),
-    "exponent": (NUMBER, "", "the exponent must be a number (a ** b of Tensors is exp(b * log(a)))"),
-    "index": ((int, np.integer, slice, type(None), EllipsisType), "", "an index may hold whole numbers, slices, None, ..."),
-    "mask": (np.bool_, "b", "the mask must be a boolean array"),
-}
-SEVERAL: Any = {"index": tuple, **dict.fromkeys(("tensors", "inputs", "parameters", "gradients"), (tuple, list))}
-LEAST = {"num_heads": 1, "factor": 1}  # the smallest a number may be; SEVERAL above: what may hold more than one of a kind
-
-
-def check_arguments(arguments: Iterable[tuple[str, Any]], optional: Iterable[str] = ()) -> None:
-    """Raise TypeError where one of the arguments, pairs (name, value), is not of its parameter's kind, ValueError where a
-    number is too small. optional: the names of those that may be None. Appendices enter their own names into KINDS."""
-    for name, x in arguments:
-        types, dtypes, words = KINDS.get(name, (object, "", ""))
-        if x is None and name in optional:
-            continue
-        for part in x if isinstance(x, SEVERAL.get(name, ())) else (x,):
-            if not isinstance(part, types) and not (type(part) is xp.ndarray and part.dtype.kind in dtypes):
-                raise TypeError(f"{words.format(name)}, not {describe(x)}")
-            if name in LEAST and part < LEAST[name]:
-                raise ValueError(f"{name} must be at least {LEAST[name]}, not {x}")
-
-
-def describe(x: Any) -> str:
-    """What somebody has passed, in a few words: its type, and that of what it holds."""
-    held = {describe(y) for y in x} if isinstance(x, (list, tuple)) else {str(x.dtype)} if getattr(x, "ndim", 0) else ()
-    return str(type(x))[8:-2] + " of " * bool(held) + ", ".join(sorted(held))  # <class 'name'>
 
 
 def operation(definition: Callable[P, R]) -> Callable[P, R]:
@@ -279,13 +247,14 @@ def operation(definition: Callable[P, R]) -> Callable[P, R]:
     """
     parameters = inspect.signature(definition).parameters
     names, optional = tuple(parameters), {name for name, parameter in parameters.items() if parameter.default is None}
-    types = [() if name in LEAST else KINDS.get(name, [object])[0] for name in names]  # for which no closer look is needed
+    # Types for which no closer look is needed; from KINDS, which appendices add to.
+    types = functools.cache(lambda: [() if name in LEAST else KINDS.get(name, [object])[0] for name in names])
 
     @functools.wraps(definition)
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
         form: Callable[P, R] = faster.get(named, definition)
         try:
-            if kwargs or not all(map(isinstance, args, types)):
+            if kwargs or not all(map(isinstance, args, types())):
                 check_arguments((*zip(names, args, strict=False), *kwargs.items()), optional)
             if hook is None:
                 return form(*args, **kwargs)
@@ -366,11 +335,8 @@ def grad(
 def _pull(vjp: Vjp, gradient: Tensor, shape: Shape) -> Tensor:
     """The gradient of an operand, of its `shape`, from that of the result."""
 
-    def pull() -> Tensor:
-        return unbroadcast(vjp(gradient), shape)
-
     name = vjp.__qualname__.partition(".")[0]  # a vjp is named after its operation
-    return hook(name, "backward", pull) if hook else pull()
+    return hook(name, "backward", lambda: unbroadcast(vjp(gradient), shape)) if hook else unbroadcast(vjp(gradient), shape)
 
 
 def _between(start: Node | None, wanted: Iterable[Node]) -> set[Node]:
@@ -706,7 +672,7 @@ def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
     return reshape(x, batch, channels // factor**2, height * factor, width * factor)
 
 
-# --- 6. Checking derivatives ------------------------------------------------------------------------------------------
+# --- 6. Checking ------------------------------------------------------------------------------------------------------
 
 
 def gradient_check(
@@ -773,6 +739,40 @@ def _first_order_error(
         error = np.abs(found - differences).max() / max(1.0, np.abs(differences).max())
         worst = max(worst, float(error) if np.isfinite(error) else math.inf)
     return worst
+
+
+NUMBER = (int, float, np.bool_, np.integer, np.floating)
+KINDS: dict[str, tuple[Any, str, str]] = {  # of a parameter by its name: the types, dtypes of an array, and both in words
+    **dict.fromkeys(("x", "weight", "bias", "qkv", "output", "output_grad"), (Tensor, "", "{} must be a Tensor")),
+    **dict.fromkeys(("tensors", "inputs", "parameters", "gradients"), (Tensor, "", "{} must be Tensors")),
+    **dict.fromkeys(("a", "b"), ((Tensor, *NUMBER), "biuf", "{} must be a Tensor, an array of real numbers or a number")),
+    **dict.fromkeys(("num_heads", "factor"), ((int, np.integer), "", "{} must be a whole number")),
+    "exponent": (NUMBER, "", "the exponent must be a number (a ** b of Tensors is exp(b * log(a)))"),
+    "index": ((int, np.integer, slice, type(None), EllipsisType), "", "an index may hold whole numbers, slices, None, ..."),
+    "mask": (np.bool_, "b", "the mask must be a boolean array"),
+}
+SEVERAL: Any = {"index": tuple, **dict.fromkeys(("tensors", "inputs", "parameters", "gradients"), (tuple, list))}
+LEAST = {"num_heads": 1, "factor": 1}  # the smallest a number may be; SEVERAL above: what may hold more than one of a kind
+
+
+def check_arguments(arguments: Iterable[tuple[str, Any]], optional: Iterable[str] = ()) -> None:
+    """Raise TypeError where one of the arguments, pairs (name, value), is not of its parameter's kind, ValueError where a
+    number is too small. optional: the names of those that may be None. Appendices enter their own names into KINDS."""
+    for name, x in arguments:
+        types, dtypes, words = KINDS.get(name, (object, "", ""))
+        if x is None and name in optional:
+            continue
+        for part in x if isinstance(x, SEVERAL.get(name, ())) else (x,):
+            if not isinstance(part, types) and not (type(part) is xp.ndarray and part.dtype.kind in dtypes):
+                raise TypeError(f"{words.format(name)}, not {describe(x)}")
+            if name in LEAST and part < LEAST[name]:
+                raise ValueError(f"{name} must be at least {LEAST[name]}, not {x}")
+
+
+def describe(x: Any) -> str:
+    """What somebody has passed, in a few words: its type, and that of what it holds."""
+    held = {describe(y) for y in x} if isinstance(x, (list, tuple)) else {str(x.dtype)} if getattr(x, "ndim", 0) else ()
+    return str(type(x))[8:-2] + " of " * bool(held) + ", ".join(sorted(held))  # <class 'name'>
 
 
 # --- 7. Modules -------------------------------------------------------------------------------------------------------
