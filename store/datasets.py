@@ -218,7 +218,8 @@ def make(path, side, source, count, results):
                 done += 1
         if not done:
             example = "".join(f" ({name!r}: {reason})" for name, reason in [*skipped.items()][:1])
-            raise UserError(f"{source} holds no picture that can be read{example}; name a folder of pictures as --dataset")
+            advice = "name a folder of pictures as --dataset" if source.is_dir() else "move it away and start again"
+            raise UserError(f"{source} holds no picture that can be read{example}; {advice}")
         told = json.dumps({"pictures": done, "skipped": skipped, "again": again}).encode()
         file.write(told + len(told).to_bytes(8, "little"))
     return np.memmap(path, np.uint8, "r", shape=(done, 3, side, side)).view(np.ndarray), skipped

@@ -166,10 +166,10 @@ def lock(file):
 def plain(path):
     """`path` itself; for reading, of which a pipe has no beginning and a device no end.
 
-    Raises OSError, with a strerror to show, where something lies there that is not a file, nor a link to one, nor a folder.
+    Raises OSError, with a strerror to show, where one of these lies there, or a link to it.
     """
-    path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    path = Path(path)  # a file that is removed between two looks is "no file" at the second, but no pipe either
+    if path.is_fifo() or path.is_char_device() or path.is_block_device():
         raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", str(path))
     return path
 

@@ -118,6 +118,7 @@ def test_a_damaged_archive_makes_no_cache(name, damage, tmp_path, capsys):
         load(tmp_path, of(published, content))
     assert "\n" not in str(caught.value)
     assert "cannot write" not in str(caught.value)  # it is not the cache that is wrong
+    assert "move it away and start again" in str(caught.value)
     assert leftovers(tmp_path) == [published.name]
 
 

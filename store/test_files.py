@@ -125,6 +125,22 @@ def test_a_lock_that_its_owner_removes_in_between_is_taken_anew(tmp_path, monkey
     assert len(seen) == 3
 
 
+def test_a_file_that_its_owner_removes_meanwhile_is_no_device(tmp_path, monkeypatch):
+    path, look = tmp_path / "made.lock", Path.stat
+    path.touch()
+
+    def last_look(self, **kwargs):
+        found = look(self, **kwargs)
+        if self == path:  # and no other, for pytest looks at its own files meanwhile
+            path.unlink(missing_ok=True)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", last_look)
+        files.plain(path)
+    assert not os.path.lexists(path)
+
+
 def test_a_grid_is_replaced_whole_or_not_at_all(tmp_path):
     path, pictures = tmp_path / "grid.png", np.random.default_rng(0).uniform(-1, 1, (4, 3, 16, 16))
     files.save_grid(pictures, path)
