@@ -251,7 +251,7 @@ def decode(names, opened, side, source):
         except Exception as error:  # Pillow's many readers raise anything at all on a damaged file
             return error
 
-    with futures.ThreadPoolExecutor() as pool, Progress() as progress:
+    with futures.ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool, Progress() as progress:
         for first in range(0, len(names), CHUNK // 8):  # a few at a time: results that wait take memory
             some = names[first : first + CHUNK // 8]
             for done, (name, result) in enumerate(zip(some, pool.map(one, some), strict=True), first + 1):
