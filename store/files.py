@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import zipfile
@@ -166,11 +167,13 @@ def lock(file):
 def plain(path):
     """`path` itself; for reading, of which a pipe has no beginning and a device no end.
 
-    Raises OSError, with a strerror to show, where one of these lies there, or a link to it.
+    Raises OSError, with a strerror to show, where something lies there that is not a file, nor a link to one, nor a folder.
     """
-    path = Path(path)  # a file that is removed between two looks is "no file" at the second, but no pipe either
-    if path.is_fifo() or path.is_char_device() or path.is_block_device():
-        raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", str(path))
+    path = Path(path)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        mode = path.stat().st_mode  # one look: between two the file may be removed
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", str(path))
     return path
 
 
