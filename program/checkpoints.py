@@ -76,8 +76,7 @@ def load_sampler(options, path, threads=None):
             wanted |= {f"discriminator/{name}": p.data for name, p in discriminator.parameters().items()}
         else:
             discriminator = None
-        for kind, network in (("generator", generator), ("discriminator", discriminator)):
-            wanted |= {f"{kind}/{name}": x for name, x in buffers(network).items()}
+        wanted |= buffers(generator=generator, discriminator=discriminator)
         for name, x in wanted.items():
             x[...] = ag.xp.asarray(saved.read(name, x))
         digest = files.checksum(saved.archive, "average/")
@@ -105,7 +104,7 @@ def export(sampler, path):
         if not np.isfinite(x).all():
             raise UserError(f"{name} does not fit into float16, whose largest number is {np.finfo(np.float16).max:.0f}; "
                             "export an earlier step")  # fmt: skip
-    arrays |= {f"generator/{name}": ag.to_numpy(x) for name, x in buffers(sampler.generator).items()}
+    arrays |= {name: ag.to_numpy(x) for name, x in buffers(generator=sampler.generator).items()}
     source = {"program": f"transgan-from-scratch {VERSION}", "step": sampler.step, "dataset": options.dataset,
               "command": f"python transgan.py {flags(needed(options))}".rstrip(),
               "exported": datetime.date.today().isoformat()}  # fmt: skip

@@ -57,9 +57,10 @@ def modules(network):
     return network.modules() if isinstance(network, Stateful) else []
 
 
-def buffers(network):
-    """What training changes of a network beside its parameters, arrays by name: nothing of TransGAN's."""
-    return network.buffers() if isinstance(network, Stateful) else {}
+def buffers(**networks):
+    """What training changes of networks beside their parameters, {"generator/NAME": array, ...}: nothing of TransGAN's."""
+    peers = {kind: network for kind, network in networks.items() if isinstance(network, Stateful)}
+    return {f"{kind}/{name}": x for kind, network in peers.items() for name, x in network.buffers().items()}
 
 
 class PeerTrainer(transgan.Trainer):
@@ -70,7 +71,7 @@ class PeerTrainer(transgan.Trainer):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.whole = bool(buffers(self.generator))
+        self.whole = bool(buffers(generator=self.generator))
         if self.whole:
             self.update.whole = self.gen_adam
 
@@ -95,8 +96,7 @@ class PeerTrainer(transgan.Trainer):
                 module.training = True
 
     def state(self):
-        own, both = super().state(), (("generator", self.generator), ("discriminator", self.discriminator))
-        return own | {f"{kind}/{name}": x for kind, network in both for name, x in buffers(network).items()}
+        return super().state() | buffers(generator=self.generator, discriminator=self.discriminator)
 
 
 class Sampler:
