@@ -289,7 +289,7 @@ def grad(
     Reverse mode: visit the operations in falling order of creation, each once, when all that depends on it is done:
         gradient of operand += vjp(gradient of result).
     Operations that lead to none of the inputs are not visited. No recursion, so depth is not limited.
-    Raises ValueError for an output_grad that lacks or is of another shape, and for an input without history, TypeError for
+    Raises ValueError for an output_grad that is missing or of another shape and for an input without history, TypeError for
     one of another kind or dtype, RuntimeError if the graph was let go by an earlier walk.
     """
     inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
@@ -320,7 +320,8 @@ def grad(
                 wanted[node] = gradient
             for operand, shape, vjp in node.edges or ():
                 if operand in useful:
-                    piece = _pull(vjp, gradient, shape)
+                    name = vjp.__qualname__.partition(".")[0]  # a vjp is named after its operation
+                    piece = hook(name, "backward", _pull, vjp, gradient, shape) if hook else _pull(vjp, gradient, shape)
                     if operand in gradients:
                         gradients[operand] = gradients[operand] + piece
                     else:
@@ -334,9 +335,7 @@ def grad(
 
 def _pull(vjp: Vjp, gradient: Tensor, shape: Shape) -> Tensor:
     """The gradient of an operand, of its `shape`, from that of the result."""
-
-    name = vjp.__qualname__.partition(".")[0]  # a vjp is named after its operation
-    return hook(name, "backward", lambda: unbroadcast(vjp(gradient), shape)) if hook else unbroadcast(vjp(gradient), shape)
+    return unbroadcast(vjp(gradient), shape)
 
 
 def _between(start: Node | None, wanted: Iterable[Node]) -> set[Node]:

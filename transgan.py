@@ -183,7 +183,7 @@ def stage_depths(size: str, image_size: int) -> tuple[int, ...]:
 def patch_side(image_size: int) -> int:
     """Pixels a side of the discriminator's patches: an 8th of the picture's, at least 4; the largest that tiles it.
 
-    So the grid is that of 32x32, 8x8, above it, too: our reading. (The authors' commands keep patches of 4.)
+    So the grid stays 8x8 above 32x32, where an 8th tiles it: our reading. (The authors' commands keep patches of 4.)
     """
     return max(p for p in range(1, max(4, image_size // 8) + 1) if image_size % p == 0)
 
@@ -648,7 +648,7 @@ class Trainer:
     def train_step(self) -> Losses:
         """One step: `disc_steps` updates of the discriminator, then one of the generator and its moving average.
 
-        Returns the last losses and penalty as 0-d arrays on the device, so that nothing waits for them, or None.
+        Returns the last losses and penalty as 0-d arrays on the device, for which nothing waits; None for what is not.
         """
         options = self.options
         self.set_window()
